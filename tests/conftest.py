@@ -1,0 +1,38 @@
+"""Loads the test rig, and checks that no test leaves a process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers import MARK, our_processes, wait_until
+
+pytest_plugins = ["tests.fix_redis", "tests.fix_proxy"]
+
+# Every process that a test starts inherits this, also one that has left our process group and session.
+os.environ[MARK] = f"{os.getpid()}-{os.urandom(8).hex()}"
+
+
+@pytest.fixture(autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    """A test that leaves a process running fails: what it leaves disturbs the tests after it."""
+    before = our_processes()
+    yield
+    left: dict[int, str] = {}
+
+    def gone() -> bool:
+        left.clear()
+        left.update({pid: command for pid, command in our_processes().items() if pid not in before})
+        return not left
+
+    try:
+        wait_until(gone, timeout=3)
+    except AssertionError:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        pytest.fail("the test left processes running (now killed): " + "; ".join(f"{p}: {c}" for p, c in left.items()))
