@@ -1,0 +1,68 @@
+# `make` lists the targets. Everything is installed into .venv, and again only when pyproject.toml changes.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+# Set in a user's environment, these would install outside of .venv or refuse to.
+unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME
+
+.DEFAULT_GOAL := help
+# Two pips at once on one environment break it.
+.NOTPARALLEL:
+
+.PHONY: help
+help: ## Show this list
+	@echo "Usage: make TARGET [ARGS='...'] [PYTHON=python3]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, and watch them
+	$(BIN)/streamtask demo $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.test ## Run the tests (make test ARGS='-k lease -x')
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.lint ## Check style, format, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: check
+check: lint test ## What has to pass before a commit: lint, then test
+
+.PHONY: bench
+bench: $(VENV)/.test ## Measure against a bare redis-py loop (make bench ARGS='--help')
+	$(BIN)/python benchmarks/core.py $(ARGS)
+
+.PHONY: clean
+clean: ## Remove .venv, build output and caches
+	rm -rf $(VENV) build dist *.egg-info .tox .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find streamtask tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A stamp says: this extra is installed as pyproject.toml has it. All installs are editable, so that the source
+# that runs is the one in the checkout whichever target came first.
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.made
+	$(PIP) --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.made
+	$(PIP) --editable '.[test,embedded]'
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.made
+	$(PIP) --editable '.[lint]'
+	@touch $@
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on the PATH: install Python 3.10 or newer, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10: say make PYTHON=python3.12, or whichever you have" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) can't make virtual environments (no ensurepip): install your system's python3-venv package, or say make PYTHON=/path/to/another/python" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
