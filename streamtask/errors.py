@@ -1,0 +1,202 @@
+"""Every error that streamtask raises, as one tree.
+
+::
+
+    StreamTaskError
+    ├── ConfigError              a wrong URL, option, name or app
+    │   ├── ShardCountMismatch   the queue is recorded with another number of shards
+    │   └── UnsupportedServer    the Redis server is too old
+    ├── SendError                a message was not stored
+    │   ├── ShardKeyError        the shard key is missing or of a wrong type
+    │   ├── MessageTooLarge      the message is above max_message_bytes
+    │   ├── EncodeError          the arguments can't be serialised
+    │   └── QueueFull            the backlog limit, or Redis' memory limit, is reached
+    │       └── BrokerOutOfMemory
+    ├── BrokerUnavailable        Redis can't be reached
+    │   └── EmbeddedServerError  the embedded redis-server is missing or did not start
+    ├── BulkSendError            send_many stored a part
+    ├── LeaseLost                another process owns the shard now
+    ├── DecodeError              an entry of a stream is no message
+    ├── UnknownTask              no task of that name is registered
+    ├── TaskError                what AsyncResult.get raises for a failed task
+    │   └── TaskRevoked
+    ├── ResultTimeout            no result within the time asked for
+    ├── SoftTimeLimitExceeded    raised inside a body at its soft_time_limit
+    └── Control                  raised by a task to say what becomes of its message
+        ├── Retry
+        ├── Reject
+        └── Ignore
+
+Each message says what is wrong and what to do. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+__all__ = [
+    "BrokerOutOfMemory",
+    "BrokerUnavailable",
+    "BulkSendError",
+    "ConfigError",
+    "Control",
+    "DecodeError",
+    "EmbeddedServerError",
+    "EncodeError",
+    "Ignore",
+    "LeaseLost",
+    "MessageTooLarge",
+    "QueueFull",
+    "Reject",
+    "ResultTimeout",
+    "Retry",
+    "SendError",
+    "ShardCountMismatch",
+    "ShardKeyError",
+    "SoftTimeLimitExceeded",
+    "StreamTaskError",
+    "TaskError",
+    "TaskRevoked",
+    "UnknownTask",
+    "UnsupportedServer",
+]
+
+
+class StreamTaskError(Exception):
+    """Base of all errors that streamtask raises."""
+
+
+class ConfigError(StreamTaskError):
+    """A setting, URL, name or app is wrong; nothing was sent."""
+
+
+class ShardCountMismatch(ConfigError):
+    """The queue is recorded in Redis with another number of shards than this app has."""
+
+
+class UnsupportedServer(ConfigError):
+    """The Redis server is older than 6.2."""
+
+
+class SendError(StreamTaskError):
+    """A message was refused; it is not stored."""
+
+
+class ShardKeyError(SendError, ValueError):
+    """The shard key is missing, None, or not a str, int, UUID or bytes; nothing was sent."""
+
+
+class MessageTooLarge(SendError, ValueError):
+    """The encoded message is larger than ``max_message_bytes``; nothing was sent."""
+
+
+class EncodeError(SendError, TypeError):
+    """The arguments can't be serialised; nothing was sent."""
+
+
+class QueueFull(SendError):
+    """The shard's backlog limit is reached; the message is not stored."""
+
+
+class BrokerOutOfMemory(QueueFull):
+    """Redis refused the write for want of memory; the message is not stored."""
+
+
+class BrokerUnavailable(StreamTaskError, ConnectionError):
+    """Redis can't be reached, or did not answer in time.
+
+    After a produce call, the message may be stored or not: the reply was lost. Repeat the call with a
+    ``dedupe_id`` where that matters.
+    """
+
+
+class EmbeddedServerError(BrokerUnavailable):
+    """No redis-server was found for ``embedded://``, or it did not start."""
+
+
+class BulkSendError(StreamTaskError):
+    """``send_many`` failed after a part was stored.
+
+    ``stored`` and ``failed`` hold the positions (from 0) of the items that are stored and that are not;
+    ``unknown`` those whose reply was lost.
+    """
+
+    def __init__(
+        self, message: str, *, stored: Sequence[int] = (), failed: Sequence[int] = (), unknown: Sequence[int] = ()
+    ) -> None:
+        super().__init__(message)
+        self.stored = list(stored)
+        self.failed = list(failed)
+        self.unknown = list(unknown)
+
+
+class LeaseLost(StreamTaskError):
+    """Another process owns the shard now; what was asked for was not done."""
+
+
+class DecodeError(StreamTaskError, ValueError):
+    """An entry of a stream is no message that this version can read."""
+
+
+class UnknownTask(StreamTaskError, LookupError):
+    """No task of that name is registered in this app."""
+
+
+class TaskError(StreamTaskError):
+    """A task failed for good. ``traceback`` holds the worker's traceback as text, where there is one."""
+
+    def __init__(self, message: str, *, traceback: str | None = None) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class TaskRevoked(TaskError):
+    """The task was revoked before it ran."""
+
+
+class ResultTimeout(StreamTaskError, TimeoutError):
+    """No result came within the time asked for."""
+
+
+class SoftTimeLimitExceeded(StreamTaskError):
+    """Raised inside a task body when its ``soft_time_limit`` has passed."""
+
+
+class Control(StreamTaskError):
+    """Base of what a task raises to say what becomes of its message."""
+
+
+class Retry(Control):
+    """Run the message again later; it keeps its place at the head of its lane.
+
+    ``countdown`` is in seconds; ``eta`` is a timezone-aware instant. Without both, the task's back-off decides.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        exc: BaseException | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        max_retries: int | None = None,
+    ) -> None:
+        super().__init__(message or (f"retry after {exc!r}" if exc is not None else "retry"))
+        self.exc = exc
+        self.countdown = countdown
+        self.eta = eta
+        self.max_retries = max_retries
+
+
+class Reject(Control):
+    """Send the message to the dead letters at once, or with ``requeue=True`` back to the head of its lane."""
+
+    def __init__(self, reason: str = "rejected by the task", *, requeue: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.requeue = requeue
+
+
+class Ignore(Control):
+    """Finish the message without a result."""

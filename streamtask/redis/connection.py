@@ -1,0 +1,394 @@
+"""From a broker URL to clients and links.
+
+A ``Broker`` knows where Redis is. ``Broker.client()`` gives redis-py's client, for what happens seldom. ``Broker.link()``
+gives a ``Link``: one connection that sends prepared bytes, for the path of the messages; redis-py's command layer costs
+several times what the round trip does. All of redis-py's errors end here: callers see ``BrokerUnavailable``,
+``BrokerOutOfMemory`` or ``ReplyError``.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+
+import redis
+import redis.asyncio
+from hiredis import pack_command
+from redis import exceptions as rexc
+
+from ..errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, StreamTaskError, UnsupportedServer
+from .scripts import Script, by_sha, script
+
+MIN_VERSION = (6, 2)
+SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
+Reply = Any
+Part = str | bytes | int | float
+
+
+class ReplyError(StreamTaskError):
+    """Redis answered with an error. ``code`` is its first word, as NOGROUP or WRONGTYPE."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        found = re.search(r"(?:^|[-\s])([A-Z]{3,})(?= )", message)
+        self.code = found[1] if found else "ERR"
+
+
+def safe_url(url: str) -> str:
+    """The URL without its password and without secrets in its query, for logs and errors."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(unreadable URL)"
+    netloc = parts.netloc
+    if "@" in netloc:
+        user = netloc.rpartition("@")[0].partition(":")[0]
+        netloc = f"{user}:***@{netloc.rpartition('@')[2]}" if user else f"***@{netloc.rpartition('@')[2]}"
+    query = re.sub(r"(?i)\b(\w*(?:password|secret|token)\w*)=[^&]*", r"\1=***", parts.query)
+    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+
+
+def pack(*parts: Part) -> bytes:
+    """One command as bytes for the wire."""
+    packed: bytes = pack_command(parts)
+    return packed
+
+
+def translate(exc: Exception, where: str) -> StreamTaskError:
+    """redis-py's error as one of ours."""
+    text = str(exc)
+    if isinstance(exc, rexc.OutOfMemoryError) or "OOM command not allowed" in text:
+        return BrokerOutOfMemory(
+            f"Redis at {where} refuses writes: its memory limit (maxmemory) is reached and nothing was stored. "
+            "Raise maxmemory, or let workers drain the queues"
+        )
+    if isinstance(exc, rexc.AuthenticationError | rexc.NoPermissionError) or "NOAUTH" in text or "WRONGPASS" in text:
+        return ConfigError(f"Redis at {where} refused the user or password: {text}")
+    if isinstance(exc, rexc.BusyLoadingError | rexc.ReadOnlyError):
+        return BrokerUnavailable(f"Redis at {where} is not ready: {text}")
+    if isinstance(exc, rexc.NoScriptError):
+        return ReplyError(f"NOSCRIPT {text}")
+    if isinstance(exc, rexc.ConnectionError | rexc.TimeoutError | OSError):
+        return BrokerUnavailable(f"Redis at {where} can't be reached: {text}. Is it running, and is the URL right?")
+    return ReplyError(text)
+
+
+class Link:
+    """One connection to Redis for prepared commands; used by one thread at a time.
+
+    A link that failed is closed and connects anew at its next use. ``send`` and ``read`` raise ``BrokerUnavailable``.
+    """
+
+    __slots__ = ("_conn", "_where", "connects")
+
+    def __init__(self, conn: Any, where: str) -> None:
+        self._conn = conn
+        self._where = where
+        self.connects = 0
+
+    def connect(self) -> None:
+        """Connects, if that is not done. Raises ``BrokerUnavailable`` or ``ConfigError``."""
+        if self._conn._sock is None:
+            try:
+                self._conn.connect()
+            except (rexc.RedisError, OSError) as exc:
+                raise translate(exc, self._where) from None
+            self.connects += 1
+
+    @property
+    def connected(self) -> bool:
+        return self._conn._sock is not None
+
+    def fileno(self) -> int:
+        """The socket's number, for a selector; -1 when not connected."""
+        sock: socket.socket | None = self._conn._sock
+        return -1 if sock is None else sock.fileno()
+
+    def send(self, packed: bytes) -> None:
+        """Sends prepared bytes."""
+        try:
+            if self._conn._sock is None:
+                self._conn.connect()
+                self.connects += 1
+            self._conn.send_packed_command((packed,), check_health=False)
+        except (rexc.RedisError, OSError) as exc:
+            raise translate(exc, self._where) from None
+
+    def read(self) -> Reply:
+        """Reads one reply. An error reply raises; an error nested in a list stays in it as an exception."""
+        try:
+            return self._conn.read_response(disable_decoding=True)
+        except (rexc.RedisError, OSError) as exc:
+            raise translate(exc, self._where) from None
+
+    def buffered(self) -> bool:
+        """Whether a reply has been received that was not read yet."""
+        reader = getattr(self._conn._parser, "_reader", None)
+        return reader is not None and bool(reader.has_data())
+
+    def call(self, packed: bytes) -> Reply:
+        """Sends one prepared command and reads its reply; an unknown script is loaded and called again."""
+        self.send(packed)
+        try:
+            return self.read()
+        except ReplyError as exc:
+            if exc.code != "NOSCRIPT":
+                raise
+        self.load_script_of(packed)
+        self.send(packed)
+        return self.read()
+
+    def command(self, *parts: Part) -> Reply:
+        """Packs, sends and reads one command."""
+        return self.call(pack(*parts))
+
+    def run(self, name: str, keys: Sequence[str | bytes], args: Sequence[Part]) -> Reply:
+        """Calls the script ``lua/NAME.lua``."""
+        return self.call(script(name).pack(tuple(keys), tuple(args)))
+
+    def pipeline(self, packed: Sequence[bytes]) -> list[Reply]:
+        """Sends many prepared commands at once; errors stay in the list as exceptions. Unknown scripts are loaded and
+        their calls repeated, so calls that are sent together must not depend on each other's order then."""
+        self.send(b"".join(packed))
+        replies = [self.read_quietly() for _ in packed]
+        for i, reply in enumerate(replies):
+            if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
+                try:
+                    replies[i] = self.call(packed[i])
+                except ReplyError as exc:
+                    replies[i] = exc
+        return replies
+
+    def read_quietly(self) -> Reply:
+        """As ``read``, but an error reply is returned."""
+        try:
+            return self.read()
+        except (ReplyError, BrokerOutOfMemory, ConfigError) as exc:
+            return exc
+
+    def load_script_of(self, packed: bytes) -> None:
+        """Loads the script that a packed EVALSHA names."""
+        sha = packed.split(b"\r\n", 5)[4]
+        self.command("SCRIPT", "LOAD", by_sha()[sha].source)
+
+    def close(self) -> None:
+        self._conn.disconnect()
+
+
+class Broker:
+    """Where Redis is, and how to connect to it.
+
+    ``url``: see ``SCHEMES``; unknown query options are refused. ``timeout_s``: for connecting and for each reply.
+    ``client_name``: shown by CLIENT LIST. Raises ``ConfigError`` for a wrong URL.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 5.0, client_name: str = "streamtask") -> None:
+        self.url = url
+        self.safe_url = safe_url(url)
+        self.timeout_s = timeout_s
+        self.client_name = client_name
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._embedded: Any = None
+        scheme = url.partition("://")[0] if "://" in url else ""
+        if scheme not in SCHEMES:
+            raise ConfigError(
+                f"the broker URL {self.safe_url!r} has an unknown scheme: it must begin with one of "
+                + ", ".join(f"{name}://" for name in SCHEMES)
+            )
+        self.scheme = scheme
+        self._check()
+
+    def _check(self) -> None:
+        if self.scheme == "memory":
+            return
+        try:
+            parts = urlsplit(self.url)
+            _ = parts.port if "," not in parts.netloc else None
+        except ValueError as exc:
+            raise ConfigError(f"the broker URL {self.safe_url!r} can't be read: {exc}") from None
+        if self.scheme in ("redis", "rediss", "redis+cluster") and not parts.hostname:
+            raise ConfigError(f"the broker URL {self.safe_url!r} names no host, as in redis://localhost:6379/0")
+        if self.scheme in ("redis", "rediss"):
+            path = parts.path.strip("/")
+            if path and not path.isdigit():
+                raise ConfigError(f"the database in the broker URL {self.safe_url!r} must be a number, as in .../0")
+        if self.scheme == "unix" and not (parts.path or parts.netloc):
+            raise ConfigError("the broker URL names no socket, as in unix:///run/redis/redis.sock?db=0")
+        if self.scheme == "redis+sentinel" and not self._sentinel_service():
+            raise ConfigError(
+                f"the broker URL {self.safe_url!r} names no service, as in redis+sentinel://host1,host2:26379/mymaster/0"
+            )
+
+    def _sentinel_service(self) -> str:
+        return urlsplit(self.url).path.strip("/").partition("/")[0]
+
+    def _options(self, decode: bool = False) -> dict[str, Any]:
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        return {
+            "socket_timeout": self.timeout_s,
+            "socket_connect_timeout": min(self.timeout_s, 5.0),
+            "socket_keepalive": True,
+            "client_name": self.client_name,
+            "protocol": 2,
+            "decode_responses": decode,
+            # Who calls decides what may be repeated, and waits between tries (backoff.py).
+            "retry": Retry(NoBackoff(), 0),
+        }
+
+    def client(self) -> Any:
+        """redis-py's client, which answers bytes. One per broker; safe to share between threads."""
+        with self._lock:
+            if self._client is None:
+                try:
+                    self._client = self._open()
+                except (rexc.RedisError, OSError) as exc:
+                    raise translate(exc, self.safe_url) from None
+                except (ValueError, TypeError) as exc:
+                    raise ConfigError(f"the broker URL {self.safe_url!r} can't be used: {exc}") from None
+            return self._client
+
+    def _open(self) -> Any:
+        options = self._options()
+        if self.scheme == "memory":
+            return _memory_client(self.url)
+        if self.scheme == "embedded":
+            return redis.Redis.from_url(self._embedded_url(), **options)
+        if self.scheme == "redis+cluster":
+            from redis.cluster import RedisCluster
+
+            options.pop("retry")
+            return RedisCluster.from_url("redis" + self.url[len("redis+cluster") :], **options)
+        if self.scheme == "redis+sentinel":
+            return self._open_sentinel(options)
+        return redis.Redis.from_url(self.url, **options)
+
+    def _open_sentinel(self, options: dict[str, Any]) -> Any:
+        from redis.sentinel import Sentinel
+
+        parts = urlsplit(self.url)
+        userinfo, _, hosts = parts.netloc.rpartition("@")
+        user, _, password = userinfo.partition(":")
+        nodes = []
+        for host in hosts.split(","):
+            name, _, port = host.partition(":")
+            nodes.append((name, int(port or 26379)))
+        query = dict(parse_qsl(parts.query))
+        sentinel_options = {"socket_timeout": min(self.timeout_s, 2.0)}
+        if "sentinel_password" in query:
+            sentinel_options["password"] = query["sentinel_password"]  # type: ignore[assignment]
+        service, _, db = parts.path.strip("/").partition("/")
+        return Sentinel(nodes, sentinel_kwargs=sentinel_options).master_for(
+            service,
+            **options,
+            db=int(db or 0),
+            username=unquote(user) or None,
+            password=unquote(password) or None,
+        )
+
+    def _embedded_url(self) -> str:
+        if self._embedded is None:
+            from .embedded import join
+
+            path = self.url.removeprefix("embedded://").partition("?")[0]
+            self._embedded = join(path or None)
+        url: str = self._embedded.url
+        return url
+
+    @property
+    def is_cluster(self) -> bool:
+        return self.scheme == "redis+cluster"
+
+    def node(self, key: str) -> str:
+        """Which server holds a key: '' but on a Cluster."""
+        if not self.is_cluster:
+            return ""
+        with wrapped(self.safe_url):
+            name: str = self.client().get_node_from_key(key).name
+            return name
+
+    def link(self, key: str = "", *, timeout_s: float | None = None) -> Link:
+        """A new, unconnected link to the server that holds ``key``. ``timeout_s`` bounds the wait for a reply."""
+        client = self.client()
+        with wrapped(self.safe_url):
+            if self.is_cluster:
+                client = client.get_node_from_key(key).redis_connection or client.get_redis_connection(
+                    client.get_node_from_key(key)
+                )
+            conn = client.connection_pool.make_connection()
+        if timeout_s is not None:
+            conn.socket_timeout = timeout_s
+        return Link(conn, self.safe_url)
+
+    def async_client(self) -> Any:
+        """redis-py's asyncio client; make one per event loop."""
+        options = self._options()
+        if self.scheme in ("redis", "rediss", "unix", "embedded"):
+            from redis.asyncio.retry import Retry
+            from redis.backoff import NoBackoff
+
+            options["retry"] = Retry(NoBackoff(), 0)
+            url = self._embedded_url() if self.scheme == "embedded" else self.url
+            return redis.asyncio.Redis.from_url(url, **options)
+        raise ConfigError(f"asyncio produce calls need a redis://, rediss://, unix:// or embedded:// broker, not {self.scheme}://")
+
+    def check_version(self) -> tuple[int, ...]:
+        """The server's version. Raises ``UnsupportedServer`` below 6.2 and ``BrokerUnavailable``."""
+        with wrapped(self.safe_url):
+            info = self.client().info("server")
+            if self.is_cluster and "redis_version" not in info:
+                info = next(iter(info.values()))
+        text = str(info.get("redis_version", "0"))
+        version = tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+        if version < MIN_VERSION:
+            raise UnsupportedServer(
+                f"Redis at {self.safe_url} is version {text}: streamtask needs 6.2 or later (or Valkey). Upgrade the server"
+            )
+        return version
+
+    def close(self) -> None:
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+            if self._embedded is not None:
+                self._embedded.leave()
+                self._embedded = None
+
+
+@contextmanager
+def wrapped(where: str) -> Iterator[None]:
+    """Turns redis-py's errors inside the block into ours."""
+    try:
+        yield
+    except (rexc.RedisError, OSError) as exc:
+        raise translate(exc, where) from None
+
+
+def _memory_client(url: str) -> Any:
+    try:
+        import fakeredis
+    except ImportError:
+        raise ConfigError("memory:// needs fakeredis: pip install 'streamtask[test]'") from None
+    return fakeredis.FakeRedis(server=_memory_server(url), protocol=2)
+
+
+_memory_servers: dict[str, Any] = {}
+
+
+def _memory_server(url: str) -> Any:
+    import fakeredis
+
+    if url not in _memory_servers:
+        _memory_servers[url] = fakeredis.FakeServer(version=(7, 0))
+    return _memory_servers[url]
+
+
+__all__ = ["Broker", "Link", "Reply", "ReplyError", "Script", "pack", "safe_url", "translate", "wrapped"]

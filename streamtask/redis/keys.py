@@ -1,0 +1,116 @@
+"""The one place that spells a Redis key (see ``docs/protocol.md``).
+
+All keys of a shard share the hash tag ``{APP.QUEUE.EPOCH.SHARD}``, so that a script touches one slot of a Redis
+Cluster and a reshard never reuses a name. User text is percent-encoded where it could end a segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+SHARED = "shared"
+"""The SHARD segment of a queue's shared stream, which takes the messages without a shard key."""
+
+
+def segment(text: str) -> str:
+    """User text as one segment of a key: letters, digits, ``-`` and ``_`` stay, all else is percent-encoded."""
+    return quote(text, safe="").replace(".", "%2E").replace("~", "%7E")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKeys:
+    """The keys of one shard (or shared stream) of one epoch of a queue."""
+
+    prefix: str
+
+    @property
+    def stream(self) -> str:
+        return self.prefix + "stream"
+
+    @property
+    def state(self) -> str:
+        return self.prefix + "state"
+
+    @property
+    def delayed(self) -> str:
+        return self.prefix + "delayed"
+
+    @property
+    def wake(self) -> str:
+        """A stream of at most one entry: appended to when the owner must look at something else than the stream."""
+        return self.prefix + "wake"
+
+    @property
+    def dlq(self) -> str:
+        return self.prefix + "dlq"
+
+    @property
+    def requeued(self) -> str:
+        """Shared streams: entries of a consumer that is gone, by entry id; every fetch takes from here first."""
+        return self.prefix + "requeued"
+
+    def lease(self, group: str, incarnation: str | None = None) -> str:
+        """The lease record: of the shard's owner, or of one consumer of a shared stream."""
+        base = f"{self.prefix}lease:{segment(group)}"
+        return base if incarnation is None else f"{base}:{incarnation}"
+
+    def consumers(self, group: str) -> str:
+        """Shared streams: the consumers by the instant (Redis' clock, ms) at which their lease expires."""
+        return f"{self.prefix}consumers:{segment(group)}"
+
+    def token(self, group: str) -> str:
+        return f"{self.prefix}token:{segment(group)}"
+
+    def notes(self, group: str) -> str:
+        """Attempts, due times and crash counts of pending entries that have any."""
+        return f"{self.prefix}notes:{segment(group)}"
+
+    def seen(self, bucket: str) -> str:
+        return f"{self.prefix}seen:{bucket}"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueKeys:
+    """The keys of one queue that belong to no shard; their hash tag is ``{APP.QUEUE}``."""
+
+    namespace: str
+    app: str
+    queue: str
+
+    @property
+    def _tag(self) -> str:
+        return f"{segment(self.app)}.{segment(self.queue)}"
+
+    @property
+    def meta(self) -> str:
+        """Shard count, epoch and registered groups."""
+        return f"{self.namespace}:{{{self._tag}}}:meta"
+
+    @property
+    def revoked(self) -> str:
+        return f"{self.namespace}:{{{self._tag}}}:revoked"
+
+    def members(self, group: str) -> str:
+        """The live worker processes by the instant (Redis' clock, ms) at which their membership expires."""
+        return f"{self.namespace}:{{{self._tag}}}:members:{segment(group)}"
+
+    def member_info(self, group: str) -> str:
+        return f"{self.namespace}:{{{self._tag}}}:member-info:{segment(group)}"
+
+    def channel(self, group: str) -> str:
+        """The pub/sub channel on which the processes of a group tell each other that shards became free."""
+        return f"{self.namespace}:{{{self._tag}}}:events:{segment(group)}"
+
+    def shard(self, epoch: int, shard: int | str) -> ShardKeys:
+        return ShardKeys(f"{self.namespace}:{{{self._tag}.{epoch}.{shard}}}:")
+
+
+def app_queues(namespace: str, app: str) -> str:
+    """The set of an app's queue names, for the commands that list them."""
+    return f"{namespace}:{{{segment(app)}}}:queues"
+
+
+def result(namespace: str, app: str, task_id: str) -> str:
+    """Where a task's result lies; also the channel on which its arrival is told. Each id has a slot of its own."""
+    return f"{namespace}:{segment(app)}:{{{segment(task_id)}}}:result"

@@ -1,0 +1,42 @@
+-- Takes a shard's lease for an incarnation, if it is free. Repeating it answers the same token.
+-- KEYS[1] lease    hash: owner, token, expires_at (ms, Redis' clock), lease_ms, how; no TTL
+-- KEYS[2] token    counter without TTL
+-- ARGV[1] incarnation
+-- ARGV[2] lease time, ms
+-- ARGV[3] since when the caller has been heard without a gap, ms on Redis' clock
+-- ARGV[4] the lowest token to hand out
+-- ARGV[5] when the caller first missed a lease record that it had seen before, ms, or 0
+-- Returns: {token, expires_at, by_expiry} when taken, else {0, when to ask again (ms)}
+-- A lease that expired while the caller itself was cut off from Redis stays its last owner's for one more lease time:
+-- an outage that silences everybody moves no shard.
+--- @include now
+local now = now_ms()
+local lease_ms = tonumber(ARGV[2])
+local record = redis.call('HMGET', KEYS[1], 'owner', 'token', 'expires_at', 'how')
+local owner, expires_at = record[1], tonumber(record[3] or '0')
+if owner == ARGV[1] then
+  redis.call('HSET', KEYS[1], 'expires_at', now + lease_ms)
+  return { tonumber(record[2]), now + lease_ms, tonumber(record[4] or '0') }
+end
+local by_expiry = 0
+local free_from = 0
+if owner and owner ~= '' then
+  by_expiry = 1
+  free_from = expires_at
+elseif not owner and tonumber(ARGV[5]) > 0 then
+  by_expiry = 1
+  free_from = tonumber(ARGV[5]) + lease_ms
+end
+if by_expiry == 1 and tonumber(ARGV[3]) > free_from then
+  free_from = tonumber(ARGV[3]) + lease_ms
+end
+if now < free_from then
+  return { 0, free_from }
+end
+local time = redis.call('TIME')
+local micros = tonumber(time[1]) * 1000000 + tonumber(time[2])
+local token = math.max(tonumber(redis.call('GET', KEYS[2]) or '0') + 1, tonumber(record[2] or '0') + 1, micros, tonumber(ARGV[4]))
+local text = string.format('%.0f', token)
+redis.call('SET', KEYS[2], text)
+redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', text, 'expires_at', now + lease_ms, 'lease_ms', lease_ms, 'how', by_expiry)
+return { token, now + lease_ms, by_expiry }

@@ -1,0 +1,29 @@
+-- Counts one crash for each entry whose body ran when its process died. Called by the supervisor before it frees the
+-- lease; an entry is charged once per token, however often this is repeated.
+-- KEYS[1] lease    hash
+-- KEYS[2] stream   stream
+-- KEYS[3] notes    hash entry id -> "attempt due_ms crashes mark charged held"
+-- ARGV[1] token of the process that died
+-- ARGV[2] incarnation of the process that died
+-- ARGV[3] group
+-- ARGV[4...] entry ids
+-- Returns: how many were charged, or LEASE_LOST
+--- @include codes
+--- @include fence
+if not owns(KEYS[1], ARGV[1], ARGV[2]) then
+  return LEASE_LOST
+end
+local charged = 0
+for i = 4, #ARGV do
+  if #redis.call('XPENDING', KEYS[2], ARGV[3], ARGV[i], ARGV[i], 1) > 0 then
+    local note = redis.call('HGET', KEYS[3], ARGV[i]) or '0 0 0 0 0 0'
+    local attempt, due, crashes, mark, by, held = note:match('^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
+    if by ~= ARGV[1] then
+      redis.call('HDEL', KEYS[3], ARGV[i])
+      redis.call('HSET', KEYS[3], ARGV[i],
+        table.concat({ attempt, due, string.format('%d', tonumber(crashes) + 1), '0', ARGV[1], held }, ' '))
+      charged = charged + 1
+    end
+  end
+end
+return charged

@@ -1,0 +1,40 @@
+-- Takes a pending entry, whole and with its error, to the dead letters. Appends only if it removed; hold leaves the
+-- entry pending, so that its lane stays closed until the dead letter is replayed or dropped.
+-- KEYS[1] lease    hash
+-- KEYS[2] stream   stream
+-- KEYS[3] state    hash
+-- KEYS[4] notes    hash
+-- KEYS[5] dlq      stream
+-- ARGV[1] token
+-- ARGV[2] incarnation
+-- ARGV[3] group
+-- ARGV[4] entry id
+-- ARGV[5] error, JSON: reason, message, traceback, attempts, times
+-- ARGV[6] '' or, to hold the lane, the note to leave
+-- Returns: 1 if dead-lettered now, 0 if it was no longer pending or is held already, or LEASE_LOST
+--- @include codes
+--- @include fence
+--- @include remove
+if not owns(KEYS[1], ARGV[1], ARGV[2]) then
+  return LEASE_LOST
+end
+local entry = redis.call('XRANGE', KEYS[2], ARGV[4], ARGV[4])
+local fields = entry[1] and entry[1][2] or {}
+if ARGV[6] ~= '' then
+  local note = redis.call('HGET', KEYS[4], ARGV[4])
+  if #redis.call('XPENDING', KEYS[2], ARGV[3], ARGV[4], ARGV[4], 1) == 0 or (note and note:sub(-1) == '1') then
+    return 0
+  end
+  redis.call('HDEL', KEYS[4], ARGV[4])
+  redis.call('HSET', KEYS[4], ARGV[4], ARGV[6])
+  redis.call('XADD', KEYS[5], '*', 'error', ARGV[5], 'entry', ARGV[4], 'group', ARGV[3], 'held', '1', unpack(fields))
+  return 1
+end
+if redis.call('XACK', KEYS[2], ARGV[3], ARGV[4]) == 0 then
+  return 0
+end
+redis.call('XADD', KEYS[5], '*', 'error', ARGV[5], 'entry', ARGV[4], 'group', ARGV[3], 'held', '0', unpack(fields))
+remove_finished(KEYS[2], KEYS[3], ARGV[3], { ARGV[4] })
+redis.call('HDEL', KEYS[4], ARGV[4])
+redis.call('HINCRBY', KEYS[3], 'dead:' .. ARGV[3], 1)
+return 1

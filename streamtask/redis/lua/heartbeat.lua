@@ -1,0 +1,32 @@
+-- Says that worker processes live, and who else does. Members whose time is over are removed.
+-- KEYS[1] members      sorted set by expiry, ms
+-- KEYS[2] member info  hash incarnation -> JSON
+-- ARGV[1] lease time, ms
+-- ARGV[2] 1 if the caller was cut off since its last heartbeat
+-- ARGV[3] when the caller's supervisor was last heard, ms on Redis' clock (0: never), as an earlier call answered
+-- ARGV[4] since when it has been heard without a gap, as an earlier call answered
+-- ARGV[5...] incarnation, info of each of the caller's processes
+-- Returns: {now, since, changed, {member, ...}} with the members in the order of their names
+--- @include now
+local now = now_ms()
+local lease_ms = tonumber(ARGV[1])
+local since = tonumber(ARGV[4])
+if ARGV[2] == '1' or now - tonumber(ARGV[3]) > lease_ms * 0.6 then
+  since = now
+end
+local changed = 0
+local gone = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
+if #gone > 0 then
+  redis.call('ZREM', KEYS[1], unpack(gone))
+  redis.call('HDEL', KEYS[2], unpack(gone))
+  changed = 1
+end
+for i = 5, #ARGV, 2 do
+  changed = changed + redis.call('ZADD', KEYS[1], now + lease_ms, ARGV[i])
+  redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
+end
+redis.call('PEXPIRE', KEYS[1], lease_ms * 10)
+redis.call('PEXPIRE', KEYS[2], lease_ms * 10)
+local members = redis.call('ZRANGE', KEYS[1], 0, -1)
+table.sort(members)
+return { now, since, changed, members }

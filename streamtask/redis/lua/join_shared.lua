@@ -1,0 +1,19 @@
+-- Makes an incarnation a consumer of a shared stream, with a lease of its own. Repeating it answers the same token.
+-- KEYS[1] lease      hash of this consumer: owner, token
+-- KEYS[2] consumers  sorted set incarnation -> expires_at (ms)
+-- KEYS[3] token      counter without TTL
+-- ARGV[1] incarnation
+-- ARGV[2] lease time, ms
+-- Returns: {token, expires_at}
+--- @include now
+local expires_at = now_ms() + tonumber(ARGV[2])
+local token = redis.call('HGET', KEYS[1], 'token')
+if not token then
+  local time = redis.call('TIME')
+  local micros = tonumber(time[1]) * 1000000 + tonumber(time[2])
+  token = string.format('%.0f', math.max(tonumber(redis.call('GET', KEYS[3]) or '0') + 1, micros))
+  redis.call('SET', KEYS[3], token)
+  redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', token)
+end
+redis.call('ZADD', KEYS[2], expires_at, ARGV[1])
+return { tonumber(token), expires_at }

@@ -1,0 +1,32 @@
+-- Appends messages to a shard, in order, unless this batch was stored before: one id stands for the whole batch.
+-- KEYS[1] state    hash
+-- KEYS[2] seen     hash of produce ids
+-- KEYS[3] stream   stream
+-- KEYS[4] delayed  sorted set
+-- ARGV[1] epoch
+-- ARGV[2] id of the batch, 16 bytes
+-- ARGV[3] life of the id, ms
+-- ARGV[4] max_backlog, 0 for none
+-- ARGV[5...] field, envelope of each message
+-- Returns: how many of the first messages are stored, or a code where none is. Fewer than all: the shard is full.
+--- @include codes
+--- @include admit
+local count = (#ARGV - 4) / 2
+local max_backlog = tonumber(ARGV[4])
+local stored = redis.call('HGET', KEYS[2], ARGV[2])
+if stored then
+  return tonumber(stored)
+end
+local admitted = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], max_backlog)
+if admitted ~= 1 then
+  return admitted
+end
+if max_backlog > 0 then
+  count = math.min(count, max_backlog - redis.call('XLEN', KEYS[3]) - redis.call('ZCARD', KEYS[4]))
+end
+redis.call('HSET', KEYS[2], ARGV[2], count)
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+for i = 0, count - 1 do
+  redis.call('XADD', KEYS[3], '*', ARGV[5 + 2 * i], ARGV[6 + 2 * i])
+end
+return count

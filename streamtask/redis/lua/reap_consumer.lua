@@ -1,0 +1,62 @@
+-- Ends a consumer of a shared stream: its pending entries go to a live consumer and into the requeued set, in id order,
+-- and the empty consumer is removed. Where no other consumer lives and entries are pending, nothing is done.
+-- KEYS[1] lease      hash of the consumer to end
+-- KEYS[2] consumers  sorted set incarnation -> expires_at (ms)
+-- KEYS[3] stream     stream
+-- KEYS[4] requeued   sorted set of entry ids
+-- KEYS[5] wake       stream
+-- ARGV[1] group
+-- ARGV[2] incarnation of the consumer to end
+-- ARGV[3] '1' if it is known to be gone; else only when its lease has expired
+-- ARGV[4] since when the caller has been heard without a gap, ms
+-- ARGV[5] lease time, ms
+-- ARGV[6] most entries to move in this call
+-- Returns: {1 if the consumer is gone now else 0, how many entries moved}
+--- @include now
+local now = now_ms()
+local score = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[2]) or '0')
+if ARGV[3] ~= '1' then
+  local free_from = score
+  if tonumber(ARGV[4]) > score then
+    free_from = tonumber(ARGV[4]) + tonumber(ARGV[5])
+  end
+  if now < free_from then
+    return { 0, 0 }
+  end
+end
+local moved = 0
+local limit = tonumber(ARGV[6])
+local pending = redis.call('XPENDING', KEYS[3], ARGV[1], '-', '+', limit, ARGV[2])
+if #pending > 0 then
+  local heir
+  local live = redis.call('ZRANGEBYSCORE', KEYS[2], now, '+inf')
+  for i = 1, #live do
+    if live[i] ~= ARGV[2] then
+      heir = live[i]
+      break
+    end
+  end
+  if not heir then
+    return { 0, 0 }
+  end
+  for i = 1, #pending do
+    local id = pending[i][1]
+    -- XCLAIM first: Redis allows it above maxmemory, and with it the ZADD.
+    local claimed = redis.call('XCLAIM', KEYS[3], ARGV[1], heir, 0, id, 'JUSTID')
+    if #claimed > 0 then
+      redis.call('ZADD', KEYS[4], id:match('^(%d+)'), id)
+      moved = moved + 1
+    else
+      -- The entry was deleted under the consumer; on Redis 6.2 its PEL slot stays until it is acknowledged.
+      redis.call('XACK', KEYS[3], ARGV[1], id)
+    end
+  end
+  redis.call('XADD', KEYS[5], 'MAXLEN', '1', '*', 'w', 'requeued')
+end
+if #redis.call('XPENDING', KEYS[3], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
+  return { 0, moved }
+end
+redis.call('XGROUP', 'DELCONSUMER', KEYS[3], ARGV[1], ARGV[2])
+redis.call('ZREM', KEYS[2], ARGV[2])
+redis.call('DEL', KEYS[1])
+return { 1, moved }

@@ -1,0 +1,16 @@
+-- Prolongs the lease of a consumer of a shared stream, also late, as long as nobody removed it.
+-- KEYS[1] lease      hash of this consumer
+-- KEYS[2] consumers  sorted set
+-- ARGV[1] token
+-- ARGV[2] incarnation
+-- ARGV[3] lease time, ms
+-- Returns: expires_at (ms), or LEASE_LOST
+--- @include codes
+--- @include fence
+--- @include now
+if not owns(KEYS[1], ARGV[1], ARGV[2]) then
+  return LEASE_LOST
+end
+local expires_at = now_ms() + tonumber(ARGV[3])
+redis.call('ZADD', KEYS[2], expires_at, ARGV[2])
+return expires_at

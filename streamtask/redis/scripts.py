@@ -1,0 +1,85 @@
+"""Loads the Lua scripts and packs calls of them. One file is one atomic operation; ``--- @include NAME`` pulls in a
+file of ``lua/include``.
+
+A call is EVALSHA; a server that does not know the script (a restart, SCRIPT FLUSH) answers NOSCRIPT, upon which
+``connection.Link`` loads it and repeats the call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from enum import IntEnum
+from functools import cache
+from importlib import resources
+
+from hiredis import pack_command
+
+from ..errors import ConfigError
+
+_INCLUDE = re.compile(r"^--- @include (\w+)$", re.MULTILINE)
+
+
+class Code(IntEnum):
+    """What a script answers instead of doing its work (``lua/include/codes.lua``)."""
+
+    STORED_ALREADY = 0
+    LEASE_LOST = -1
+    NO_STATE = -2
+    SEALED = -3
+    FULL = -4
+    SEEN_LAYOUT = -5
+    IDS_FULL = -6
+
+
+class Script:
+    """One Lua script: its name, its whole source and its digest."""
+
+    __slots__ = ("_head", "name", "sha", "source")
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name = name
+        self.source = source
+        self.sha = hashlib.sha1(source.encode()).hexdigest()
+        self._head = ("EVALSHA", self.sha)
+
+    def pack(self, keys: tuple[str | bytes, ...], args: tuple[str | bytes | int | float, ...]) -> bytes:
+        """The call as bytes for the wire."""
+        packed: bytes = pack_command((*self._head, len(keys), *keys, *args))
+        return packed
+
+    def __repr__(self) -> str:
+        return f"<Script {self.name}>"
+
+
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath("lua", name).read_text(encoding="utf-8")
+
+
+def _expand(source: str, name: str) -> str:
+    included: set[str] = set()
+
+    def include(match: re.Match[str]) -> str:
+        if match[1] in included:
+            raise ConfigError(f"{name}.lua includes {match[1]} twice")
+        included.add(match[1])
+        return _read(f"include/{match[1]}.lua").rstrip("\n")
+
+    return _INCLUDE.sub(include, source)
+
+
+@cache
+def script(name: str) -> Script:
+    """The script of ``lua/NAME.lua``."""
+    return Script(name, _expand(_read(f"{name}.lua"), name))
+
+
+@cache
+def by_sha() -> dict[bytes, Script]:
+    """Every script by its digest, for the answer to NOSCRIPT."""
+    found = {}
+    for file in resources.files(__package__).joinpath("lua").iterdir():
+        if file.name.endswith(".lua"):
+            one = script(file.name.removesuffix(".lua"))
+            found[one.sha.encode()] = one
+    return found

@@ -1,0 +1,186 @@
+"""The wire format of a message (``docs/protocol.md``, ``docs/vectors.json``).
+
+A stream entry has one field: its name says the format, its value is the envelope.
+
+======  =========================================================================================
+``m``   msgpack array ``[task, key, id, args, kwargs, headers]``
+``j``   JSON object with those names, for producers without msgpack; ``id`` and ``key`` are text
+======  =========================================================================================
+
+``key`` is the canonical shard key (bytes) or nil; ``id`` 16 raw bytes (a UUID) or text; ``headers`` a map or nil.
+Another version of the format will have another field name, and what this version does not know becomes a dead letter.
+Values that msgpack lacks travel as extension types, see ``_default``.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from decimal import Decimal
+from typing import Any
+
+import msgpack
+
+from ..errors import DecodeError, EncodeError
+
+MSGPACK = b"m"
+JSON = b"j"
+
+H_EXPIRES = "expires"  # instant in ms since the epoch after which the body does not run
+H_PRODUCED = "at"  # instant in ms when the produce call was made, where the entry id does not tell it
+H_CONTENT = "content"  # content type of args, which then is bytes: another serializer of kombu's registry
+H_ETA = "eta"  # instant in ms that was asked for
+
+_EXT_DATETIME, _EXT_DATE, _EXT_TIME, _EXT_UUID, _EXT_DECIMAL, _EXT_TIMEDELTA, _EXT_SET = range(1, 8)
+
+
+def _default(value: object) -> msgpack.ExtType:
+    """Types beyond msgpack's own: 1 datetime, 2 date, 3 time (ISO 8601 text), 4 UUID (16 bytes), 5 Decimal (text),
+    6 timedelta (whole microseconds as text), 7 set (a msgpack array)."""
+    if isinstance(value, dt.datetime):
+        return msgpack.ExtType(_EXT_DATETIME, value.isoformat().encode())
+    if isinstance(value, dt.date):
+        return msgpack.ExtType(_EXT_DATE, value.isoformat().encode())
+    if isinstance(value, dt.time):
+        return msgpack.ExtType(_EXT_TIME, value.isoformat().encode())
+    if isinstance(value, uuid.UUID):
+        return msgpack.ExtType(_EXT_UUID, value.bytes)
+    if isinstance(value, Decimal):
+        return msgpack.ExtType(_EXT_DECIMAL, str(value).encode())
+    if isinstance(value, dt.timedelta):
+        micros = (value.days * 86400 + value.seconds) * 1_000_000 + value.microseconds
+        return msgpack.ExtType(_EXT_TIMEDELTA, str(micros).encode())
+    if isinstance(value, set | frozenset):
+        return msgpack.ExtType(_EXT_SET, pack_body(list(value)))
+    raise TypeError(f"{type(value).__name__} can't be serialised")
+
+
+def _ext_hook(code: int, data: bytes) -> object:
+    if code == _EXT_DATETIME:
+        return dt.datetime.fromisoformat(data.decode())
+    if code == _EXT_DATE:
+        return dt.date.fromisoformat(data.decode())
+    if code == _EXT_TIME:
+        return dt.time.fromisoformat(data.decode())
+    if code == _EXT_UUID:
+        return uuid.UUID(bytes=data)
+    if code == _EXT_DECIMAL:
+        return Decimal(data.decode())
+    if code == _EXT_TIMEDELTA:
+        return dt.timedelta(microseconds=int(data))
+    if code == _EXT_SET:
+        return set(unpack_body(data))
+    raise DecodeError(f"extension type {code} is unknown to this version")
+
+
+def pack_body(value: object) -> bytes:
+    """msgpack with the extension types. Raises TypeError, ValueError or OverflowError."""
+    packed: bytes = msgpack.packb(value, default=_default)
+    return packed
+
+
+def unpack_body(data: bytes) -> Any:
+    """The inverse of ``pack_body``. Raises what msgpack raises, or ``DecodeError``."""
+    return msgpack.unpackb(data, ext_hook=_ext_hook, strict_map_key=False)
+
+
+def encode(
+    task: str,
+    key: bytes | None,
+    message_id: bytes,
+    args: object,
+    kwargs: object,
+    headers: dict[str, Any] | None = None,
+) -> bytes:
+    """A msgpack envelope. Raises ``EncodeError`` naming the task and what can't be serialised."""
+    try:
+        return pack_body((task, key, message_id, args, kwargs, headers))
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise EncodeError(
+            f"the arguments of task {task!r} can't be serialised: {exc}. Pass plain values (numbers, text, bytes, lists, "
+            "dicts, dates, UUIDs), or name another serializer"
+        ) from None
+
+
+def decode(fields: list[bytes]) -> list[Any]:
+    """The envelope of an entry's fields: ``[task, key, id, args, kwargs, headers]``.
+
+    Raises ``DecodeError`` for anything that is no message of this version.
+    """
+    try:
+        if fields[0] == MSGPACK:
+            envelope = msgpack.unpackb(fields[1], ext_hook=_ext_hook, strict_map_key=False)
+            task, key, message_id, args, kwargs, headers = envelope
+            if not (
+                type(task) is str
+                and (type(key) is bytes or key is None)
+                and type(message_id) in (bytes, str)
+                and (type(args) is list or type(args) is bytes)
+                and (type(kwargs) is dict or kwargs is None)
+                and (headers is None or type(headers) is dict)
+            ):
+                raise DecodeError("the envelope's elements are of wrong types")
+            if headers is not None and H_CONTENT in headers:
+                _decode_content(envelope)
+            return envelope  # type: ignore[no-any-return]
+        if fields[0] == JSON:
+            return _decode_json(fields[1])
+    except DecodeError:
+        raise
+    except Exception as exc:
+        raise DecodeError(f"the entry can't be decoded: {exc}") from exc
+    raise DecodeError(f"the entry's field is {fields[0][:40]!r}: a message has the field m or j")
+
+
+def _decode_content(envelope: list[Any]) -> None:
+    from kombu import serialization
+
+    content_type = envelope[5][H_CONTENT]
+    # What the sender names is not proof that it may be loaded: kombu refuses pickle and yaml unless accepted by name.
+    body = serialization.loads(envelope[3], content_type, "utf-8", accept=accepted_content)
+    envelope[3], envelope[4] = list(body[0]), dict(body[1])
+
+
+accepted_content: set[str] = {"application/json", "application/x-msgpack"}
+"""Content types that ``decode`` loads; an app adds the serializers that it names, and thereby accepts."""
+
+
+def _decode_json(data: bytes) -> list[Any]:
+    from kombu.utils.json import loads
+
+    body = loads(data)
+    if not isinstance(body, dict) or not isinstance(body.get("task"), str):
+        raise DecodeError("a JSON envelope is an object with at least a task name")
+    unknown = set(body) - {"task", "key", "id", "args", "kwargs", "headers"}
+    if unknown:
+        raise DecodeError(f"the JSON envelope has unknown names: {', '.join(sorted(unknown))}")
+    key = body.get("key")
+    message_id = body.get("id")
+    if not isinstance(message_id, str):
+        raise DecodeError("the JSON envelope has no id")
+    try:
+        raw_id: bytes | str = uuid.UUID(message_id).bytes
+    except ValueError:
+        raw_id = message_id
+    args, kwargs, headers = body.get("args") or [], body.get("kwargs") or {}, body.get("headers")
+    if not (isinstance(args, list) and isinstance(kwargs, dict) and (headers is None or isinstance(headers, dict))):
+        raise DecodeError("args must be an array, kwargs and headers objects")
+    if not (key is None or isinstance(key, str | int)):
+        raise DecodeError("key must be text, a whole number or null")
+    return [body["task"], None if key is None else str(key).encode(), raw_id, args, kwargs, headers]
+
+
+def id_text(message_id: bytes | str) -> str:
+    """A message's id as people see it: a UUID where it is one."""
+    if isinstance(message_id, bytes):
+        return str(uuid.UUID(bytes=message_id)) if len(message_id) == 16 else message_id.hex()
+    return message_id
+
+
+def id_bytes(message_id: str) -> bytes | str:
+    """The inverse of ``id_text``: 16 bytes for a UUID in its usual form, else the text."""
+    try:
+        parsed = uuid.UUID(message_id)
+    except ValueError:
+        return message_id
+    return parsed.bytes if str(parsed) == message_id else message_id
