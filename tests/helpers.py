@@ -104,7 +104,7 @@ def is_alive(pid: int) -> bool:
         return True
     try:
         return _stat(pid)[0] not in ("Z", "X")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it ended just now, or there is no /proc
         return not Path("/proc/self").exists()
 
 
