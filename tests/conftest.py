@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers import MARK, our_processes, wait_until
+from tests.helpers import MARK, our_processes, run_folders, wait_until
 
 pytest_plugins = ["tests.fix_redis", "tests.fix_proxy"]
 
@@ -18,8 +18,9 @@ os.environ[MARK] = f"{os.getpid()}-{os.urandom(8).hex()}"
 
 
 @pytest.fixture(autouse=True)
-def no_process_left_behind() -> Iterator[None]:
+def no_process_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A test that leaves a process running fails: what it leaves disturbs the tests after it."""
+    run_folders.add(f"{tmp_path_factory.getbasetemp()}{os.sep}")
     before = our_processes()
     yield
     left: dict[int, str] = {}

@@ -60,6 +60,9 @@ def free_port() -> int:
 session_processes: set[int] = set()
 """Pids that are meant to live longer than one test."""
 
+run_folders: set[str] = set()
+"""Where this run has its tests' temporary folders."""
+
 # Looked up here: between fork and exec little is safe to do.
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _spawner: ThreadPoolExecutor | None = None
@@ -118,8 +121,9 @@ def _stat(pid: int) -> tuple[str, int]:
 def our_processes() -> dict[int, str]:
     """Pid and command of the running processes that this test run started, except those of the whole session.
 
-    Both our children and all that carry our mark in their environment: what has made itself a daemon is no child any
-    more, and what was forked without exec has no mark. Empty where there is no /proc.
+    Our children, all that carry our mark in their environment, and all that work in a test's folder: what has made
+    itself a daemon is no child any more, what was forked without exec has no mark, and a redis-server overwrites its
+    environment with its title. Empty where there is no /proc.
     """
     found: dict[int, str] = {}
     me = os.getpid()
@@ -136,7 +140,7 @@ def our_processes() -> dict[int, str]:
             state, parent = _stat(pid)
             if state in "ZX":
                 continue
-            if parent != me:
+            if parent != me and not any(os.readlink(f"/proc/{pid}/cwd").startswith(folder) for folder in run_folders):
                 with open(f"/proc/{pid}/environ", "rb") as file:
                     if mark not in file.read():
                         continue

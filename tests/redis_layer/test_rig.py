@@ -260,6 +260,21 @@ def test_what_a_test_leaves_behind_is_seen_even_as_a_daemon() -> None:
         wait_until(lambda: daemon not in our_processes())
 
 
+def test_a_redis_server_left_behind_as_a_daemon_is_seen(tmp_path: Path) -> None:
+    binary = list(server_binaries().values())[-1]
+    code = (
+        "import subprocess, sys; print(subprocess.Popen([sys.argv[1], '--port', '0', '--unixsocket', 's', '--dir', "
+        "sys.argv[2]], stdout=subprocess.DEVNULL, start_new_session=True).pid, 'up')"
+    )
+    with spawn("-c", code, binary, tmp_path) as process:
+        daemon = int(process.wait_line("up").split()[0])
+        assert process.wait() == 0
+    wait_until((tmp_path / "s").exists)
+    assert daemon in our_processes()
+    os.kill(daemon, signal.SIGKILL)
+    wait_until(lambda: daemon not in our_processes())
+
+
 def test_popen_from_a_thread() -> None:
     started: list[Any] = []
     thread = threading.Thread(target=lambda: started.append(popen(["sleep", "600"])))
