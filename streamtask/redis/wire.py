@@ -15,6 +15,7 @@ Values that msgpack lacks travel as extension types, see ``_default``.
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import uuid
 from decimal import Decimal
 from typing import Any
@@ -184,3 +185,11 @@ def id_bytes(message_id: str) -> bytes | str:
     except ValueError:
         return message_id
     return parsed.bytes if str(parsed) == message_id else message_id
+
+
+def pack_id(message_id: bytes | str) -> bytes:
+    """An id as the 16 bytes that id sets hold: as it is, or a 128-bit hash (BLAKE2b) of a longer one."""
+    if isinstance(message_id, bytes) and len(message_id) == 16:
+        return message_id
+    raw = message_id.encode() if isinstance(message_id, str) else message_id
+    return hashlib.blake2b(raw, digest_size=16).digest()

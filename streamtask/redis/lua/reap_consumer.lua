@@ -15,7 +15,7 @@
 --- @include now
 local now = now_ms()
 local score = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[2]) or '0')
-if ARGV[3] ~= '1' then
+if ARGV[3] ~= '1' and score > 0 then
   local free_from = score
   if tonumber(ARGV[4]) > score then
     free_from = tonumber(ARGV[4]) + tonumber(ARGV[5])
@@ -37,6 +37,10 @@ if #pending > 0 then
     end
   end
   if not heir then
+    if ARGV[3] == '1' then
+      -- Known to be gone: whoever comes next need not wait for the lease to expire.
+      redis.call('ZADD', KEYS[2], 0, ARGV[2])
+    end
     return { 0, 0 }
   end
   for i = 1, #pending do

@@ -17,11 +17,12 @@ end
 local ids = { unpack(ARGV, 4) }
 -- XACK is the first write: Redis allows it above maxmemory, and with it what follows.
 local acked = redis.call('XACK', KEYS[2], ARGV[3], unpack(ids))
+if acked == 0 then
+  return 0
+end
 remove_finished(KEYS[2], KEYS[3], ARGV[3], ids)
 if redis.call('EXISTS', KEYS[4]) == 1 then
   redis.call('HDEL', KEYS[4], unpack(ids))
 end
-if acked > 0 then
-  redis.call('HINCRBY', KEYS[3], 'done:' .. ARGV[3], acked)
-end
+redis.call('HINCRBY', KEYS[3], 'done:' .. ARGV[3], acked)
 return acked

@@ -1,0 +1,58 @@
+"""streamtask: Celery's task decorator with Kafka's guarantees, on Redis Streams."""
+
+from .app import StreamTask
+from .errors import (
+    BrokerOutOfMemory,
+    BrokerUnavailable,
+    BulkSendError,
+    ConfigError,
+    DecodeError,
+    EncodeError,
+    Ignore,
+    LeaseLost,
+    MessageTooLarge,
+    QueueFull,
+    Reject,
+    ResultTimeout,
+    Retry,
+    SendError,
+    ShardCountMismatch,
+    ShardKeyError,
+    SoftTimeLimitExceeded,
+    StreamTaskError,
+    TaskError,
+    TaskRevoked,
+    UnknownTask,
+    UnsupportedServer,
+)
+from .middleware import Dedupe, Middleware
+from .results import AsyncResult
+
+__all__ = [
+    "AsyncResult",
+    "BrokerOutOfMemory",
+    "BrokerUnavailable",
+    "BulkSendError",
+    "ConfigError",
+    "DecodeError",
+    "Dedupe",
+    "EncodeError",
+    "Ignore",
+    "LeaseLost",
+    "MessageTooLarge",
+    "Middleware",
+    "QueueFull",
+    "Reject",
+    "ResultTimeout",
+    "Retry",
+    "SendError",
+    "ShardCountMismatch",
+    "ShardKeyError",
+    "SoftTimeLimitExceeded",
+    "StreamTask",
+    "StreamTaskError",
+    "TaskError",
+    "TaskRevoked",
+    "UnknownTask",
+    "UnsupportedServer",
+]

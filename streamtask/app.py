@@ -1,0 +1,485 @@
+"""``StreamTask``: the app, which puts the parts together."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+from . import settings as settings_module
+from .clock import wall_ms
+from .errors import ConfigError, EncodeError, MessageTooLarge
+from .execution import Runner
+from .middleware import Dedupe, Middleware, Outgoing, overriding
+from .queue.aproducer import AsyncProducer
+from .queue.consumer import ConsumerSettings
+from .queue.declare import Queue
+from .queue.producer import Call, Producer, ProducerSettings, new_id
+from .queue.seen import dedupe_hash
+from .redis import wire
+from .redis.connection import Broker, pack
+from .results import AsyncResult, ResultStore
+from .settings import Settings
+from .task import Task, TaskOptions
+from .worker.ports import WorkerSettings
+
+F = TypeVar("F", bound=Callable[..., Any])
+ENV_URL = "STREAMTASK_BROKER_URL"
+
+
+class StreamTask:
+    """An app: a broker, its settings and its tasks.
+
+    ``name``: part of every key, so apps of different names share nothing. ``broker``: a URL; None reads
+    ``STREAMTASK_BROKER_URL``, and without it uses the embedded server. ``backend``: True keeps results on the broker's
+    server, a URL elsewhere, None nowhere. ``middleware``: in the order in which their hooks run. Other options: see
+    ``streamtask.settings.Settings``. Raises ``ConfigError``; connects at the first use.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        broker: str | None = None,
+        backend: str | bool | None = None,
+        middleware: Sequence[Middleware] = (),
+        **options: Any,
+    ) -> None:
+        if not name or not isinstance(name, str):
+            raise ConfigError("an app needs a name, as in StreamTask('notifications')")
+        self.name = name
+        self.settings: Settings = settings_module.from_options(options)
+        url = broker if broker is not None else os.environ.get(ENV_URL) or "embedded://"
+        self.broker = Broker(url, timeout_s=self.settings.redis_timeout)
+        self.middleware = list(middleware)
+        self.tasks: dict[str, Task[Any]] = {}
+        self._queues: dict[str, Queue] = {}
+        self._lock = threading.Lock()
+        self.results = self._result_store(backend)
+        self.producer = Producer(self._producer_settings())
+        self._async_producer: AsyncProducer | None = None
+        self._before_send = overriding(self.middleware, "before_send")
+        self._after_send = overriding(self.middleware, "after_send")[::-1]
+        wire.accepted_content.update(_content_types((*self.settings.accept_content, self.settings.serializer)))
+
+    def _result_store(self, backend: str | bool | None) -> ResultStore | None:
+        if backend is None or backend is False:
+            return None
+        where = self.broker if backend is True else Broker(backend, timeout_s=self.settings.redis_timeout)
+        return ResultStore(where, self.settings.namespace, self.name, self.settings.result_ttl)
+
+    def _producer_settings(self) -> ProducerSettings:
+        s = self.settings
+        return ProducerSettings(
+            max_backlog=s.max_backlog,
+            produce_ttl_ms=int(s.produce_ttl * 1000),
+            dedupe_ttl_ms=int(s.dedupe_ttl * 1000),
+            max_dedupe_ids=s.max_dedupe_ids,
+            timeout_s=s.send_timeout,
+        )
+
+    # Tasks
+
+    @overload
+    def task(self, function: F) -> Task[F]: ...
+    @overload
+    def task(self, function: None = None, *, name: str | None = None, **options: Any) -> Callable[[F], Task[F]]: ...
+    def task(self, function: F | None = None, *, name: str | None = None, **options: Any) -> Any:
+        """Registers a function as a task: ``@app.task`` or ``@app.task(shard_key="user_id", ...)``.
+
+        Options: see ``streamtask.task.TaskOptions``. ``name`` is the module's and the function's by default. Raises
+        ``ConfigError`` for unknown options or a name that is taken.
+        """
+
+        def register(function: F) -> Task[F]:
+            unknown = set(options) - set(TaskOptions.__dataclass_fields__)
+            if unknown:
+                raise ConfigError(
+                    f"unknown task option{'s' if len(unknown) > 1 else ''} {', '.join(sorted(unknown))}: "
+                    f"known are name, {', '.join(sorted(TaskOptions.__dataclass_fields__))}"
+                )
+            task = Task(self, function, name or _name_of(function), _task_options(options))
+            if task.name in self.tasks and self.tasks[task.name].function is not function:
+                other = self.tasks[task.name].function
+                if (other.__module__, other.__qualname__) != (function.__module__, function.__qualname__):
+                    raise ConfigError(f"two tasks are named {task.name!r}: give one of them another name=")
+            if task.options.serializer:
+                wire.accepted_content.update(_content_types([task.options.serializer]))
+            self.tasks[task.name] = task
+            return task
+
+        return register if function is None else register(function)
+
+    # Queues
+
+    def queue(self, name: str) -> Queue:
+        """The queue of that name, whether it exists in Redis or not."""
+        found = self._queues.get(name)
+        if found is None:
+            with self._lock:
+                shards = self.settings.queue_shards.get(name, self.settings.shards)
+                found = self._queues.setdefault(
+                    name, Queue(self.broker, self.settings.namespace, self.name, name, shards)
+                )
+        return found
+
+    def queue_names(self) -> list[str]:
+        """The queues that this app's tasks name, ``default`` first."""
+        names = {task.options.queue for task in self.tasks.values()} or {"default"}
+        return sorted(names, key=lambda name: (name != "default", name))
+
+    # Sending
+
+    def send(
+        self,
+        task: Task[Any],
+        key: bytes | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        dedupe_id: str | None = None,
+        task_id: str | None = None,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> AsyncResult:
+        """Stores one message; ``task.delay`` and ``apply_async`` are the ways to call it."""
+        call, outgoing = self._call(task, key, args, kwargs, dedupe_id=dedupe_id, task_id=task_id, **options)
+        stored = self.producer.send(call, timeout)
+        return self._sent(call, outgoing, stored)
+
+    async def asend(
+        self,
+        task: Task[Any],
+        key: bytes | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> AsyncResult:
+        """As ``send``, for asyncio."""
+        if self._async_producer is None:
+            self._async_producer = AsyncProducer(self.producer, self.broker)
+        queue = self.queue(task.options.queue)
+        if queue._shape is None:
+            import asyncio
+
+            await asyncio.to_thread(queue.shape)
+        call, outgoing = self._call(task, key, args, kwargs, **options)
+        stored = await self._async_producer.send(call, timeout)
+        return self._sent(call, outgoing, stored)
+
+    def _call(
+        self,
+        task: Task[Any],
+        key: bytes | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        countdown: float | None = None,
+        eta: dt.datetime | None = None,
+        expires: float | dt.datetime | None = None,
+        dedupe_id: str | None = None,
+        task_id: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+    ) -> tuple[Call, Outgoing | None]:
+        options = task.options
+        queue = self.queue(options.queue)
+        produce_id = new_id()
+        message_id: bytes | str = produce_id
+        dedupe = None
+        if dedupe_id is not None:
+            message_id = dedupe = dedupe_hash(key, dedupe_id)
+        if task_id is not None:
+            message_id = wire.id_bytes(task_id)
+        due_ms: int | None = None
+        relative = False
+        head: dict[str, Any] = dict(headers) if headers else {}
+        if countdown is not None or eta is not None:
+            due_ms, relative = _due(countdown, eta)
+            if due_ms is not None:
+                head[wire.H_PRODUCED] = wall_ms()
+                head[wire.H_ETA] = wall_ms() + due_ms if relative else due_ms
+        if expires is None:
+            expires = options.expires
+        if expires is not None:
+            head[wire.H_EXPIRES] = _deadline_ms(expires)
+        outgoing = None
+        if self._before_send or self._after_send:
+            outgoing = Outgoing(task.name, wire.id_text(message_id), args, kwargs, options.queue, key, head)
+            for hook in self._before_send:
+                hook(outgoing)
+            head = outgoing.headers
+        field, envelope = self._encode(task, key, message_id, args, kwargs, head or None)
+        call = Call(queue, queue.shard_for(key), field, envelope, produce_id, due_ms, relative, dedupe, message_id)
+        return call, outgoing
+
+    def _encode(
+        self,
+        task: Task[Any],
+        key: bytes | None,
+        message_id: bytes | str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        headers: dict[str, Any] | None,
+    ) -> tuple[bytes, bytes]:
+        serializer = task.options.serializer or self.settings.serializer
+        if serializer == "msgpack":
+            envelope = wire.encode(task.name, key, message_id, args, kwargs, headers)
+        else:
+            envelope = _encode_with_kombu(task.name, serializer, key, message_id, args, kwargs, headers)
+        if len(envelope) > self.settings.max_message_bytes:
+            raise MessageTooLarge(
+                f"the message of task {task.name!r} has {len(envelope)} bytes; max_message_bytes is "
+                f"{self.settings.max_message_bytes}. Store the data elsewhere and send where it is"
+            )
+        return wire.MSGPACK, envelope
+
+    def _sent(self, call: Call, outgoing: Outgoing | None, stored: bool) -> AsyncResult:
+        if outgoing is not None:
+            for hook in self._after_send:
+                hook(outgoing, stored)
+            message_id: bytes | str = outgoing.id
+        else:
+            message_id = call.message_id
+        return AsyncResult(message_id, self.results, self._revoker(call.queue), stored)
+
+    def send_bulk(
+        self,
+        task: Task[Any],
+        calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
+        *,
+        timeout: float | None = None,
+    ) -> list[AsyncResult]:
+        """Stores many messages of one task; ``task.send_many`` is the way to call it."""
+        queue = self.queue(task.options.queue)
+        shape = queue.shape()
+        messages: list[tuple[int | str, bytes, bytes]] = []
+        results: list[AsyncResult] = []
+        outgoing: list[Outgoing] = []
+        revoke = self._revoker(queue)
+        expires = task.options.expires
+        base_headers = {wire.H_EXPIRES: _deadline_ms(expires)} if expires is not None else None
+        hooks = bool(self._before_send or self._after_send)
+        for one in calls:
+            args, kwargs = ((), one) if isinstance(one, Mapping) else one
+            key = task.shard_key(args, kwargs)
+            message_id = new_id()
+            headers = base_headers
+            if hooks:
+                out = Outgoing(task.name, wire.id_text(message_id), args, kwargs, queue.name, key, dict(headers or {}))
+                for hook in self._before_send:
+                    hook(out)
+                outgoing.append(out)
+                headers = out.headers or None
+            field, envelope = self._encode(task, key, message_id, args, kwargs, headers)
+            messages.append((queue.shard_for(key) if shape else 0, field, envelope))
+            results.append(AsyncResult(message_id, self.results, revoke))
+        self.producer.send_many(queue, messages, timeout)
+        for out in outgoing:
+            for hook in self._after_send:
+                hook(out, True)
+        return results
+
+    # Results
+
+    def AsyncResult(self, task_id: str, *, queue: str = "default") -> AsyncResult:  # noqa: N802 - Celery's name
+        """The result of a task id; ``queue`` is where ``revoke`` looks for its message."""
+        return AsyncResult(wire.id_bytes(task_id), self.results, self._revoker(self.queue(queue)))
+
+    def _revoker(self, queue: Queue) -> Callable[[str], None]:
+        def revoke(task_id: str) -> None:
+            key = queue.keys.revoked
+            link = self.producer.take_link(self.broker.node(key), queue, key)
+            try:
+                # Kept for a day: a message that waits longer runs, as revoking was never promised to be for ever.
+                now = wall_ms()
+                link.call(pack("ZADD", key, now + 86_400_000, task_id))
+                link.call(pack("ZREMRANGEBYSCORE", key, "-inf", now))
+                link.call(pack("PEXPIRE", key, 86_400_000))
+                link.call(pack("PUBLISH", queue.keys.channel(self.settings.group), "revoked"))
+            finally:
+                link.close()
+
+        return revoke
+
+    # Working
+
+    def runner(self, on_start: Callable[[], None] = lambda: None) -> Runner:
+        """What runs this app's tasks in a worker."""
+        return Runner(self.tasks, self.settings, self.results, self.middleware, on_start)
+
+    def worker_settings(self, *, queues: Sequence[str] | None = None, concurrency: int = 1) -> WorkerSettings:
+        """How this app's workers are to work."""
+        s = self.settings
+        names = list(queues) if queues else self.queue_names()
+        deduped: dict[str, int] = {}
+        dedupe_all_ms = 0
+        for one in self.middleware:
+            if isinstance(one, Dedupe):
+                if one.tasks is None:
+                    dedupe_all_ms = one.ttl_ms
+                else:
+                    deduped.update(dict.fromkeys(one.tasks, one.ttl_ms))
+        each = s.ack == "each"
+        return WorkerSettings(
+            app=self.name,
+            broker=self.broker,
+            queues=[self.queue(name) for name in names],
+            consumer=ConsumerSettings(
+                group=s.group,
+                fetch_count=s.prefetch,
+                ack_batch=1 if each else s.ack_batch,
+                max_crashes=s.max_crashes,
+                hold_on_dead=s.on_dead == "hold",
+                max_dedupe_ids=s.max_dedupe_ids,
+                unordered=frozenset(name for name, task in self.tasks.items() if not task.options.ordered),
+                deduped=deduped,
+                dedupe_all_ms=dedupe_all_ms,
+            ),
+            lease_ms=int(s.lease * 1000),
+            handover_timeout_s=s.handover_timeout,
+            ack_interval_s=0.0 if each else s.ack_interval,
+            concurrency=concurrency,
+            result_broker=self.results.broker if self.results else None,
+            has_time_limits=any(task.options.time_limit for task in self.tasks.values()),
+        )
+
+    def run_until_idle(self, *, timeout: float = 60.0, fail_fast: bool = True) -> int:
+        """Runs everything that is queued in this process, until nothing is left that could run within the time.
+
+        For tests, with any broker, ``memory://`` among them. Waits for retries and delayed messages up to ``timeout``
+        seconds. Returns how many bodies ended well. ``fail_fast``: raises ``TaskError`` at the first dead letter.
+        """
+        from .worker.inline import run_until_idle
+
+        return run_until_idle(self.worker_settings(), self.runner(), timeout_s=timeout, fail_fast=fail_fast)
+
+    def close(self) -> None:
+        """Closes the app's connections."""
+        self.producer.close()
+        if self.results is not None and self.results.broker is not self.broker:
+            self.results.broker.close()
+        self.broker.close()
+
+    def __repr__(self) -> str:
+        return f"<StreamTask {self.name!r} at {self.broker.safe_url}>"
+
+
+def _task_options(options: dict[str, Any]) -> TaskOptions:
+    for name in ("autoretry_for", "dont_autoretry_for"):
+        value = options.get(name)
+        if value is not None:
+            value = (value,) if isinstance(value, type) else tuple(value)
+            if not all(isinstance(one, type) and issubclass(one, BaseException) for one in value):
+                raise ConfigError(f"{name} must be a tuple of exception classes")
+            options[name] = value
+    return TaskOptions(**options)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    module = function.__module__
+    if module == "__main__":
+        # What runs as a script is imported by the worker under its file's name.
+        file = getattr(sys.modules["__main__"], "__file__", None)
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if spec is not None and spec.name:
+            module = spec.name.removesuffix(".__main__")
+        elif file:
+            module = os.path.splitext(os.path.basename(file))[0]
+    return f"{module}.{function.__qualname__}"
+
+
+def _due(countdown: float | None, eta: dt.datetime | None) -> tuple[int | None, bool]:
+    if countdown is not None and eta is not None:
+        raise ConfigError("give countdown or eta, not both")
+    if eta is not None:
+        if not isinstance(eta, dt.datetime) or eta.tzinfo is None:
+            raise ConfigError("eta must be a datetime with a time zone, as datetime.now(timezone.utc) + timedelta(...)")
+        due = int(eta.timestamp() * 1000)
+        return (due if due > wall_ms() else None), False
+    if isinstance(countdown, bool) or not isinstance(countdown, int | float):
+        raise ConfigError(f"countdown must be a number of seconds, not {countdown!r}")
+    # Never early: a part of a millisecond counts as a whole one.
+    return (-int(-countdown * 1000 // 1), True) if countdown > 0 else (None, False)
+
+
+def _deadline_ms(expires: float | dt.datetime) -> int:
+    if isinstance(expires, dt.datetime):
+        if expires.tzinfo is None:
+            raise ConfigError("expires must be a number of seconds or a datetime with a time zone")
+        return int(expires.timestamp() * 1000)
+    return wall_ms() + int(expires * 1000)
+
+
+def _content_types(serializers: Iterable[str]) -> set[str]:
+    from kombu.serialization import registry
+
+    found = set()
+    for name in serializers:
+        try:
+            found.add(registry.name_to_type[name])
+        except KeyError:
+            raise ConfigError(
+                f"no serializer {name!r} is registered with kombu: known are {', '.join(sorted(registry.name_to_type))}"
+            ) from None
+    return found
+
+
+def _encode_with_kombu(
+    task: str,
+    serializer: str,
+    key: bytes | None,
+    message_id: bytes | str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    headers: dict[str, Any] | None,
+) -> bytes:
+    from kombu.serialization import dumps
+
+    try:
+        content_type, encoding, body = dumps((list(args), dict(kwargs)), serializer)
+    except Exception as exc:
+        raise EncodeError(f"the arguments of task {task!r} can't be serialised as {serializer}: {exc}") from None
+    raw = body.encode(encoding or "utf-8") if isinstance(body, str) else bytes(body)
+    return wire.encode(task, key, message_id, raw, None, {**(headers or {}), wire.H_CONTENT: content_type})  # type: ignore[arg-type]
+
+
+def find_app(name: str) -> StreamTask:
+    """The app that ``-A`` names: ``module:attribute``, or ``module`` (the one app in it, or ``app``).
+
+    Raises ``ConfigError`` saying what was looked for.
+    """
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as exc:
+        if exc.name is not None and (module_name == exc.name or module_name.startswith(exc.name + ".")):
+            raise ConfigError(
+                f"there is no module {exc.name!r} to find the app in (-A {name}): run from the folder that holds it, or "
+                "install it"
+            ) from None
+        raise ConfigError(f"the module {module_name!r} (-A {name}) can't be imported: {exc}") from exc
+    except Exception as exc:
+        raise ConfigError(f"the module {module_name!r} (-A {name}) raised while it was imported: {exc!r}") from exc
+    if attribute:
+        found = getattr(module, attribute, None)
+        if not isinstance(found, StreamTask):
+            raise ConfigError(f"{module_name}:{attribute} is no StreamTask app but {type(found).__name__}")
+        return found
+    apps = {id(value): value for value in vars(module).values() if isinstance(value, StreamTask)}
+    named = getattr(module, "app", None)
+    if isinstance(named, StreamTask):
+        return named
+    if len(apps) == 1:
+        return next(iter(apps.values()))
+    raise ConfigError(
+        f"module {module_name!r} has {len(apps) or 'no'} StreamTask app{'s' if len(apps) != 1 else ''}: "
+        f"name one with -A {module_name}:attribute"
+    )

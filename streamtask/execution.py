@@ -1,0 +1,383 @@
+"""Runs a body with its context and limits, and decides what becomes of its message (``worker.ports.TaskRunner``)."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import datetime as dt
+import logging
+import signal
+import threading
+import traceback as tb
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .backoff import retry_delay_s
+from .clock import mono_s, wall_ms
+from .errors import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from .middleware import Middleware, overriding
+from .queue.consumer import Outcome
+from .queue.lanes import Delivery
+from .redis import wire
+from .request import Request, here, in_coroutine
+from .results import FAILURE, REVOKED, SUCCESS, ResultStore
+from .task import Task
+from .worker.ports import Place
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+log = logging.getLogger("streamtask.task")
+
+UNKNOWN_TASK = "unknown-task"
+EXHAUSTED = "exhausted"
+FAILED = "failed"
+REJECTED = "rejected"
+EXPIRED = "expired"
+
+
+class Runner:
+    """See ``worker.ports.TaskRunner``."""
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task[Any]],
+        settings: Settings,
+        results: ResultStore | None,
+        middlewares: list[Middleware],
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._tasks = tasks
+        self._settings = settings
+        self._results = results
+        self._before_run = overriding(middlewares, "before_run")
+        self._after_run = overriding(middlewares, "after_run")[::-1]
+        self._on_retry = overriding(middlewares, "on_retry")[::-1]
+        self._on_dead = overriding(middlewares, "on_dead")[::-1]
+        self._next_start: dict[str, float] = {}
+        self._rate_lock = threading.Lock()
+        self._watch: SoftLimitWatch | None = None
+        self._on_start = on_start
+        self.plain: dict[str, Callable[..., Any]] = {
+            name: task.function for name, task in tasks.items() if self._is_plain(task)
+        }
+
+    def _is_plain(self, task: Task[Any]) -> bool:
+        o = task.options
+        return not (
+            task.is_async
+            or o.bind
+            or o.soft_time_limit
+            or o.time_limit
+            or o.rate_limit
+            or self._before_run
+            or self._after_run
+            or (self._results is not None and not o.ignore_result)
+        )
+
+    def process_started(self) -> None:
+        self._on_start()
+
+    def is_async(self, task: str) -> bool:
+        found = self._tasks.get(task)
+        return found is not None and found.is_async
+
+    def enter(self, delivery: Delivery, place: Place) -> None:
+        here.delivery = delivery
+        here.place = place
+
+    # Running
+
+    def run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+        task = self._tasks.get(delivery.task)
+        refused = self._refuse(task, delivery)
+        if refused is not None or task is None:
+            return refused or (None, None)
+        self.enter(delivery, place)
+        request = Request(delivery, place)
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            for hook in self._before_run:
+                hook(request)
+            with self._limits(task, place):
+                result = task(*delivery.args, **delivery.kwargs)
+        except BaseException as exc:
+            error = exc
+        return self._ended(task, delivery, place, request, result, error)
+
+    async def arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+        task = self._tasks.get(delivery.task)
+        refused = self._refuse(task, delivery)
+        if refused is not None or task is None:
+            return refused or (None, None)
+        token = in_coroutine.set((delivery, place))
+        request = Request(delivery, place)
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            for hook in self._before_run:
+                hook(request)
+            result = await self._within_limits(task, delivery, place)
+        except BaseException as exc:
+            error = exc
+        finally:
+            in_coroutine.reset(token)
+        return self._ended(task, delivery, place, request, result, error)
+
+    def _refuse(self, task: Task[Any] | None, delivery: Delivery) -> tuple[Outcome | None, bytes | None] | None:
+        """What becomes of a message that is not to run now, or None."""
+        if task is None:
+            known = ", ".join(sorted(self._tasks)) or "none"
+            outcome = Outcome(
+                "dead",
+                reason=UNKNOWN_TASK,
+                message=f"no task is registered as {delivery.task!r} (registered: {known}). Deploy the code that has "
+                "it, or name its module with -A, then replay the dead letter",
+            )
+            return outcome, self._failure(delivery, outcome)
+        headers = delivery.headers
+        if headers is not None:
+            expires = headers.get(wire.H_EXPIRES)
+            if expires is not None and wall_ms() > expires:
+                log.info("expired task=%s id=%s", delivery.task, wire.id_text(delivery.id))
+                stored = self._store(delivery, task, REVOKED, error="expired before it ran")
+                if self._settings.on_expired == "dead":
+                    return Outcome("dead", reason=EXPIRED, message="expired before it ran"), stored
+                return None, stored
+        rate = task.options.rate_per_s() if task.options.rate_limit else None
+        if rate is not None:
+            wait = self._rate_wait(task.name, rate)
+            if wait > 0:
+                return Outcome("requeue", delay_s=wait), None
+        return None
+
+    def _rate_wait(self, name: str, rate: float) -> float:
+        with self._rate_lock:
+            now = mono_s()
+            start = self._next_start.get(name, 0.0)
+            if start > now:
+                return start - now
+            self._next_start[name] = now + 1 / rate
+            return 0.0
+
+    @contextmanager
+    def _limits(self, task: Task[Any], place: Place) -> Iterator[None]:
+        options = task.options
+        if options.time_limit:
+            place.set_deadline(mono_s() + options.time_limit)
+        try:
+            if options.soft_time_limit and place.in_main_thread:
+                with soft_limit_by_signal(options.soft_time_limit):
+                    yield
+            elif options.soft_time_limit:
+                if self._watch is None:
+                    self._watch = SoftLimitWatch()
+                with self._watch.limit(options.soft_time_limit):
+                    yield
+            else:
+                yield
+        finally:
+            if options.time_limit:
+                place.set_deadline(0.0)
+
+    async def _within_limits(self, task: Task[Any], delivery: Delivery, place: Place) -> Any:
+        options = task.options
+        if options.time_limit:
+            place.set_deadline(mono_s() + options.time_limit)
+        try:
+            body = task(*delivery.args, **delivery.kwargs)
+            if not options.soft_time_limit:
+                return await body
+            try:
+                return await asyncio.wait_for(body, options.soft_time_limit)
+            except asyncio.TimeoutError:
+                raise SoftTimeLimitExceeded(f"soft_time_limit of {options.soft_time_limit} s") from None
+        finally:
+            if options.time_limit:
+                place.set_deadline(0.0)
+
+    # Afterwards
+
+    def _ended(
+        self,
+        task: Task[Any],
+        delivery: Delivery,
+        place: Place,
+        request: Request,
+        result: Any,
+        error: BaseException | None,
+    ) -> tuple[Outcome | None, bytes | None]:
+        for hook in self._after_run:
+            _quietly(hook, request, result, error)
+        if error is None:
+            return None, self._store(delivery, task, SUCCESS, result)
+        if isinstance(error, Ignore):
+            return None, None
+        outcome = self.failed(delivery, place, error)
+        return outcome, self._failure(delivery, outcome)
+
+    def failed(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
+        """Retry or dead letter, by the task's options; see ``TaskOptions``."""
+        task = self._tasks[delivery.task]
+        options = task.options
+        attempt = delivery.note.attempt if delivery.note else 0
+        if isinstance(exc, Ignore):
+            return Outcome("ignored")
+        if isinstance(exc, Reject):
+            if exc.requeue:
+                return Outcome("requeue")
+            return Outcome("dead", reason=REJECTED, message=exc.reason, traceback=_text(exc))
+        limit = options.max_retries
+        if isinstance(exc, Retry):
+            limit = exc.max_retries if exc.max_retries is not None else limit
+            cause = exc.exc or exc
+            delay = _asked_delay_s(exc)
+        else:
+            cause, delay = exc, None
+            if (
+                isinstance(exc, options.dont_autoretry_for)
+                or (options.autoretry_for is not None and not isinstance(exc, options.autoretry_for))
+                or (options.autoretry_for is None and not isinstance(exc, Exception))
+            ):
+                return Outcome("dead", reason=FAILED, message=_brief(exc), traceback=_text(exc))
+        if limit is not None and attempt >= limit:
+            return Outcome(
+                "dead", reason=EXHAUSTED, message=f"{_brief(cause)} (after {attempt} retries)", traceback=_text(exc)
+            )
+        if delay is None:
+            backoff = options.retry_backoff
+            delay = 0.0
+            if backoff:
+                base = 1.0 if backoff is True else float(backoff)
+                delay = retry_delay_s(attempt, base_s=base, cap_s=options.retry_backoff_max, jitter=options.retry_jitter)
+        log.warning(
+            "retry in %.2f s task=%s id=%s attempt=%d: %s",
+            delay, delivery.task, wire.id_text(delivery.id), attempt, _brief(cause),
+        )  # fmt: skip
+        if self._on_retry:
+            request = Request(delivery, place)
+            for hook in self._on_retry:
+                _quietly(hook, request, cause, delay)
+        return Outcome("retry", delay_s=delay, message=_brief(cause))
+
+    def dead(self, delivery: Delivery, place: Place, outcome: Outcome) -> bytes | None:
+        """Told of each dead letter once it is stored; answers the result to store, if the body did not."""
+        if self._on_dead:
+            request = Request(delivery, place)
+            for hook in self._on_dead:
+                _quietly(hook, request, outcome.reason, outcome.message)
+        return self._failure(delivery, outcome) if outcome.reason in ("crashed", "undecodable") else None
+
+    def revoked(self, delivery: Delivery) -> bytes | None:
+        return self._store(delivery, self._tasks.get(delivery.task), REVOKED, error="revoked")
+
+    def _failure(self, delivery: Delivery, outcome: Outcome) -> bytes | None:
+        if outcome.kind != "dead":
+            return None
+        return self._store(
+            delivery,
+            self._tasks.get(delivery.task),
+            FAILURE,
+            error=f"{outcome.reason}: {outcome.message}",
+            traceback=outcome.traceback,
+        )
+
+    def _store(
+        self,
+        delivery: Delivery,
+        task: Task[Any] | None,
+        state: str,
+        result: Any = None,
+        *,
+        error: str | None = None,
+        traceback: str | None = None,
+    ) -> bytes | None:
+        if self._results is None or (task is not None and task.options.ignore_result):
+            return None
+        return self._results.pack(wire.id_text(delivery.id), state, result, error=error, traceback=traceback)
+
+
+def _asked_delay_s(exc: Retry) -> float | None:
+    if exc.eta is not None:
+        return max(0.0, (exc.eta - dt.datetime.now(dt.timezone.utc)).total_seconds())
+    return exc.countdown
+
+
+def _brief(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {exc}"[:2000]
+
+
+def _text(exc: BaseException) -> str:
+    return "".join(tb.format_exception(type(exc), exc, exc.__traceback__))[-20_000:]
+
+
+def _quietly(hook: Callable[..., None], *args: Any) -> None:
+    try:
+        hook(*args)
+    except Exception:
+        log.exception("a middleware's hook raised: %r", hook)
+
+
+@contextmanager
+def soft_limit_by_signal(seconds: float) -> Iterator[None]:
+    """Raises ``SoftTimeLimitExceeded`` in the block when its time is over: SIGALRM, main thread only.
+
+    The handler raises only while the block runs, so that the exception can't escape into what comes after it.
+    """
+    inside = True
+
+    def raise_here(signum: int, frame: object) -> None:
+        if inside:
+            raise SoftTimeLimitExceeded(f"soft_time_limit of {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, raise_here)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        inside = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class SoftLimitWatch:
+    """Raises ``SoftTimeLimitExceeded`` in other threads at their next bytecode (``PyThreadState_SetAsyncExc``)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Condition()
+        self._limits: dict[int, float] = {}
+        threading.Thread(target=self._run, name="streamtask-soft-limits", daemon=True).start()
+
+    @contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._lock:
+            self._limits[me] = mono_s() + seconds
+            self._lock.notify()
+        try:
+            yield
+        finally:
+            # Raised between the body's end and here, the exception would hit this very block: it is caught, and one
+            # that is still to come is taken back, under the lock that the watch holds when it raises.
+            while True:
+                try:
+                    with self._lock:
+                        self._limits.pop(me, None)
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), None)
+                    break
+                except SoftTimeLimitExceeded:
+                    continue
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                now = mono_s()
+                for thread, at in list(self._limits.items()):
+                    if at <= now:
+                        del self._limits[thread]
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(thread), ctypes.py_object(SoftTimeLimitExceeded)
+                        )
+                self._lock.wait(min(self._limits.values()) - now if self._limits else None)

@@ -1,0 +1,70 @@
+"""Middleware: hooks around sending and running, called in the order in which the app names them.
+
+``before_*`` hooks run in that order, ``after_*`` and ``on_*`` hooks in the reverse one, so that middlewares nest. A hook
+that raises in ``before_send`` refuses the call; in ``before_run`` it fails the run as the body would; elsewhere it is
+logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+from .request import Request
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """A message about to be sent. ``headers`` may be changed by ``before_send``."""
+
+    task: str
+    id: str
+    args: Any
+    kwargs: Mapping[str, Any]
+    queue: str
+    shard_key: bytes | None
+    headers: dict[str, Any] = field(default_factory=dict)
+
+
+class Middleware:
+    """Base of all middlewares: override what is wanted."""
+
+    def before_send(self, message: Outgoing) -> None:
+        """Called in the producer before a message is encoded."""
+
+    def after_send(self, message: Outgoing, stored: bool) -> None:
+        """Called when the message is stored; ``stored`` is False if its ``dedupe_id`` was known."""
+
+    def before_run(self, request: Request) -> None:
+        """Called before each run of a body, in the thread that runs it."""
+
+    def after_run(self, request: Request, result: Any, error: BaseException | None) -> None:
+        """Called after each run of a body, with its result or its exception."""
+
+    def on_retry(self, request: Request, error: BaseException, delay: float) -> None:
+        """Called when a run failed and will be repeated in ``delay`` seconds."""
+
+    def on_dead(self, request: Request, reason: str, message: str) -> None:
+        """Called when the message has become a dead letter."""
+
+
+class Dedupe(Middleware):
+    """Runs a message once though it was appended twice with one id: by a foreign producer, or after the window in which
+    a produce call is recognised.
+
+    ``ttl``: seconds for which an id is remembered, per group and shard. ``tasks``: names of the tasks; None for all.
+    The first entry that carries an id runs, the others are acknowledged without running. Replayed dead letters run.
+    """
+
+    def __init__(self, *, ttl: float = 3600.0, tasks: Iterable[str] | None = None) -> None:
+        if ttl <= 0:
+            raise ConfigError(f"the ttl of Dedupe must be above 0 seconds, not {ttl!r}")
+        self.ttl_ms = int(ttl * 1000)
+        self.tasks = None if tasks is None else frozenset(tasks)
+
+
+def overriding(middlewares: Iterable[Middleware], hook: str) -> list[Any]:
+    """The bound hooks of those middlewares that override it, in order."""
+    return [getattr(m, hook) for m in middlewares if getattr(type(m), hook) is not getattr(Middleware, hook)]

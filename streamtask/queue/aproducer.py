@@ -1,0 +1,129 @@
+"""Produce calls of asyncio programs.
+
+All calls of an event loop share one connection: those that are made in the same turn of the loop go out in one write,
+and the replies come back in order. A lost connection fails none of them: each is repeated with its id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import deque
+from typing import Any
+
+
+
+from ..errors import BrokerUnavailable, QueueFull, StreamTaskError
+from ..redis.connection import Broker, ReplyError, translate
+from ..redis.scripts import Code, by_sha
+from .producer import Call, Producer
+
+
+class Pipe:
+    """One pipelined connection of one event loop."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._client = broker.async_client()
+        self._conn: Any = None
+        self._outgoing: list[tuple[bytes, asyncio.Future[Any]]] = []
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._wake = asyncio.Event()
+        self._task = asyncio.ensure_future(self._run())
+
+    def call(self, packed: bytes) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._outgoing.append((packed, future))
+        self._wake.set()
+        return future
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._outgoing = self._outgoing, []
+            try:
+                if self._conn is None:
+                    self._conn = self._client.connection_pool.make_connection()
+                await self._conn.send_packed_command([b"".join(p for p, _ in batch)], check_health=False)
+                for _, future in batch:
+                    try:
+                        reply: Any = await self._conn.read_response(disable_decoding=True)
+                    except (RedisError, OSError) as exc:
+                        error = translate(exc, self._broker.safe_url)
+                        if isinstance(error, BrokerUnavailable):
+                            raise error from None
+                        reply = error
+                    if future.done():
+                        continue
+                    if isinstance(reply, Exception):
+                        future.set_exception(reply)
+                    else:
+                        future.set_result(reply)
+            except (RedisError, OSError, StreamTaskError) as exc:
+                error = exc if isinstance(exc, StreamTaskError) else translate(exc, self._broker.safe_url)
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                if self._conn is not None:
+                    conn, self._conn = self._conn, None
+                    await conn.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        if self._conn is not None:
+            await self._conn.disconnect()
+
+
+class AsyncProducer:
+    """Stores messages for callers on event loops; one ``Pipe`` per loop."""
+
+    def __init__(self, producer: Producer, broker: Broker) -> None:
+        self._producer = producer
+        self._broker = broker
+        self._pipes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pipe] = weakref.WeakKeyDictionary()
+
+    def _pipe(self) -> Pipe:
+        loop = asyncio.get_running_loop()
+        pipe = self._pipes.get(loop)
+        if pipe is None:
+            pipe = self._pipes[loop] = Pipe(self._broker)
+        return pipe
+
+    async def send(self, call: Call, timeout_s: float | None = None) -> bool:
+        """As ``Producer.send``."""
+        producer = self._producer
+        waiting = None
+        packed: bytes | None = None
+        while True:
+            try:
+                target = producer.target(call.queue, call.shard)
+                if packed is None or call.dedupe is not None:
+                    packed = call.pack(target)
+                answer = await self._answer(packed)
+                if type(answer) is bytes or answer == 1:
+                    return True
+                if answer == Code.STORED_ALREADY:
+                    return call.dedupe is None
+                error = await asyncio.to_thread(producer.refusal, call.queue, call.shard, answer)
+                if error is None:
+                    if type(answer) is int:
+                        packed = None
+                    continue
+            except (BrokerUnavailable, QueueFull) as exc:
+                error = exc
+            if waiting is None:
+                waiting = producer.waiting(timeout_s)
+            await asyncio.sleep(waiting.pause(error))
+
+    async def _answer(self, packed: bytes) -> Any:
+        pipe = self._pipe()
+        try:
+            return await pipe.call(packed)
+        except ReplyError as exc:
+            if exc.code != "NOSCRIPT":
+                raise
+        sha = packed.split(b"\r\n", 5)[4]
+        source = by_sha()[sha].source.encode()
+        await pipe.call(b"*3\r\n$6\r\nSCRIPT\r\n$4\r\nLOAD\r\n$%d\r\n%b\r\n" % (len(source), source))
+        return await pipe.call(packed)

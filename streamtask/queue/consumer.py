@@ -1,0 +1,771 @@
+"""One shard (or shared stream) in the hands of its owner: what it has read, what waits, what is to be settled.
+
+The state machine of an owner, without a loop of its own and without knowing what a task is: the worker's control thread
+calls it, and so does the inline runner of tests. Methods that talk to Redis take the link; each of their calls names the
+lease's token and incarnation and raises ``LeaseLost`` when these are no longer the owner's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+from ..clock import mono_s, wall_ms
+from ..coordination.lease import Lease
+from ..errors import DecodeError, LeaseLost
+from ..redis import wire
+from ..redis.connection import Link, ReplyError, pack
+from ..redis.scripts import Code, script
+from .lanes import MAX_WAITING, Delivery, Lane, LaneSet, Note, id_order
+from .seen import generation_keys
+
+log = logging.getLogger("streamtask.consumer")
+
+OWNER = "owner"
+"""The name of the one consumer of a shard in each group. The lease says which process that is."""
+
+PAGE = 1000
+RECOVER_BODIES = 1000
+"""Bodies kept when a takeover finds many pending entries; the rest is read again when its turn comes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumerSettings:
+    """``deduped``: time to live (ms) of the dedupe middleware's ids by task name; ``dedupe_all_ms``: for all others."""
+
+    group: str = "workers"
+    fetch_count: int = 200
+    ack_batch: int = 200
+    max_crashes: int = 3
+    hold_on_dead: bool = False
+    max_dedupe_ids: int = 1_000_000
+    unordered: frozenset[str] = frozenset()
+    deduped: Mapping[str, int] = field(default_factory=dict)
+    dedupe_all_ms: int = 0
+
+
+class Batch:
+    """Deliveries handed out together, to be run one after the other.
+
+    ``collected`` of them are known to have ended; ``outcomes`` has (position, outcome) of those that did not end well,
+    ``reopened`` the keys that a sequential executor skips no longer; ``mixed``: not in the order of the stream.
+    """
+
+    __slots__ = (
+        "collected", "consumer", "deliveries", "mixed", "number", "outcomes", "reopened", "results", "seen", "slot",
+    )  # fmt: skip
+
+    def __init__(self, consumer: ShardConsumer, number: int, deliveries: list[Delivery], reopened: list[Hashable]):
+        self.consumer = consumer
+        self.number = number
+        self.deliveries = deliveries
+        self.reopened = reopened
+        self.mixed = False
+        self.collected = 0
+        self.seen = 0  # outcomes that were dealt with
+        self.outcomes: list[tuple[int, Outcome]] = []
+        self.results: list[tuple[Delivery, Any]] = []
+        self.slot: Any = None  # where its executor writes down which one runs
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What becomes of a message that did not simply succeed.
+
+    ``kind``: ``retry`` (after ``delay_s``, counted as an attempt), ``requeue`` (at once, not counted), ``dead``,
+    ``skipped`` (its lane is closed) or ``unstarted`` (the owner stopped handing out).
+    """
+
+    kind: str
+    delay_s: float = 0.0
+    reason: str = ""
+    message: str = ""
+    traceback: str | None = None
+
+
+class ShardConsumer:
+    """See the module. Used by one thread; ``halted`` alone is also set by executors."""
+
+    def __init__(self, lease: Lease, queue: str, shard: int | str, settings: ConsumerSettings) -> None:
+        self.lease = lease
+        self.keys = lease.keys
+        self.queue = queue
+        self.shard = shard
+        self.settings = settings
+        self.consumer_name = lease.incarnation if lease.shared else OWNER
+        self.lanes = LaneSet()
+        self.buffer: deque[Delivery] = deque()
+        self.handed: dict[int, Batch] = {}
+        self.finished: list[bytes] = []
+        self.finished_since = 0.0
+        self.halted = False
+        self.closing = False
+        self.last_id = "0-0"
+        self.wake_id = "0-0"
+        self.next_due: float | None = None
+        self.needs_audit = False
+        self.revoked: set[bytes | str] = set()
+        self.clock_ms = 0  # what to add to wall_ms() to get Redis' clock
+        self._in_order = True
+        self._closed: set[Hashable] = set()  # keys that a sequential executor skips until a batch reopens them
+        self._notes: list[tuple[bytes, Note]] = []
+        self._dead: list[tuple[Delivery | bytes, list[bytes], Outcome]] = []
+        self._numbers = 0
+        self._full_said = False
+        self._layouts: dict[str, str] = {}
+        self._head = (lease.token, lease.incarnation, settings.group)
+
+    def __repr__(self) -> str:
+        return f"<ShardConsumer {self.queue}/{self.shard} token={self.lease.token}>"
+
+    # Reading
+
+    def read_command(self) -> bytes:
+        """XREADGROUP of new entries; to be run inside a transaction that watches ``lease.guard``."""
+        return pack(
+            "XREADGROUP", "GROUP", self.settings.group, self.consumer_name, "COUNT", self.settings.fetch_count,
+            "STREAMS", self.keys.stream, ">",
+        )  # fmt: skip
+
+    def guard_command(self) -> bytes:
+        """What to ask for after WATCH: does this incarnation own the lease?"""
+        return pack("HMGET", self.lease.key, "token", "owner")
+
+    def owns(self, answer: Sequence[bytes | None]) -> bool:
+        return answer[0] == b"%d" % self.lease.token and answer[1] == self.lease.incarnation.encode()
+
+    def has_room(self) -> bool:
+        """Whether to read more: half a fetch is left at most, and not too much waits."""
+        if self.closing or self.halted or self.needs_audit or len(self.buffer) > self.settings.fetch_count // 2:
+            return False
+        if self.lanes.waiting < MAX_WAITING:
+            self._full_said = False
+            return True
+        if not self._full_said:
+            self._full_said = True
+            log.error(
+                "reading stops: %d messages wait behind closed lanes queue=%s shard=%s", MAX_WAITING, self.queue, self.shard
+            )
+        return False
+
+    def absorb(self, link: Link, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:
+        """Takes new entries that were read, in the order of the stream; at least one."""
+        self.last_id = entries[-1][0].decode()
+        self._enqueue(self._first_of_their_ids(link, self._decode(entries)))
+
+    def _decode(self, entries: Iterable[tuple[bytes, list[bytes]]]) -> list[Delivery]:
+        arrived: list[Delivery] = []
+        decode, unordered = wire.decode, self.settings.unordered
+        for entry_id, fields in entries:
+            try:
+                delivery = Delivery(entry_id, decode(fields))
+            except DecodeError as exc:
+                self._dead.append((entry_id, fields, Outcome("dead", reason="undecodable", message=str(exc))))
+                continue
+            if unordered and delivery.task in unordered:
+                delivery.lane = None
+            if len(fields) > 2:
+                delivery.replayed = b"replayed" in fields[2::2]
+            arrived.append(delivery)
+        return arrived
+
+    def _enqueue(self, arrived: list[Delivery]) -> None:
+        if not self.lanes.lanes:
+            self.buffer.extend(arrived)
+            return
+        for delivery in arrived:
+            lane = self.lanes.get(delivery.lane_key)
+            if lane is None:
+                self.buffer.append(delivery)
+            else:
+                self.lanes.add(lane, delivery)
+
+    def _first_of_their_ids(self, link: Link, arrived: list[Delivery]) -> list[Delivery]:
+        """The dedupe middleware: leaves out deliveries whose id another entry carried first."""
+        settings = self.settings
+        if not settings.deduped and not settings.dedupe_all_ms:
+            return arrived
+        asked: dict[int, list[Delivery]] = {}
+        for delivery in arrived:
+            ttl = settings.deduped.get(delivery.task, settings.dedupe_all_ms)
+            if ttl and not delivery.replayed:
+                asked.setdefault(ttl, []).append(delivery)
+        doubles: set[bytes] = set()
+        for ttl, deliveries in asked.items():
+            for i in range(0, len(deliveries), 100):
+                doubles.update(self._claim_ids(link, ttl, deliveries[i : i + 100]))
+        for entry_id in doubles:
+            log.info("left out a message that was appended twice queue=%s shard=%s entry=%s", self.queue, self.shard, entry_id.decode())
+            self._finish(entry_id)
+        return [delivery for delivery in arrived if delivery.entry_id not in doubles] if doubles else arrived
+
+    def _claim_ids(self, link: Link, ttl_ms: int, deliveries: list[Delivery]) -> list[bytes]:
+        kind = f"f{ttl_ms}:{self.settings.group}"
+        ids = [wire.pack_id(delivery.id) for delivery in deliveries]
+        while True:
+            layout = self._layouts.get(kind, "")
+            keys = [self.lease.key, self.keys.state]
+            for id16 in ids:
+                keys += generation_keys(self.keys, kind + ":", layout, id16)
+            args: list[Any] = [self.lease.token, self.lease.incarnation, kind, ttl_ms, layout, self.settings.max_dedupe_ids]
+            for id16, delivery in zip(ids, deliveries, strict=True):
+                args += [id16, crc32(delivery.entry_id) & 0x7FFFFFFF]
+            answer = self._run(link, "claim_ids", keys, args)
+            if answer and answer[0] == Code.SEEN_LAYOUT:
+                self._layouts[kind] = answer[1].decode()
+                continue
+            return [d.entry_id for d, runs in zip(deliveries, answer, strict=True) if not runs]
+
+    # Takeover and lost replies
+
+    def recover(self, link: Link, *, takeover: bool) -> int:
+        """Finds the pending entries that this process does not hold, and takes them in their order. Returns how many.
+
+        ``takeover``: the lease is new, and what is pending was another owner's. Otherwise a reply was lost.
+        """
+        self._read_clock(link)
+        if takeover:
+            self._read_positions(link)
+        notes = {entry: Note.parse(text) for entry, text in _pairs(link.command("HGETALL", self.keys.notes(self.settings.group)))}
+        held = self.entry_ids()
+        found: list[Delivery | tuple[Hashable, bytes]] = []
+        for ids in self._pending_pages(link):
+            missing = [entry_id for entry_id in ids if entry_id not in held]
+            for i in range(0, len(missing), 100):
+                self._recover_page(link, missing[i : i + 100], notes, found, takeover)
+            if len(found) >= MAX_WAITING:
+                log.error("more than %d entries are pending queue=%s shard=%s", MAX_WAITING, self.queue, self.shard)
+                break
+        self._place_recovered(found)
+        self.needs_audit = False
+        if found:
+            log.info("claimed %d pending entries queue=%s shard=%s token=%d", len(found), self.queue, self.shard, self.lease.token)
+        return len(found)
+
+    def _pending_pages(self, link: Link) -> Iterable[list[bytes]]:
+        group, start = self.settings.group, "-"
+        while True:
+            if self.lease.shared:
+                last, ids = link.run(
+                    "pending_shared", [self.keys.stream, self.keys.requeued], [group, self.consumer_name, start, PAGE]
+                )
+            else:
+                rows = link.command("XPENDING", self.keys.stream, group, start, "+", PAGE)
+                ids = [row[0] for row in rows]
+                last = ids[-1] if ids else b""
+            if not last:
+                return
+            yield ids
+            start = "(" + last.decode()
+
+    def _recover_page(
+        self,
+        link: Link,
+        ids: list[bytes],
+        notes: Mapping[bytes, Note],
+        found: list[Delivery | tuple[Hashable, bytes]],
+        takeover: bool,
+    ) -> None:
+        wanted = set(ids)
+        if takeover:
+            entries = [(e, f) for e, f in link.command("XRANGE", self.keys.stream, ids[0], ids[-1]) if e in wanted]
+        else:
+            # What lies between is held already: a range would ship its bodies again.
+            replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in ids])
+            entries = [reply[0] for reply in replies if isinstance(reply, list) and reply]
+        for entry_id in wanted.difference(e for e, _ in entries):
+            log.warning("a pending entry is gone from the stream queue=%s shard=%s entry=%s", self.queue, self.shard, entry_id.decode())
+            self._finish(entry_id)
+        for delivery in self._first_of_their_ids(link, self._decode(entries)):
+            delivery.fresh = not takeover
+            note = notes.get(delivery.entry_id)
+            if note is not None:
+                self._take_note(delivery, note)
+                if note.held == 2:
+                    self._finish(delivery.entry_id)
+                    continue
+            if len(found) < RECOVER_BODIES or note is not None:
+                found.append(delivery)
+            else:
+                found.append((delivery.lane_key, delivery.entry_id))
+
+    def _take_note(self, delivery: Delivery, note: Note) -> None:
+        delivery.note = note
+        if note.mark and note.mark != self.lease.token:
+            # An owner that vanished had written down that it starts this body: that owner's end is charged to it.
+            if self.lease.by_expiry or self.lease.shared:
+                note.crashes += 1
+            note.mark = 0
+
+    def _place_recovered(self, found: list[Delivery | tuple[Hashable, bytes]]) -> None:
+        many = len(found) > RECOVER_BODIES
+        now = mono_s()
+        touched: list[Lane] = []
+        for item in found:
+            key = item[0] if isinstance(item, tuple) else item.lane_key
+            note = None if isinstance(item, tuple) else item.note
+            lane = self.lanes.get(key)
+            if note is not None and (note.held == 1 or note.due_ms > self.redis_ms()):
+                assert isinstance(item, Delivery)
+                due = None if note.held else now + (note.due_ms - self.redis_ms()) / 1000
+                if lane is None or not lane.waiting:
+                    self.lanes.close(key, item, due, self._numbers)
+                else:
+                    self.lanes.add(lane, item)
+            elif lane is not None or many:
+                if lane is None:
+                    lane = self.lanes.close(key, None, None)
+                    touched.append(lane)
+                self.lanes.add(lane, item[1] if isinstance(item, tuple) else item)
+            else:
+                assert isinstance(item, Delivery)
+                self.buffer.append(item)
+        for lane in touched:
+            self.lanes.open(lane)
+        if len(self.buffer) > 1:
+            self.buffer = deque(sorted(self.buffer, key=lambda d: id_order(d.entry_id)))
+
+    def _read_clock(self, link: Link) -> None:
+        seconds, micros = link.command("TIME")
+        self.clock_ms = int(seconds) * 1000 + int(micros) // 1000 - wall_ms()
+
+    def _read_positions(self, link: Link) -> None:
+        for row in link.command("XINFO", "GROUPS", self.keys.stream):
+            info = dict(_pairs(row))
+            if info[b"name"].decode() == self.settings.group:
+                self.last_id = info[b"last-delivered-id"].decode()
+        newest = link.command("XREVRANGE", self.keys.wake, "+", "-", "COUNT", 1)
+        self.wake_id = newest[0][0].decode() if newest else "0-0"
+
+    def redis_ms(self) -> int:
+        """Redis' clock, in ms."""
+        return wall_ms() + self.clock_ms
+
+    def reread_notes(self, link: Link) -> None:
+        """Looks whether held lanes may open: their dead letter was replayed (no note) or dropped."""
+        for lane in list(self.lanes.lanes.values()):
+            head = lane.waiting[0] if lane.waiting else None
+            if not isinstance(head, Delivery) or head.note is None or head.note.held != 1:
+                continue
+            text = link.command("HGET", self.keys.notes(self.settings.group), head.entry_id)
+            note = Note.parse(text) if text else Note()
+            if note.held == 1:
+                continue
+            head.note = note
+            if note.held == 2:
+                self.lanes.pop(lane)
+                self._finish(head.entry_id)
+            self.lanes.open(lane)
+
+    def entry_ids(self) -> set[bytes]:
+        """The ids of all entries that this process holds: buffered, waiting, running, or finished and not settled."""
+        held = {delivery.entry_id for delivery in self.buffer}
+        held.update(self.lanes.entry_ids())
+        for batch in self.handed.values():
+            held.update(delivery.entry_id for delivery in batch.deliveries)
+        held.update(self.finished)
+        for item, _, _ in self._dead:
+            held.add(item if isinstance(item, bytes) else item.entry_id)
+        return held
+
+    # Handing out
+
+    def has_work(self) -> bool:
+        return not self.halted and not self.closing and (bool(self.buffer) or self.lanes.has_ready())
+
+    def take(self, link: Link, limit: int) -> Batch | None:
+        """A batch for an executor that runs it in sequence; None if nothing can run now."""
+        if self.halted or self.closing:
+            return None
+        chosen: list[Delivery] = []
+        if self.lanes.has_ready():
+            self._take_from_lanes(link, limit, chosen)
+        mixed = bool(chosen)
+        if not chosen or (not self._needs_mark(chosen[0]) and len(chosen) < limit):
+            self._take_from_buffer(link, limit, chosen)
+        if not chosen:
+            return None
+        reopened: list[Hashable] = []
+        if self._closed:
+            reopened = [d.lane for d in chosen if d.lane in self._closed]
+            self._closed.difference_update(reopened)
+        batch = self._hand(chosen, reopened)
+        batch.mixed = mixed
+        return batch
+
+    def _take_from_lanes(self, link: Link, limit: int, chosen: list[Delivery]) -> None:
+        oldest_out = min(self.handed, default=self._numbers + 1)
+        again: list[Lane] = []
+        for lane in self.lanes.ready():
+            if lane.closed_by >= oldest_out or len(chosen) >= limit or (chosen and self._needs_mark(chosen[0])):
+                # A batch that may still hold messages of this key is out: it has to come back first.
+                again.append(lane)
+                continue
+            items: list[Delivery | bytes] = []
+            while lane.waiting and len(chosen) + len(items) < limit:
+                head = lane.waiting[0]
+                if isinstance(head, Delivery) and self._needs_mark(head) and (items or chosen):
+                    break
+                items.append(self.lanes.pop(lane))
+                if isinstance(head, Delivery) and self._needs_mark(head):
+                    break
+            chosen += self._runnable(link, self._with_bodies(link, items))
+            if lane.waiting:
+                again.append(lane)
+            elif not lane.closed:
+                self.lanes.drop(lane)
+        for lane in again:
+            if not lane.closed:
+                self.lanes.open(lane)
+
+    def _take_from_buffer(self, link: Link, limit: int, chosen: list[Delivery]) -> None:
+        buffer = self.buffer
+        if not self.lanes.lanes and not self.revoked and not chosen and (not buffer or buffer[0].fresh):
+            # The common case: nothing waits, so the batch is the next run of the stream.
+            if len(buffer) <= limit:
+                chosen.extend(buffer)
+                buffer.clear()
+            else:
+                chosen.extend([buffer.popleft() for _ in range(limit)])
+            return
+        while buffer and len(chosen) < limit:
+            head = buffer[0]
+            if self._needs_mark(head) and chosen:
+                return
+            buffer.popleft()
+            lane = self.lanes.get(head.lane_key)
+            if lane is not None:
+                self.lanes.add(lane, head)
+                continue
+            chosen += self._runnable(link, [head])
+            if self._needs_mark(head):
+                return
+
+    def take_free(self, link: Link, limit: int) -> list[Batch]:
+        """Up to ``limit`` deliveries of different lanes, each a batch of its own, for executors that run side by side.
+        Each closes its lane until it has ended."""
+        if self.halted or self.closing:
+            return []
+        taken: list[Batch] = []
+        again: list[Lane] = []
+        for lane in self.lanes.ready():
+            if len(taken) >= limit:
+                again.append(lane)
+                continue
+            runs = self._runnable(link, self._with_bodies(link, [self.lanes.pop(lane)])) if lane.waiting else []
+            if runs:
+                lane.running = True
+                taken.append(self._hand(runs, []))
+            elif lane.waiting:
+                again.append(lane)
+            elif not lane.closed:
+                self.lanes.drop(lane)
+        for lane in again:
+            if not lane.closed:
+                self.lanes.open(lane)
+        buffer = self.buffer
+        while buffer and len(taken) < limit:
+            delivery = buffer.popleft()
+            lane_or_none = self.lanes.get(delivery.lane_key)
+            if lane_or_none is not None:
+                self.lanes.add(lane_or_none, delivery)
+                continue
+            runs = self._runnable(link, [delivery])
+            if runs:
+                self.lanes.start(delivery.lane_key)
+                taken.append(self._hand(runs, []))
+        return taken
+
+    def _hand(self, deliveries: list[Delivery], reopened: list[Hashable]) -> Batch:
+        self._numbers += 1
+        batch = Batch(self, self._numbers, deliveries, reopened)
+        self.handed[batch.number] = batch
+        return batch
+
+    def _needs_mark(self, delivery: Delivery) -> bool:
+        return not delivery.fresh and (self.lease.by_expiry or self.lease.shared)
+
+    def _runnable(self, link: Link, deliveries: list[Delivery]) -> list[Delivery]:
+        """Leaves out what must not run: revoked, or crashed its process too often. Writes the start marks."""
+        runs = []
+        for delivery in deliveries:
+            note = delivery.note
+            if self.revoked and delivery.id in self.revoked:
+                log.info("left out a revoked message queue=%s shard=%s id=%s", self.queue, self.shard, wire.id_text(delivery.id))
+                self._dead_or_drop_revoked(delivery)
+                continue
+            if note is not None and note.crashes > self.settings.max_crashes:
+                self._dead.append(
+                    (
+                        delivery,
+                        [],
+                        Outcome(
+                            "dead",
+                            reason="crashed",
+                            message=f"its process died {note.crashes} times while the body ran (max_crashes is "
+                            f"{self.settings.max_crashes})",
+                        ),
+                    )
+                )
+                self.lanes.close(delivery.lane_key, None, None, self._numbers)
+                continue
+            if self._needs_mark(delivery):
+                delivery.note = note = note or Note()
+                note.mark = self.lease.token
+                self._write_notes(link, [(delivery.entry_id, note)])
+            runs.append(delivery)
+        return runs
+
+    def _dead_or_drop_revoked(self, delivery: Delivery) -> None:
+        self._finish(delivery.entry_id)
+        self.on_revoked(delivery)
+
+    def on_revoked(self, delivery: Delivery) -> None:
+        """Told of each revoked message; the worker sets this to store a result."""
+
+    def _with_bodies(self, link: Link, items: Sequence[Delivery | bytes]) -> list[Delivery]:
+        missing = [item for item in items if isinstance(item, bytes)]
+        bodies: dict[bytes, Delivery] = {}
+        if missing:
+            replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in missing])
+            entries = [reply[0] for reply in replies if isinstance(reply, list) and reply]
+            for delivery in self._decode(entries):
+                bodies[delivery.entry_id] = delivery
+            dead = {item for item, _, _ in self._dead if isinstance(item, bytes)}
+            for entry_id in missing:
+                if entry_id not in bodies and entry_id not in dead:
+                    log.warning("a waiting entry is gone from the stream queue=%s shard=%s entry=%s", self.queue, self.shard, entry_id.decode())
+                    self._finish(entry_id)
+        found = []
+        for item in items:
+            if isinstance(item, Delivery):
+                found.append(item)
+            elif item in bodies:
+                found.append(bodies[item])
+        return found
+
+    # Outcomes
+
+    def collect(self, batch: Batch, position: int) -> None:
+        """Takes note that the first ``position`` deliveries of a batch have ended."""
+        outcomes = batch.outcomes
+        odd: dict[int, Outcome] = {}
+        while batch.seen < len(outcomes) and outcomes[batch.seen][0] < position:
+            index, outcome = outcomes[batch.seen]
+            odd[index] = outcome
+            batch.seen += 1
+        if position > batch.collected:
+            done = batch.deliveries[batch.collected : position]
+            if not self.finished:
+                self.finished_since = mono_s()
+            if batch.mixed or (self.finished and id_order(done[0].entry_id) < id_order(self.finished[-1])):
+                self._in_order = False
+            if not odd:
+                self.finished += [delivery.entry_id for delivery in done]
+            else:
+                for index, delivery in enumerate(done, batch.collected):
+                    outcome = odd.get(index)
+                    if outcome is None:
+                        self.finished.append(delivery.entry_id)
+            batch.collected = position
+        for index, outcome in odd.items():
+            self._apply(batch.deliveries[index], outcome)
+
+    def complete(self, batch: Batch) -> None:
+        """All of a batch has come back. Lanes that it ran side by side with others open."""
+        self.collect(batch, len(batch.deliveries))
+        self.handed.pop(batch.number, None)
+
+    def complete_free(self, batch: Batch) -> None:
+        """As ``complete``, for a batch of ``take_free``."""
+        self._in_order = False
+        self.complete(batch)
+        for delivery in batch.deliveries:
+            self.lanes.finish(delivery.lane_key)
+
+    def _apply(self, delivery: Delivery, outcome: Outcome) -> None:
+        kind, key = outcome.kind, delivery.lane_key
+        if kind in ("retry", "requeue", "dead") and delivery.lane is not None:
+            self._closed.add(key)
+        if kind == "retry":
+            note = delivery.note = delivery.note or Note()
+            note.attempt += 1
+            note.due_ms = self.redis_ms() + max(0, int(outcome.delay_s * 1000))
+            note.mark = 0
+            self._notes.append((delivery.entry_id, note))
+            self.lanes.close(key, delivery, mono_s() + max(0.0, outcome.delay_s), self._numbers)
+        elif kind == "requeue":
+            self.lanes.close(key, delivery, mono_s() + outcome.delay_s, self._numbers)
+        elif kind == "dead":
+            self._dead.append((delivery, [], outcome))
+            self.lanes.close(key, None, None, self._numbers)
+        else:
+            self._give_back(delivery)
+
+    def _give_back(self, delivery: Delivery) -> None:
+        lane = self.lanes.get(delivery.lane_key)
+        if lane is not None:
+            was_running = lane.running
+            self.lanes.add(lane, delivery)
+            if was_running:
+                self.lanes.open(lane)
+        elif not self.buffer or id_order(delivery.entry_id) > id_order(self.buffer[-1].entry_id):
+            self.buffer.append(delivery)
+        else:
+            items = [*self.buffer, delivery]
+            items.sort(key=lambda d: id_order(d.entry_id))
+            self.buffer = deque(items)
+
+    def _finish(self, entry_id: bytes) -> None:
+        if not self.finished:
+            self.finished_since = mono_s()
+        self.finished.append(entry_id)
+        self._in_order = False
+
+    # Writing
+
+    def _run(self, link: Link, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        return self._owned(link.run(name, keys, args))
+
+    def _owned(self, answer: Any) -> Any:
+        if type(answer) is int and answer == Code.LEASE_LOST:
+            raise LeaseLost(f"shard {self.shard} of queue {self.queue!r} belongs to another process now")
+        return answer
+
+    def settle(self, link: Link) -> int:
+        """Acknowledges and removes what is finished, at most ``ack_batch`` messages a call. Returns how many.
+
+        What was sent stays in ``finished`` until the answer is there, so that a lost reply repeats it first.
+        """
+        count = 0
+        while self.finished:
+            if not self._in_order:
+                self.finished.sort(key=id_order)
+                self._in_order = True
+            ids = self.finished[: self.settings.ack_batch]
+            self._owned(link.call(self.pack_settle(ids)))
+            del self.finished[: len(ids)]
+            count += len(ids)
+        self.finished_since = mono_s()
+        return count
+
+    def pack_settle(self, ids: Sequence[bytes]) -> bytes:
+        return script("settle").pack(
+            (self.lease.key, self.keys.stream, self.keys.state, self.keys.notes(self.settings.group)),
+            (*self._head, *ids),
+        )
+
+    def flush(self, link: Link) -> None:
+        """Writes the notes and dead letters that ``collect`` and reading have left to do."""
+        if self._notes:
+            self._write_notes(link, self._notes)
+            self._notes = []
+        while self._dead:
+            item, fields, outcome = self._dead[0]
+            self._dead_letter(link, item, outcome)
+            self._dead.pop(0)
+
+    def has_writes(self) -> bool:
+        return bool(self._notes or self._dead)
+
+    def _write_notes(self, link: Link, notes: Sequence[tuple[bytes, Note]]) -> None:
+        for i in range(0, len(notes), 200):
+            args: list[Any] = list(self._head)
+            for entry_id, note in notes[i : i + 200]:
+                args += [entry_id, note.format()]
+            self._run(link, "note", [self.lease.key, self.keys.stream, self.keys.notes(self.settings.group)], args)
+
+    def _dead_letter(self, link: Link, item: Delivery | bytes, outcome: Outcome) -> None:
+        delivery = item if isinstance(item, Delivery) else None
+        entry_id = item.entry_id if isinstance(item, Delivery) else item
+        note = (delivery.note if delivery else None) or Note()
+        error: dict[str, Any] = {
+            "reason": outcome.reason,
+            "message": outcome.message,
+            "traceback": outcome.traceback,
+            "attempts": note.attempt + (0 if outcome.reason in ("crashed", "expired", "undecodable") else 1),
+            "crashes": note.crashes,
+            "dead_at": self.redis_ms(),
+            "appended_at": id_order(entry_id)[0],
+            "queue": self.queue,
+            "shard": self.shard,
+        }
+        if delivery:
+            error["task"] = delivery.task
+            error["id"] = wire.id_text(delivery.id)
+            error["key"] = None if delivery.key is None else delivery.key.decode("utf-8", "backslashreplace")
+        held = ""
+        if self.settings.hold_on_dead and delivery is not None and delivery.lane is not None:
+            held = Note(note.attempt, 0, note.crashes, 0, note.charged, 1).format()
+        self._run(
+            link,
+            "dead_letter",
+            [self.lease.key, self.keys.stream, self.keys.state, self.keys.notes(self.settings.group), self.keys.dlq],
+            [*self._head, entry_id, json.dumps(error), held],
+        )
+        log.error(
+            "dead letter: %s queue=%s shard=%s entry=%s task=%s id=%s: %s",
+            outcome.reason, self.queue, self.shard, entry_id.decode(),
+            delivery.task if delivery else "-", error.get("id", "-"), outcome.message,
+        )  # fmt: skip
+        if delivery is None:
+            return
+        lane = self.lanes.get(delivery.lane_key)
+        if held:
+            delivery.note = Note.parse(held.encode())
+            self.lanes.close(delivery.lane_key, delivery, None)
+        elif lane is not None:
+            self.lanes.open(lane)
+
+    def move_due(self, link: Link, limit: int = 500) -> None:
+        """Moves delayed messages that are due into the stream, and learns when the next is."""
+        if self.lease.shared and self.closing:
+            return
+        while True:
+            moved, now_ms, next_ms = self._run(
+                link,
+                "move_due",
+                [self.lease.key, self.keys.delayed, self.keys.stream],
+                [self.lease.token, self.lease.incarnation, limit],
+            )
+            self.clock_ms = int(now_ms) - wall_ms()
+            if moved < limit:
+                break
+        self.next_due = None if next_ms < 0 else mono_s() + max(0, int(next_ms) - int(now_ms)) / 1000
+
+    def take_requeued(self, link: Link) -> int:
+        """Shared streams: takes entries of consumers that are gone."""
+        entries = self._run(
+            link,
+            "take_requeued",
+            [self.lease.key, self.keys.requeued, self.keys.stream],
+            [*self._head, self.settings.fetch_count],
+        )
+        if not entries:
+            return 0
+        arrived = self._first_of_their_ids(link, self._decode(entries))
+        notes = link.command("HMGET", self.keys.notes(self.settings.group), *[d.entry_id for d in arrived]) if arrived else []
+        found: list[Delivery | tuple[Hashable, bytes]] = []
+        for delivery, text in zip(arrived, notes, strict=True):
+            delivery.fresh = False
+            if text:
+                self._take_note(delivery, Note.parse(text))
+            found.append(delivery)
+        self._place_recovered(found)
+        return len(entries)
+
+    def idle(self) -> bool:
+        """Nothing is handed out and nothing is left to write."""
+        return not self.handed and not self.finished and not self.has_writes()
+
+
+def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, Any]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+__all__ = ["Batch", "ConsumerSettings", "Outcome", "ReplyError", "ShardConsumer"]

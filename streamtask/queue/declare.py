@@ -1,0 +1,103 @@
+"""A queue's recorded shape: its number of shards, its epoch and its consumer groups."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from ..errors import ShardCountMismatch
+from ..redis.connection import Broker, Link, pack
+from ..redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
+from ..redis.scripts import script
+from ..sharding import shard_of
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What Redis has recorded of a queue."""
+
+    shards: int
+    epoch: int
+
+
+class Queue:
+    """A queue of an app. ``shape()`` declares it in Redis at the first use."""
+
+    def __init__(self, broker: Broker, namespace: str, app: str, name: str, shards: int) -> None:
+        self.broker = broker
+        self.namespace = namespace
+        self.app = app
+        self.name = name
+        self.shards = shards
+        self.keys = QueueKeys(namespace, app, name)
+        self._shape: Shape | None = None
+        self._lock = threading.Lock()
+
+    def shape(self) -> Shape:
+        """Declares the queue if this process has not yet. Raises ``ShardCountMismatch``, ``BrokerUnavailable``."""
+        shape = self._shape
+        if shape is None:
+            with self._lock:
+                shape = self._shape or self.declare()
+        return shape
+
+    def forget(self) -> None:
+        """Declares again at the next use: after a flush, or when a shard is sealed."""
+        self._shape = None
+
+    def declare(self, groups: tuple[str, ...] = ()) -> Shape:
+        """Records the queue and opens its shards, unless that is done; adds groups to all of them, from the beginning.
+
+        A group is registered in the queue's metadata before any shard has it. Repeating this changes nothing.
+        """
+        link = self.broker.link(self.keys.meta)
+        try:
+            if self._shape is None:
+                self.broker.check_version()
+            shards, epoch = link.run("declare_queue", [self.keys.meta], [self.shards])
+            shape = Shape(int(shards), int(epoch))
+            if shape.shards != self.shards:
+                raise ShardCountMismatch(
+                    f"queue {self.name!r} of app {self.app!r} has {shape.shards} shards in Redis, but this app is "
+                    f"configured with {self.shards}. Set shards={shape.shards}, or change the queue with "
+                    f"'streamtask reshard {self.name} {self.shards}'"
+                )
+            for group in groups:
+                link.run("register_group", [self.keys.meta], [f"group:{group}"])
+            registered = [
+                field[6:].decode() for field in link.command("HKEYS", self.keys.meta) if field.startswith(b"group:")
+            ]
+            self._open_shards(link, shape, registered)
+            names = app_queues(self.namespace, self.app)
+            self._on(names, link, pack("SADD", names, self.name))
+        finally:
+            link.close()
+        self._shape = shape
+        return shape
+
+    def _open_shards(self, link: Link, shape: Shape, groups: list[str]) -> None:
+        opened = script("open_shard")
+        for shard in (*range(shape.shards), SHARED):
+            keys = self.shard_keys(shard, shape)
+            self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, *groups)))
+
+    def _on(self, key: str, link: Link, packed: bytes) -> None:
+        """Runs a command where its key lies: on a Cluster that may be another server than the link's."""
+        if not self.broker.is_cluster:
+            link.call(packed)
+            return
+        other = self.broker.link(key)
+        try:
+            other.call(packed)
+        finally:
+            other.close()
+
+    def shard_keys(self, shard: int | str, shape: Shape | None = None) -> ShardKeys:
+        return self.keys.shard((shape or self.shape()).epoch, shard)
+
+    def shard_for(self, key: bytes | None) -> int | str:
+        """The shard of a canonical shard key; the shared stream for None."""
+        return SHARED if key is None else shard_of(key, self.shape().shards)
+
+    def all_shards(self) -> list[int | str]:
+        return [*range(self.shape().shards), SHARED]

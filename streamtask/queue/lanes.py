@@ -1,0 +1,200 @@
+"""Lanes: one shard key's FIFO inside a shard. Pure data, no Redis.
+
+Only keys that can't run at once have a lane here: one of their messages runs elsewhere, waits for its retry, or is held.
+A key without a lane is free. Order in a lane is the order of entry ids, which is the order of the stream.
+
+Bound on memory: of a closed lane at most ``KEEP_BODIES`` bodies are kept; beyond that only entry ids (about 100 bytes
+each), which are read again when the lane opens. A shard stops reading at ``MAX_WAITING`` waiting messages.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+KEEP_BODIES = 16
+MAX_WAITING = 1_000_000
+
+
+def id_order(entry_id: bytes) -> tuple[int, int]:
+    """An entry id as numbers: text order is not the order of the stream."""
+    ms, _, seq = entry_id.partition(b"-")
+    return int(ms), int(seq)
+
+
+@dataclass(slots=True)
+class Note:
+    """What is stored beside a pending entry, because it must survive its owner (``lua/note.lua``).
+
+    ``attempt`` failed runs so far; ``due_ms`` when the next may start (Redis' clock); ``crashes`` processes that died
+    while the body ran; ``mark`` the token of an owner that wrote down the start; ``charged`` the token whose death was
+    counted last; ``held`` 1: dead-lettered, the lane stays closed; 2: to be dropped.
+    """
+
+    attempt: int = 0
+    due_ms: int = 0
+    crashes: int = 0
+    mark: int = 0
+    charged: int = 0
+    held: int = 0
+
+    @classmethod
+    def parse(cls, text: bytes) -> Note:
+        return cls(*(int(part) for part in text.split()))
+
+    def format(self) -> str:
+        return f"{self.attempt} {self.due_ms} {self.crashes} {self.mark} {self.charged} {self.held}"
+
+
+class Delivery:
+    """One reading of a message. ``lane`` is its shard key, or None where no order must hold.
+
+    ``lane_key`` is what its retry waits under: the key, or the entry itself. ``fresh`` is False for an entry that was
+    delivered to another owner before.
+    """
+
+    __slots__ = ("args", "entry_id", "fresh", "headers", "id", "key", "kwargs", "lane", "note", "replayed", "task")
+
+    def __init__(self, entry_id: bytes, envelope: list[Any]) -> None:
+        self.entry_id = entry_id
+        self.task, self.key, self.id, self.args, self.kwargs, self.headers = envelope
+        self.lane: Hashable | None = self.key
+        self.note: Note | None = None
+        self.fresh = True
+        self.replayed = False
+
+    @property
+    def lane_key(self) -> Hashable:
+        return ("", self.entry_id) if self.lane is None else self.lane
+
+    def __repr__(self) -> str:
+        return f"<Delivery {self.task} {self.entry_id.decode()} key={self.key!r}>"
+
+
+class Lane:
+    """The waiting messages of one key, in order; those beyond ``KEEP_BODIES`` as bare entry ids."""
+
+    __slots__ = ("closed", "closed_by", "due", "key", "running", "waiting")
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.waiting: deque[Delivery | bytes] = deque()
+        self.running = False  # one of its messages runs beside those of other lanes
+        self.closed = False  # until ``open`` is called: its head is held, or on its way to the dead letters
+        self.due: float | None = None  # monotonic: when it opens by itself
+        self.closed_by = 0  # number of the last batch that may hold messages of this key
+
+
+def _entry_id(item: Delivery | bytes) -> bytes:
+    return item if type(item) is bytes else item.entry_id  # type: ignore[union-attr]
+
+
+class LaneSet:
+    """All lanes of a shard that are not free."""
+
+    __slots__ = ("_due", "_ready", "_serial", "lanes", "waiting")
+
+    def __init__(self) -> None:
+        self.lanes: dict[Hashable, Lane] = {}
+        self.waiting = 0
+        self._due: list[tuple[float, int, Lane]] = []
+        self._ready: deque[Lane] = deque()
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def get(self, key: Hashable) -> Lane | None:
+        return self.lanes.get(key)
+
+    def start(self, key: Hashable) -> Lane:
+        """Closes a free key because one of its messages runs now."""
+        lane = self.lanes[key] = Lane(key)
+        lane.running = True
+        return lane
+
+    def add(self, lane: Lane, item: Delivery | bytes) -> None:
+        """Puts a message into its place, by entry id; nearly always that is the end."""
+        waiting = lane.waiting
+        if len(waiting) >= KEEP_BODIES and isinstance(item, Delivery) and item.note is None:
+            item = item.entry_id
+        self.waiting += 1
+        if not waiting or id_order(_entry_id(waiting[-1])) < id_order(_entry_id(item)):
+            waiting.append(item)
+            return
+        order = id_order(_entry_id(item))
+        place = len(waiting)
+        while place and id_order(_entry_id(waiting[place - 1])) > order:
+            place -= 1
+        waiting.insert(place, item)
+
+    def close(self, key: Hashable, head: Delivery | bytes | None, due: float | None, closed_by: int = 0) -> Lane:
+        """Closes a lane, with ``head`` back in its place, until ``due`` (monotonic), or None: until it is opened."""
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes[key] = Lane(key)
+        lane.running = False
+        lane.closed_by = max(lane.closed_by, closed_by)
+        if head is not None:
+            self.add(lane, head)
+        lane.due = due
+        lane.closed = due is None
+        if due is not None:
+            self._serial += 1
+            heapq.heappush(self._due, (due, self._serial, lane))
+        return lane
+
+    def open(self, lane: Lane) -> None:
+        """Lets a lane's head run as soon as there is room. An empty lane goes as well, once ``ready`` has shown it:
+        until then its key is not free."""
+        lane.due = None
+        lane.running = lane.closed = False
+        self._ready.append(lane)
+
+    def open_due(self, now: float) -> None:
+        """Opens the lanes whose time has come."""
+        while self._due and self._due[0][0] <= now:
+            due, _, lane = heapq.heappop(self._due)
+            if lane.due == due and self.lanes.get(lane.key) is lane:
+                self.open(lane)
+
+    def next_due(self) -> float | None:
+        while self._due and (self._due[0][2].due != self._due[0][0]):
+            heapq.heappop(self._due)
+        return self._due[0][0] if self._due else None
+
+    def has_ready(self) -> bool:
+        return bool(self._ready)
+
+    def ready(self) -> Iterator[Lane]:
+        """The lanes that may hand out, each once; whoever takes one hands out or opens it again."""
+        for _ in range(len(self._ready)):
+            lane = self._ready.popleft()
+            if self.lanes.get(lane.key) is lane and not lane.running and not lane.closed and lane.due is None:
+                yield lane
+
+    def pop(self, lane: Lane) -> Delivery | bytes:
+        self.waiting -= 1
+        return lane.waiting.popleft()
+
+    def finish(self, key: Hashable) -> None:
+        """The running message of a lane has ended well: the next may run, or the key is free."""
+        lane = self.lanes.get(key)
+        if lane is not None and lane.running:
+            if lane.waiting:
+                self.open(lane)
+            else:
+                del self.lanes[key]
+
+    def drop(self, lane: Lane) -> None:
+        """Removes an empty lane: its key is free."""
+        if not lane.waiting and self.lanes.get(lane.key) is lane:
+            del self.lanes[lane.key]
+
+    def entry_ids(self) -> Iterator[bytes]:
+        for lane in self.lanes.values():
+            for item in lane.waiting:
+                yield _entry_id(item)

@@ -1,0 +1,443 @@
+"""Stores messages in shards: append and id check are one atomic step, so that a repeated call adds nothing.
+
+A produce call is repeated with the same id after a lost reply, an outage, or while Redis or the shard is full, until its
+time is over. What stays in doubt then is said by the error.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..backoff import delays
+from ..clock import mono_s
+from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, StreamTaskError
+from ..redis.connection import Link, ReplyError
+from ..redis.keys import SHARED, ShardKeys
+from ..redis.scripts import Code, script
+from .declare import Queue
+from .seen import Pages, generation_keys
+
+BATCH = 250
+"""Messages of one shard that ``send_many`` appends with one script call."""
+
+BATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProducerSettings:
+    """``produce_ttl_ms`` is how long a call may be repeated; ``timeout_s`` how long one is, by default."""
+
+    max_backlog: int = 0
+    produce_ttl_ms: int = 120_000
+    dedupe_ttl_ms: int = 3_600_000
+    max_dedupe_ids: int = 1_000_000
+    timeout_s: float = 30.0
+
+
+class IdSource:
+    """Random 16-byte ids, drawn from the system 256 at a time; a forked child begins anew."""
+
+    __slots__ = ("__weakref__", "_pool")
+
+    def __init__(self) -> None:
+        self._pool: deque[bytes] = deque()
+        _reset_after_fork.add(self)
+
+    def __call__(self) -> bytes:
+        try:
+            return self._pool.pop()
+        except IndexError:
+            block = os.urandom(16 * 256)
+            self._pool.extend(block[i : i + 16] for i in range(16, len(block), 16))
+            return block[:16]
+
+    def after_fork(self) -> None:
+        self._pool.clear()
+
+
+_reset_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for one in list(_reset_after_fork):
+        one.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+new_id = IdSource()
+
+
+def _bulk(*parts: str | bytes | int) -> bytes:
+    raw = [p if isinstance(p, bytes) else str(p).encode() for p in parts]
+    return b"".join(b"$%d\r\n%b\r\n" % (len(p), p) for p in raw)
+
+
+class Target:
+    """One shard as a producer sees it: its keys, its page of produce ids, and the prepared start of the next call."""
+
+    __slots__ = ("_head", "_settings", "epoch", "keys", "layout", "node", "pages")
+
+    def __init__(self, queue: Queue, shard: int | str, settings: ProducerSettings) -> None:
+        self.keys: ShardKeys = queue.shard_keys(shard)
+        self.epoch = queue.shape().epoch
+        self.node = queue.broker.node(self.keys.stream)
+        self.pages = Pages(self.keys)
+        self.layout = ""  # of the generations of dedupe ids, as Redis last told it
+        self._settings = settings
+        self._head = b""
+
+    def pack_append(self, field: bytes, produce_id: bytes, envelope: bytes) -> bytes:
+        """``produce.lua`` as bytes: all but the id and the envelope is prepared once per page."""
+        if self.pages.take():
+            keys = self.keys
+            self._head = (
+                b"*13\r\n"
+                + _bulk("EVALSHA", script("produce").sha, 4, keys.state, self.pages.page, keys.stream, keys.delayed)
+                + _bulk(self.epoch)
+                + b"$16\r\n"
+            )
+        settings = self._settings
+        return b"%b%b\r\n$%d\r\n%d\r\n$%d\r\n%d\r\n$1\r\n%b\r\n$%d\r\n%b\r\n" % (
+            self._head,
+            produce_id,
+            len(str(settings.produce_ttl_ms)),
+            settings.produce_ttl_ms,
+            len(str(settings.max_backlog)),
+            settings.max_backlog,
+            field,
+            len(envelope),
+            envelope,
+        )
+
+    def pack_many(self, batch_id: bytes, messages: Sequence[tuple[bytes, bytes]]) -> bytes:
+        self.pages.take()
+        keys, settings = self.keys, self._settings
+        flat: list[bytes] = []
+        for message in messages:
+            flat.extend(message)
+        return script("produce_many").pack(
+            (keys.state, self.pages.page, keys.stream, keys.delayed),
+            (self.epoch, batch_id, settings.produce_ttl_ms, settings.max_backlog, *flat),
+        )
+
+    def pack_delayed(self, field: bytes, produce_id: bytes, envelope: bytes, due_ms: int, relative: bool) -> bytes:
+        self.pages.take()
+        keys, settings = self.keys, self._settings
+        return script("produce_delayed").pack(
+            (keys.state, self.pages.page, keys.stream, keys.delayed, keys.wake),
+            (
+                self.epoch,
+                produce_id,
+                settings.produce_ttl_ms,
+                settings.max_backlog,
+                field,
+                envelope,
+                due_ms,
+                1 if relative else 0,
+            ),
+        )
+
+    def pack_deduped(
+        self, field: bytes, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool
+    ) -> bytes:
+        keys, settings = self.keys, self._settings
+        return script("produce_deduped").pack(
+            (keys.state, keys.stream, keys.delayed, keys.wake, *generation_keys(keys, "d", self.layout, id16)),
+            (
+                self.epoch,
+                id16,
+                settings.dedupe_ttl_ms,
+                settings.max_backlog,
+                field,
+                envelope,
+                "" if due_ms is None else due_ms,
+                1 if relative else 0,
+                self.layout,
+                settings.max_dedupe_ids,
+            ),
+        )
+
+
+@dataclass(slots=True)
+class Call:
+    """One produce call under way: what to send, until when, and what became of it."""
+
+    queue: Queue
+    shard: int | str
+    field: bytes
+    envelope: bytes
+    produce_id: bytes
+    due_ms: int | None = None
+    relative: bool = False
+    dedupe: bytes | None = None
+    message_id: bytes | str = b""
+
+    def pack(self, target: Target) -> bytes:
+        if self.dedupe is not None:
+            return target.pack_deduped(self.field, self.dedupe, self.envelope, self.due_ms, self.relative)
+        if self.due_ms is not None:
+            return target.pack_delayed(self.field, self.produce_id, self.envelope, self.due_ms, self.relative)
+        return target.pack_append(self.field, self.produce_id, self.envelope)
+
+
+class Waiting:
+    """How long a produce call goes on. ``pause`` says how long to wait before the next try, or raises ``error``."""
+
+    __slots__ = ("_deadline", "_delays", "_full_deadline")
+
+    def __init__(self, timeout_s: float, full_timeout_s: float) -> None:
+        now = mono_s()
+        self._deadline = now + timeout_s
+        self._full_deadline = now + full_timeout_s
+        self._delays: Iterator[float] = delays(0.01, 0.5)
+
+    def pause(self, error: StreamTaskError) -> float:
+        deadline = self._full_deadline if isinstance(error, QueueFull) else self._deadline
+        left = deadline - mono_s()
+        if left <= 0:
+            raise error
+        return min(next(self._delays), left)
+
+
+class Producer:
+    """Stores messages; safe to share between threads and across a fork.
+
+    ``full_timeout_s``: how long to wait for room where a call names no timeout of its own (0 inside a worker: a task
+    that waits for room in the queue that it should drain waits for ever).
+    """
+
+    def __init__(self, settings: ProducerSettings) -> None:
+        self.settings = settings
+        self.full_timeout_s = settings.timeout_s
+        self._targets: dict[tuple[Queue, int | str], Target] = {}
+        self._idle: dict[str, list[Link]] = {}
+        self._lock = threading.Lock()
+        _reset_after_fork.add(self)
+
+    def after_fork(self) -> None:
+        # The child must not write on its parent's sockets; they close with the parent's objects.
+        self._targets = {}
+        self._idle = {}
+        self._lock = threading.Lock()
+
+    def target(self, queue: Queue, shard: int | str) -> Target:
+        found = self._targets.get((queue, shard))
+        if found is None:
+            found = self._targets.setdefault((queue, shard), Target(queue, shard, self.settings))
+        return found
+
+    def send(self, call: Call, timeout_s: float | None = None) -> bool:
+        """Stores one message. True if it is new, False if its dedupe id was stored before.
+
+        ``timeout_s``: how long to wait for Redis and for room. Raises ``QueueFull``, ``BrokerOutOfMemory``,
+        ``BrokerUnavailable``.
+        """
+        waiting: Waiting | None = None
+        packed: bytes | None = None
+        while True:
+            try:
+                target = self.target(call.queue, call.shard)
+                if packed is None or call.dedupe is not None:
+                    # One page per call: the repetition must look where the first try may have left the id.
+                    packed = call.pack(target)
+                answer = self._call(target.node, packed, call.queue, target.keys.stream)
+                # An entry id, 1, or STORED_ALREADY, which for a produce id is the answer to a repeated call.
+                if type(answer) is bytes or answer == 1:
+                    return True
+                if answer == Code.STORED_ALREADY:
+                    return call.dedupe is None
+                error = self.refusal(call.queue, call.shard, answer)
+                if error is None:
+                    if type(answer) is int:
+                        packed = None
+                    continue
+            except (BrokerUnavailable, QueueFull) as exc:
+                error = exc
+            if waiting is None:
+                waiting = self.waiting(timeout_s)
+            time.sleep(waiting.pause(error))
+
+    def waiting(self, timeout_s: float | None) -> Waiting:
+        if timeout_s is not None:
+            return Waiting(timeout_s, timeout_s)
+        return Waiting(self.settings.timeout_s, self.full_timeout_s)
+
+    def refusal(self, queue: Queue, shard: int | str, answer: Any) -> StreamTaskError | None:
+        """What a script's refusal means: an error that may pass, or None where the cause is mended already."""
+        if isinstance(answer, list) and answer[0] == Code.SEEN_LAYOUT:
+            self.target(queue, shard).layout = answer[1].decode()
+            return None
+        if answer == Code.NO_STATE:
+            # Never opened, or flushed: open it and go on.
+            queue.forget()
+            self._targets.pop((queue, shard), None)
+            queue.shape()
+            return None
+        where = "the shared stream" if shard == SHARED else f"shard {shard}"
+        if answer == Code.FULL:
+            return QueueFull(
+                f"{where} of queue {queue.name!r} holds {self.settings.max_backlog} messages, its max_backlog: start "
+                "more workers, raise max_backlog, or remove a consumer group that nobody serves ('streamtask doctor')"
+            )
+        if answer == Code.IDS_FULL:
+            return QueueFull(
+                f"{where} of queue {queue.name!r} remembers {self.settings.max_dedupe_ids} dedupe ids, the most that "
+                "max_dedupe_ids allows: raise it, or shorten dedupe_ttl"
+            )
+        if answer == Code.SEALED:
+            queue.forget()
+            self._targets.pop((queue, shard), None)
+            return BrokerUnavailable(f"{where} of queue {queue.name!r} is being resharded; the call was repeated in vain")
+        raise ReplyError(f"unexpected answer of a produce script: {answer!r}")
+
+    def send_many(self, queue: Queue, messages: Sequence[tuple[int | str, bytes, bytes]], timeout_s: float | None) -> None:
+        """Stores messages ``(shard, field, envelope)``; within a shard in their order.
+
+        One script call for some hundreds of messages of one shard, one call in flight per shard. Raises
+        ``BulkSendError`` saying which are stored.
+        """
+        runs: dict[int | str, deque[list[int]]] = {}
+        sizes: dict[int | str, int] = {}
+        for index, (shard, _, envelope) in enumerate(messages):
+            batches = runs.setdefault(shard, deque())
+            size = sizes.get(shard, 0) + len(envelope)
+            if not batches or len(batches[-1]) >= BATCH or size > BATCH_BYTES:
+                batches.append([])
+                size = len(envelope)
+            sizes[shard] = size
+            batches[-1].append(index)
+        Bulk(self, queue, messages, runs, self.waiting(timeout_s)).run()
+
+    def _call(self, node: str, packed: bytes, queue: Queue, key: str) -> Any:
+        link = self.take_link(node, queue, key)
+        try:
+            answer = link.call(packed)
+        except BrokerUnavailable:
+            link.close()
+            raise
+        except BaseException as exc:
+            if not isinstance(exc, StreamTaskError):
+                link.close()  # interrupted between request and reply: the next user must not read it
+            raise
+        finally:
+            self._idle.setdefault(node, []).append(link)
+        return answer
+
+    def take_link(self, node: str, queue: Queue, key: str) -> Link:
+        try:
+            return self._idle[node].pop()
+        except (KeyError, IndexError):
+            return queue.broker.link(key)
+
+    def give_link(self, node: str, link: Link) -> None:
+        self._idle.setdefault(node, []).append(link)
+
+    def close(self) -> None:
+        idle, self._idle = self._idle, {}
+        for links in idle.values():
+            for link in links:
+                link.close()
+
+
+class Bulk:
+    """One ``send_many`` under way."""
+
+    def __init__(
+        self,
+        producer: Producer,
+        queue: Queue,
+        messages: Sequence[tuple[int | str, bytes, bytes]],
+        runs: dict[int | str, deque[list[int]]],
+        waiting: Waiting,
+    ) -> None:
+        self.producer = producer
+        self.queue = queue
+        self.messages = messages
+        self.runs = runs
+        self.waiting = waiting
+        self.stored: list[int] = []
+        self.unknown: set[int] = set()
+        self.prepared: dict[int | str, tuple[list[int], bytes]] = {}
+
+    def run(self) -> None:
+        while self.runs:
+            errors: list[StreamTaskError] = []
+            try:
+                for node, shards in self._by_node().items():
+                    errors += self._round(node, shards)
+            except (BrokerUnavailable, QueueFull) as exc:
+                errors.append(exc)
+            if errors:
+                try:
+                    time.sleep(self.waiting.pause(errors[0]))
+                except StreamTaskError as exc:
+                    self._fail(exc)
+            self.runs = {shard: batches for shard, batches in self.runs.items() if batches}
+
+    def _by_node(self) -> dict[str, list[int | str]]:
+        nodes: dict[str, list[int | str]] = {}
+        for shard in self.runs:
+            nodes.setdefault(self.producer.target(self.queue, shard).node, []).append(shard)
+        return nodes
+
+    def _round(self, node: str, shards: list[int | str]) -> list[StreamTaskError]:
+        """One batch of each shard in one write; one call in flight per shard keeps the order."""
+        packed = []
+        for shard in shards:
+            if shard not in self.prepared:
+                batch = self.runs[shard][0]
+                body = self.producer.target(self.queue, shard).pack_many(
+                    new_id(), [self.messages[i][1:] for i in batch]
+                )
+                self.prepared[shard] = (batch, body)
+            packed.append(self.prepared[shard][1])
+        key = self.producer.target(self.queue, shards[0]).keys.stream
+        link = self.producer.take_link(node, self.queue, key)
+        try:
+            answers = link.pipeline(packed)
+        except BrokerUnavailable:
+            link.close()
+            for shard in shards:
+                self.unknown.update(self.prepared[shard][0])
+            raise
+        finally:
+            self.producer.give_link(node, link)
+        errors: list[StreamTaskError] = []
+        for shard, answer in zip(shards, answers, strict=True):
+            batch, _ = self.prepared.pop(shard)
+            self.unknown.difference_update(batch)
+            if isinstance(answer, int) and answer > 0:
+                self.stored += batch[:answer]
+                if answer < len(batch):
+                    # The shard had room for a part: the rest is a batch of its own.
+                    self.runs[shard][0] = batch[answer:]
+                else:
+                    self.runs[shard].popleft()
+            elif isinstance(answer, QueueFull):
+                errors.append(answer)
+            elif isinstance(answer, ConfigError | ReplyError):
+                self._fail(answer)
+            else:
+                error = self.producer.refusal(self.queue, shard, answer)
+                if error is not None:
+                    errors.append(error)
+        return errors
+
+    def _fail(self, cause: StreamTaskError) -> None:
+        left = sorted(index for batches in self.runs.values() for batch in batches for index in batch)
+        raise BulkSendError(
+            f"{len(self.stored)} of {len(self.messages)} messages are stored, then: {cause}. "
+            "The error's 'stored', 'failed' and 'unknown' have the positions",
+            stored=sorted(self.stored),
+            failed=[index for index in left if index not in self.unknown],
+            unknown=sorted(self.unknown),
+        ) from cause

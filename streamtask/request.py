@@ -1,0 +1,121 @@
+"""``self.request``: what a running body may know of its message."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from .queue.lanes import id_order
+from .redis import wire
+
+if TYPE_CHECKING:
+    from .queue.lanes import Delivery
+    from .worker.ports import Place
+
+
+class Request:
+    """The message that runs now. Attributes are read from the delivery when they are asked for."""
+
+    __slots__ = ("_delivery", "_place")
+
+    def __init__(self, delivery: Delivery, place: Place) -> None:
+        self._delivery = delivery
+        self._place = place
+
+    @property
+    def id(self) -> str:
+        """The task id."""
+        return wire.id_text(self._delivery.id)
+
+    @property
+    def task(self) -> str:
+        return self._delivery.task
+
+    @property
+    def args(self) -> list[Any]:
+        return self._delivery.args
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return self._delivery.kwargs
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        return self._delivery.headers or {}
+
+    @property
+    def queue(self) -> str:
+        return self._place.queue
+
+    @property
+    def shard(self) -> int | str:
+        """The shard's number, or ``shared``."""
+        return self._place.shard
+
+    @property
+    def shard_key(self) -> str | None:
+        """The canonical shard key as text."""
+        key = self._delivery.key
+        return None if key is None else key.decode("utf-8", "surrogateescape")
+
+    @property
+    def attempt(self) -> int:
+        """Failed runs before this one: 0 in the first."""
+        note = self._delivery.note
+        return 0 if note is None else note.attempt
+
+    retries = attempt
+
+    @property
+    def fencing_token(self) -> int:
+        """Grows with each new owner of the shard, and never falls: hand it to what must refuse a late writer."""
+        return self._place.token
+
+    @property
+    def eta(self) -> dt.datetime | None:
+        eta = self.headers.get(wire.H_ETA)
+        return None if eta is None else _instant(eta)
+
+    @property
+    def expires(self) -> dt.datetime | None:
+        expires = self.headers.get(wire.H_EXPIRES)
+        return None if expires is None else _instant(expires)
+
+    @property
+    def produced_at(self) -> dt.datetime:
+        """When the produce call was made (Redis' clock; the producer's for a delayed message)."""
+        return _instant(self.headers.get(wire.H_PRODUCED) or id_order(self._delivery.entry_id)[0])
+
+    @property
+    def entry_id(self) -> str:
+        return self._delivery.entry_id.decode()
+
+    def __repr__(self) -> str:
+        return f"<Request {self.task} {self.id} attempt={self.attempt} shard={self.shard}>"
+
+
+def _instant(ms: int) -> dt.datetime:
+    return dt.datetime.fromtimestamp(ms / 1000, dt.timezone.utc)
+
+
+class _Here(threading.local):
+    delivery: Delivery | None = None
+    place: Place | None = None
+
+
+here = _Here()
+"""What runs in this thread; set per message, so it holds no object of its own."""
+
+in_coroutine: ContextVar[tuple[Any, Any] | None] = ContextVar("streamtask_request", default=None)
+
+
+def current() -> Request | None:
+    """The request of the body that runs here, or None outside of one."""
+    pair = in_coroutine.get()
+    if pair is not None:
+        return Request(*pair)
+    if here.delivery is not None and here.place is not None:
+        return Request(here.delivery, here.place)
+    return None

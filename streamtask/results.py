@@ -1,0 +1,162 @@
+"""Results: written by the worker before the ack, in a slot of their own, and waited for without polling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from .backoff import delays
+from .clock import mono_s, wall_ms
+from .errors import BrokerUnavailable, ConfigError, ResultTimeout, TaskError, TaskRevoked
+from .redis import keys, wire
+from .redis.connection import Broker, wrapped
+from .redis.scripts import script
+
+PENDING = "PENDING"
+SUCCESS = "SUCCESS"
+FAILURE = "FAILURE"
+REVOKED = "REVOKED"
+
+
+class ResultStore:
+    """Where an app's results lie. ``ttl_s``: how long one is kept, in seconds."""
+
+    def __init__(self, broker: Broker, namespace: str, app: str, ttl_s: float) -> None:
+        self.broker = broker
+        self._namespace = namespace
+        self._app = app
+        self._ttl_ms = int(ttl_s * 1000)
+
+    def key(self, task_id: str) -> str:
+        return keys.result(self._namespace, self._app, task_id)
+
+    def pack(
+        self, task_id: str, state: str, result: Any = None, *, error: str | None = None, traceback: str | None = None
+    ) -> bytes:
+        """The command that stores a result. A value that can't be serialised becomes a failure that says so."""
+        body = {"state": state, "result": result, "error": error, "traceback": traceback, "at": wall_ms()}
+        try:
+            payload = wire.pack_body(body)
+        except (TypeError, ValueError, OverflowError) as exc:
+            body |= {"state": FAILURE, "result": None, "error": f"the task ran, but its result can't be serialised: {exc}"}
+            payload = wire.pack_body(body)
+        return script("store_result").pack((self.key(task_id),), (payload, self._ttl_ms))
+
+    def read(self, task_id: str) -> dict[str, Any] | None:
+        with wrapped(self.broker.safe_url):
+            payload = self.broker.client().get(self.key(task_id))
+        return None if payload is None else wire.unpack_body(payload)
+
+    def wait(self, task_id: str, timeout_s: float | None) -> dict[str, Any]:
+        """Subscribes, then reads, waits, and reads again after every reconnect, so that no result is missed."""
+        deadline = None if timeout_s is None else mono_s() + timeout_s
+        waits = delays(0.05, 1.0)
+        while True:
+            try:
+                found = self._wait_once(task_id, deadline)
+                if found is not None:
+                    return found
+            except BrokerUnavailable:
+                if deadline is not None and mono_s() >= deadline:
+                    raise
+                time.sleep(next(waits))
+            if deadline is not None and mono_s() >= deadline:
+                raise ResultTimeout(f"no result of task {task_id} within {timeout_s} s")
+
+    def _wait_once(self, task_id: str, deadline: float | None) -> dict[str, Any] | None:
+        with wrapped(self.broker.safe_url):
+            pubsub = self.broker.client().pubsub()
+            try:
+                pubsub.subscribe(self.key(task_id))
+                while True:
+                    left = 30.0 if deadline is None else min(30.0, deadline - mono_s())
+                    message = pubsub.get_message(timeout=max(0.0, left))
+                    # The confirmation of the subscription, the news of the result, or a quiet half minute, in which a
+                    # connection may have died without a word.
+                    found = self.read(task_id)
+                    if found is not None or (message is None and deadline is not None and mono_s() >= deadline):
+                        return found
+            finally:
+                pubsub.close()
+
+
+class Revoker(Protocol):
+    def __call__(self, task_id: str) -> None: ...
+
+
+class AsyncResult:
+    """A handle on a sent message. ``id`` is the task id."""
+
+    __slots__ = ("_id", "_revoke", "_store", "_text", "stored")
+
+    def __init__(
+        self,
+        task_id: bytes | str,
+        store: ResultStore | None,
+        revoke: Callable[[str], None] | None = None,
+        stored: bool = True,
+    ) -> None:
+        self._id = task_id
+        self._text: str | None = None
+        self._store = store
+        self._revoke = revoke
+        self.stored = stored
+        """False if the call's ``dedupe_id`` was known, and so nothing was stored."""
+
+    @property
+    def id(self) -> str:
+        if self._text is None:
+            self._text = wire.id_text(self._id)
+        return self._text
+
+    def _results(self) -> ResultStore:
+        if self._store is None:
+            raise ConfigError("this app keeps no results: name a backend, as in StreamTask(..., backend=True)")
+        return self._store
+
+    def get(self, timeout: float | None = None) -> Any:
+        """Waits for the result and returns it. ``timeout`` in seconds; None waits for ever.
+
+        Raises ``TaskError`` if the task failed for good, ``TaskRevoked``, ``ResultTimeout``, ``BrokerUnavailable``.
+        """
+        found = self._results().wait(self.id, timeout)
+        if found["state"] == SUCCESS:
+            return found["result"]
+        kind = TaskRevoked if found["state"] == REVOKED else TaskError
+        raise kind(f"task {self.id}: {found['error']}", traceback=found["traceback"])
+
+    @property
+    def state(self) -> str:
+        """``PENDING`` (also for an unknown id), ``SUCCESS``, ``FAILURE`` or ``REVOKED``."""
+        found = self._results().read(self.id)
+        return PENDING if found is None else str(found["state"])
+
+    def ready(self) -> bool:
+        return self.state != PENDING
+
+    def successful(self) -> bool:
+        return self.state == SUCCESS
+
+    def failed(self) -> bool:
+        return self.state == FAILURE
+
+    @property
+    def traceback(self) -> str | None:
+        found = self._results().read(self.id)
+        return None if found is None else found["traceback"]
+
+    def revoke(self) -> None:
+        """Keeps the message from running, if it has not started when the workers hear of it (within about a second)."""
+        if self._revoke is None:
+            raise ConfigError("this result knows no app: use app.AsyncResult(task_id, queue=...)")
+        self._revoke(self.id)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AsyncResult) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"<AsyncResult {self.id}>"

@@ -1,0 +1,252 @@
+"""Executors run deliveries and say which have ended. They never talk to Redis.
+
+``SequentialExecutor`` (concurrency 1) runs batches in the process's main thread, one delivery after the other, the
+synchronous and the asynchronous ones. ``ParallelExecutor`` runs single deliveries of different lanes side by side:
+functions in threads, coroutines on an event loop.
+
+Before each body the executor checks that its lease is still to be trusted; what it does not start goes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from queue import SimpleQueue
+
+from ..clock import mono_s
+from ..queue.consumer import Batch, Outcome, ShardConsumer
+from ..queue.lanes import Delivery
+from .ports import Place, TaskRunner
+from .shared import SharedMemory, Slot
+
+log = logging.getLogger("streamtask.executor")
+
+SKIPPED = Outcome("skipped")
+UNSTARTED = Outcome("unstarted")
+CLOSES = frozenset(("retry", "requeue", "dead"))
+"""Outcomes after which the message's key waits."""
+
+
+class SequentialExecutor:
+    """Runs batches in order in the thread that calls ``run_forever``."""
+
+    capacity = 2  # batches: one runs, one is ready when it ends
+
+    def __init__(
+        self, runner: TaskRunner, memory: SharedMemory, lease_of: Callable[[ShardConsumer], int], wake: Callable[[], None]
+    ) -> None:
+        self._runner = runner
+        self._memory = memory
+        self._slot = memory.slot(0)
+        self._lease_of = lease_of
+        self._wake = wake
+        self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
+        self._failed: dict[ShardConsumer, set[Hashable]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.ended: deque[Batch] = deque()
+        self.out: deque[Batch] = deque()  # handed over and not ended, in order
+        self.signal_after_s = 0.005
+
+    def submit(self, batch: Batch) -> None:
+        self.out.append(batch)
+        self._inbox.put(batch)
+
+    def position(self, batch: Batch) -> int:
+        """How many of a batch have ended; only the first of ``out`` runs."""
+        return self._slot.cells[0] if batch.slot is self._slot else 0
+
+    def forget(self, consumer: ShardConsumer) -> None:
+        self._failed.pop(consumer, None)
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+
+    def run_forever(self) -> None:
+        get = self._inbox.get
+        while True:
+            batch = get()
+            if batch is None:
+                return
+            self.run_batch(batch)
+            self._wake()
+
+    def run_batch(self, batch: Batch) -> None:
+        consumer, deliveries, slot = batch.consumer, batch.deliveries, self._slot
+        lease = self._lease_of(consumer)
+        failed = self._failed.setdefault(consumer, set())
+        if failed:
+            failed.difference_update(batch.reopened)
+        place = Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, True)
+        trusted, cells, runner, mono = self._memory.trusted, slot.cells, self._runner, mono_s
+        plain, enter, outcomes = runner.plain, runner.enter, batch.outcomes
+        slot.begin(lease, [delivery.entry_id for delivery in deliveries])
+        batch.slot = slot
+        signal_at = mono() + self.signal_after_s
+        index = 0
+        for index, delivery in enumerate(deliveries):
+            cells[0] = index
+            now = mono()
+            if now >= trusted[lease] or consumer.halted:
+                consumer.halted = True
+                outcomes.extend((i, UNSTARTED) for i in range(index, len(deliveries)))
+                break
+            if now >= signal_at and index:
+                # Something has ended and the next body may be long: let it be acknowledged meanwhile.
+                self._wake()
+                signal_at = now + self.signal_after_s
+            if failed and delivery.lane in failed and delivery.lane is not None:
+                outcomes.append((index, SKIPPED))
+                continue
+            body = plain.get(delivery.task)
+            if body is not None and delivery.headers is None:
+                enter(delivery, place)
+                try:
+                    body(*delivery.args, **delivery.kwargs)
+                    continue
+                except BaseException as exc:
+                    outcome: Outcome | None = runner.failed(delivery, place, exc)
+            else:
+                outcome = self._run(batch, delivery, place)
+            if outcome is not None:
+                outcomes.append((index, outcome))
+                if outcome.kind in CLOSES and delivery.lane is not None:
+                    failed.add(delivery.lane)
+        # In this order: whoever sees that the batch has ended sees all its outcomes.
+        slot.end()
+        self.ended.append(batch)
+
+    def _run(self, batch: Batch, delivery: Delivery, place: Place) -> Outcome | None:
+        if self._runner.is_async(delivery.task):
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                asyncio.set_event_loop(self._loop)
+            outcome, result = self._loop.run_until_complete(self._runner.arun(delivery, place))
+        else:
+            outcome, result = self._runner.run(delivery, place)
+        if result is not None:
+            batch.results.append((delivery, result))
+        return outcome
+
+
+class ParallelExecutor:
+    """Runs up to ``capacity`` batches of one delivery at once, in threads or on one event loop."""
+
+    def __init__(
+        self,
+        concurrency: int,
+        runner: TaskRunner,
+        memory: SharedMemory,
+        lease_of: Callable[[ShardConsumer], int],
+        wake: Callable[[], None],
+    ) -> None:
+        self.capacity = concurrency
+        self._runner = runner
+        self._memory = memory
+        self._lease_of = lease_of
+        self._wake = wake
+        self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
+        self._slots: SimpleQueue[Slot] = SimpleQueue()
+        for number in range(concurrency):
+            self._slots.put(memory.slot(number))
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.ended: deque[Batch] = deque()
+        self.out: deque[Batch] = deque()
+        self._stopped = threading.Event()
+        self._tasks: set[asyncio.Future[None]] = set()  # asyncio itself keeps only weak references
+
+    def submit(self, batch: Batch) -> None:
+        self.out.append(batch)
+        if self._runner.is_async(batch.deliveries[0].task):
+            self._event_loop().call_soon_threadsafe(self._start_async, batch)
+            return
+        if len(self._threads) < self.capacity and self._inbox.qsize() >= self._idle:
+            thread = threading.Thread(target=self._run_thread, name=f"streamtask-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._inbox.put(batch)
+
+    def position(self, batch: Batch) -> int:
+        return 0
+
+    def forget(self, consumer: ShardConsumer) -> None:
+        pass
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for _ in self._threads:
+            self._inbox.put(None)
+
+    def run_forever(self) -> None:
+        """Holds the main thread, which runs no body here."""
+        self._stopped.wait()
+
+    def _run_thread(self) -> None:
+        get, runner = self._inbox.get, self._runner
+        while True:
+            self._idle += 1
+            batch = get()
+            self._idle -= 1
+            if batch is None:
+                return
+            slot = self._slots.get()
+            outcome: Outcome | None = UNSTARTED
+            place = self._begin(batch, slot)
+            if place is not None:
+                delivery = batch.deliveries[0]
+                body = runner.plain.get(delivery.task)
+                if body is not None and delivery.headers is None:
+                    runner.enter(delivery, place)
+                    try:
+                        body(*delivery.args, **delivery.kwargs)
+                        outcome = None
+                    except BaseException as exc:
+                        outcome = runner.failed(delivery, place, exc)
+                else:
+                    outcome, result = runner.run(delivery, place)
+                    if result is not None:
+                        batch.results.append((delivery, result))
+            self._end(batch, slot, outcome)
+
+    def _begin(self, batch: Batch, slot: Slot) -> Place | None:
+        """Writes down that the body starts; None if the lease is not to be trusted any more."""
+        consumer = batch.consumer
+        lease = self._lease_of(consumer)
+        if consumer.halted or mono_s() >= self._memory.trusted[lease]:
+            consumer.halted = True
+            return None
+        slot.begin(lease, [batch.deliveries[0].entry_id])
+        return Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, False)
+
+    def _end(self, batch: Batch, slot: Slot, outcome: Outcome | None) -> None:
+        slot.clear()
+        self._slots.put(slot)
+        if outcome is not None:
+            batch.outcomes.append((0, outcome))
+        self.ended.append(batch)
+        self._wake()
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="streamtask-async", daemon=True).start()
+        return self._loop
+
+    def _start_async(self, batch: Batch) -> None:
+        task = asyncio.ensure_future(self._run_async(batch), loop=self._loop)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_async(self, batch: Batch) -> None:
+        slot = self._slots.get()
+        outcome: Outcome | None = UNSTARTED
+        place = self._begin(batch, slot)
+        if place is not None:
+            outcome, result = await self._runner.arun(batch.deliveries[0], place)
+            if result is not None:
+                batch.results.append((batch.deliveries[0], result))
+        self._end(batch, slot, outcome)

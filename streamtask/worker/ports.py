@@ -1,0 +1,66 @@
+"""What a worker needs from the layers above it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..queue.consumer import ConsumerSettings, Outcome
+from ..queue.declare import Queue
+from ..queue.lanes import Delivery
+from ..redis.connection import Broker
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a delivery came from: for ``self.request``. ``deadline`` tells the supervisor when to end the process."""
+
+    queue: str
+    shard: int | str
+    token: int
+    set_deadline: Callable[[float], None]
+    in_main_thread: bool
+
+
+class TaskRunner(Protocol):
+    """Runs bodies. ``run`` and ``arun`` never raise: they answer None for success, or what becomes of the message, and
+    the packed command that stores the result, if there is one."""
+
+    plain: Mapping[str, Callable[..., Any]]
+    """Tasks that need neither context, limits, middleware nor results: an executor may call them directly."""
+
+    def is_async(self, task: str) -> bool: ...
+
+    def run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]: ...
+
+    async def arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]: ...
+
+    def failed(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
+        """What becomes of a message whose plain body raised."""
+
+    def enter(self, delivery: Delivery, place: Place) -> None:
+        """Called before a plain body: the request that it may ask for."""
+
+    def revoked(self, delivery: Delivery) -> bytes | None:
+        """The packed command that stores a revoked message's result, if it has one."""
+
+    def process_started(self) -> None:
+        """Called in each worker process before its first message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """``ack_interval_s``: how long a finished message may wait for others to be acknowledged with it."""
+
+    app: str
+    broker: Broker
+    queues: list[Queue]
+    consumer: ConsumerSettings
+    lease_ms: int = 5000
+    handover_timeout_s: float = 10.0
+    ack_interval_s: float = 0.005
+    concurrency: int = 1
+    result_broker: Broker | None = None
+    has_time_limits: bool = False
+    tags: dict[str, str] = field(default_factory=dict)
