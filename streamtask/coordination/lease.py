@@ -62,7 +62,9 @@ class Lease:
     def pack_renew(self) -> bytes:
         args = (self.token, self.incarnation, self.lease_ms)
         if self.shared:
-            return script("renew_shared").pack((self.key, self.keys.consumers(self.group)), args)
+            return script("renew_shared").pack(
+                (self.key, self.keys.consumers(self.group), self.keys.token(self.group)), args
+            )
         return script("renew").pack((self.key, self.keys.token(self.group)), args)
 
     def renewed(self, answer: object, sent_at: float) -> None:

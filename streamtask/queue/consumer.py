@@ -528,6 +528,9 @@ class ShardConsumer:
     def on_revoked(self, delivery: Delivery) -> None:
         """Told of each revoked message; the worker sets this to store a result."""
 
+    def on_dead(self, consumer: ShardConsumer, delivery: Delivery, outcome: Outcome) -> None:
+        """Told of each dead letter once it is stored; the worker sets this."""
+
     def _with_bodies(self, link: Link, items: Sequence[Delivery | bytes]) -> list[Delivery]:
         missing = [item for item in items if isinstance(item, bytes)]
         bodies: dict[bytes, Delivery] = {}
@@ -590,6 +593,9 @@ class ShardConsumer:
 
     def _apply(self, delivery: Delivery, outcome: Outcome) -> None:
         kind, key = outcome.kind, delivery.lane_key
+        if kind == "ignored":
+            self._finish(delivery.entry_id)
+            return
         if kind in ("retry", "requeue", "dead") and delivery.lane is not None:
             self._closed.add(key)
         if kind == "retry":
@@ -715,6 +721,7 @@ class ShardConsumer:
         )  # fmt: skip
         if delivery is None:
             return
+        self.on_dead(self, delivery, outcome)
         lane = self.lanes.get(delivery.lane_key)
         if held:
             delivery.note = Note.parse(held.encode())

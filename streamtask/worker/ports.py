@@ -45,6 +45,9 @@ class TaskRunner(Protocol):
     def revoked(self, delivery: Delivery) -> bytes | None:
         """The packed command that stores a revoked message's result, if it has one."""
 
+    def dead(self, delivery: Delivery, place: Place, outcome: Outcome) -> bytes | None:
+        """Told of each dead letter once it is stored; answers a result to store."""
+
     def process_started(self) -> None:
         """Called in each worker process before its first message."""
 

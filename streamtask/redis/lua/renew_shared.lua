@@ -1,6 +1,8 @@
--- Prolongs the lease of a consumer of a shared stream, also late, as long as nobody removed it.
+-- Prolongs the lease of a consumer of a shared stream, also late, as long as nobody removed it. A record that a flush
+-- removed, together with the token counter, is written anew.
 -- KEYS[1] lease      hash of this consumer
 -- KEYS[2] consumers  sorted set
+-- KEYS[3] token      counter
 -- ARGV[1] token
 -- ARGV[2] incarnation
 -- ARGV[3] lease time, ms
@@ -9,7 +11,11 @@
 --- @include fence
 --- @include now
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
-  return LEASE_LOST
+  if redis.call('EXISTS', KEYS[1]) == 1 or redis.call('EXISTS', KEYS[3]) == 1 then
+    return LEASE_LOST
+  end
+  redis.call('SET', KEYS[3], ARGV[1])
+  redis.call('HSET', KEYS[1], 'owner', ARGV[2], 'token', ARGV[1])
 end
 local expires_at = now_ms() + tonumber(ARGV[3])
 redis.call('ZADD', KEYS[2], expires_at, ARGV[2])

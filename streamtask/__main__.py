@@ -1,0 +1,5 @@
+"""``python -m streamtask``."""
+
+from .cli import main
+
+main()

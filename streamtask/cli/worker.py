@@ -1,0 +1,103 @@
+"""``streamtask worker``: the supervisor with its processes; and the hidden command that is one of these processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from ..errors import StreamTaskError
+
+
+def _options(function):  # type: ignore[no-untyped-def]
+    function = click.option("-Q", "--queues", default="", help="Queues to work on, as a,b. Default: those of the app's tasks.")(function)
+    return click.option(
+        "-c", "--concurrency", type=click.IntRange(1, 512), default=1, show_default=True,
+        help="Lanes that one process runs at once, in threads; async tasks on an event loop.",
+    )(function)  # fmt: skip
+
+
+@click.command()
+@click.option("-p", "--processes", type=click.IntRange(1, 256), default=None, help="Worker processes. Default: the number of CPUs.")
+@_options
+@click.pass_context
+def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: str) -> None:
+    """Runs tasks: a supervisor and its worker processes, until SIGTERM or Ctrl-C.
+
+    The first signal ends it warmly: running bodies end, the rest is handed over. A second one stops it at once.
+    """
+    from ..worker.supervisor import Supervisor
+
+    name = ctx.obj["app_name"]
+    app = ctx.obj["app"]()
+    names = [one.strip() for one in queues.split(",") if one.strip()]
+    settings = app.worker_settings(queues=names, concurrency=concurrency)
+    if app.broker.is_cluster or app.broker.scheme == "memory":
+        raise StreamTaskError(f"workers do not run on {app.broker.scheme}:// yet: use redis://, rediss://, unix:// or embedded://")
+    count = processes or _cpus()
+    argv = [sys.executable, "-m", "streamtask", "-A", name]
+    for option in ("log_level", "log_format"):
+        if ctx.obj.get(option):
+            argv += ["--" + option.replace("_", "-"), ctx.obj[option]]
+    argv += ["worker-process", "-c", str(concurrency)]
+    if names:
+        argv += ["-Q", ",".join(names)]
+    version = app.broker.check_version()
+    if sys.stderr.isatty() or ctx.obj.get("log_format") != "json":
+        click.echo(_banner(app, settings, count, version), err=True)
+    ctx.exit(Supervisor(settings, argv, count).run())
+
+
+def _banner(app, settings, processes: int, version: tuple[int, ...]) -> str:  # type: ignore[no-untyped-def]
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        own = installed("streamtask")
+    except PackageNotFoundError:
+        own = "(not installed)"
+    lines = [
+        f" -- streamtask {own} -- {os.uname().nodename}, pid {os.getpid()}",
+        f"    app        {app.name}",
+        f"    broker     {app.broker.safe_url} (Redis {'.'.join(map(str, version))})",
+        f"    results    {app.results.broker.safe_url if app.results else 'not kept'}",
+        f"    processes  {processes}, {settings.concurrency} at once in each",
+        f"    lease      {settings.lease_ms / 1000:g} s, group {settings.consumer.group}",
+        "    queues     " + ", ".join(f"{q.name} ({q.shards} shards)" for q in settings.queues),
+        "    tasks      " + (", ".join(sorted(app.tasks)) or "none"),
+    ]
+    return "\n".join(lines)
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@click.command("worker-process", hidden=True)
+@_options
+@click.pass_context
+def worker_process(ctx: click.Context, concurrency: int, queues: str) -> None:
+    """One worker process; started by ``worker``."""
+    from ..worker import child
+    from ..worker.supervisor import EXIT_CHILD_UNUSABLE
+
+    fds = os.environ.get(child.ENV_FDS, "")
+    if not fds:
+        raise click.UsageError("worker-process is started by 'streamtask worker'")
+    sock_fd, memory_fd, parent = (int(part) for part in fds.split(","))
+    child.bind_to_parent(parent)
+    try:
+        app = ctx.obj["app"]()
+        names = [one for one in queues.split(",") if one]
+        settings = app.worker_settings(queues=names, concurrency=concurrency)
+        app.producer.full_timeout_s = 0.0
+        runner = app.runner()
+    except Exception as exc:
+        click.echo(f"Error: {exc}", err=True)
+        sys.exit(EXIT_CHILD_UNUSABLE)
+    sys.exit(child.run(settings, runner, sock_fd, memory_fd))
+
+

@@ -1,0 +1,638 @@
+"""The control thread of a worker process: one loop that owns all state of the process's shards.
+
+Each turn: take what has arrived (orders of the supervisor, a fetch's reply, ended deliveries), hand out what can run,
+send the next fetch, then write (results, notes, dead letters, acknowledgements). Executors and the supervisor only post
+to it. Two connections: one on which a fetch is always on its way or blocked, one for everything else.
+
+A fetch is one write: ``[XREAD BLOCK] MULTI XREADGROUP... EXEC WATCH guards HMGET leases``. The WATCH of one fetch guards
+the next, so the fence costs no round trip; XREAD wakes an idle process from the last delivered id, never from ``$``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from ..backoff import delays
+from ..clock import mono_s
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
+from ..queue.consumer import Batch, Outcome, ShardConsumer
+from ..queue.declare import Queue
+from ..queue.lanes import Delivery
+from ..redis import wire
+from ..redis.connection import Link, ReplyError, pack
+from .ports import Place, TaskRunner, WorkerSettings
+from .shared import SharedMemory
+
+log = logging.getLogger("streamtask.worker")
+
+BLOCK_MS = 5000
+AUDIT_S = 60.0
+COLD_FETCH_S = (0.005, 0.1)
+"""How often idle shards are read while busy ones are full: the interval doubles while nothing comes."""
+
+
+class Executor(Protocol):
+    """See ``executor.py``."""
+
+    capacity: int
+    ended: Any
+    out: Any
+
+    def submit(self, batch: Batch) -> None: ...
+    def position(self, batch: Batch) -> int: ...
+    def forget(self, consumer: ShardConsumer) -> None: ...
+
+
+class Supervisor(Protocol):
+    """The supervisor's end of the wire, as the control thread sees it."""
+
+    def fileno(self) -> int: ...
+    def receive(self) -> Iterator[dict[str, Any]]: ...
+    def send(self, op: str, **fields: Any) -> None: ...
+
+
+class Owned:
+    """A shard in the hands of this process, and what the loop remembers of it."""
+
+    __slots__ = ("consumer", "full", "next_audit", "number", "quiet_until", "queue", "takeover")
+
+    def __init__(self, number: int, consumer: ShardConsumer, queue: Queue) -> None:
+        self.number = number
+        self.consumer = consumer
+        self.queue = queue
+        self.takeover = True  # the pending entries have not been read yet
+        self.full = False  # the last fetch brought as much as it could
+        self.quiet_until = 0.0  # no calls before then: the lease's record is missing, or something failed
+        self.next_audit = mono_s() + AUDIT_S
+
+
+class Control:
+    """See the module. ``turn`` is one round of the loop."""
+
+    def __init__(
+        self, settings: WorkerSettings, runner: TaskRunner, memory: SharedMemory, supervisor: Supervisor
+    ) -> None:
+        self._settings = settings
+        self._runner = runner
+        self._memory = memory
+        self._supervisor = supervisor
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._owned: dict[int, Owned] = {}
+        self._numbers: dict[ShardConsumer, int] = {}
+        self._queues = {queue.name: queue for queue in settings.queues}
+        self.executor: Executor | None = None
+        self._parallel = settings.concurrency > 1
+        broker = settings.broker
+        self._link = broker.link()
+        self._fetch = broker.link(timeout_s=BLOCK_MS / 1000 + broker.timeout_s)
+        self._results: Link | None = settings.result_broker.link() if settings.result_broker else None
+        self._pending_results: list[bytes] = []
+        self._fetch_id = 0
+        self._fetching: list[Owned] | None = None
+        self._blocked = False
+        self._armed: list[Owned] = []
+        self._watch_dirty = True
+        self._down_until = 0.0
+        self._down_delays: Iterator[float] | None = None
+        self._progress_at: float | None = None
+        self._look_at: float | None = None
+        self._cold_at = 0.0
+        self._cold_s = COLD_FETCH_S[0]
+        self._stopping = False
+        self._turn_order: list[Owned] = []
+        self._poll = select.poll()
+        self._poll.register(self._wake_read, select.POLLIN)
+        self._poll.register(supervisor.fileno(), select.POLLIN)
+        self._fetch_fd = -1
+        self.done = threading.Event()
+        self._orders: dict[str, Callable[..., None]] = {
+            "own": self._own,
+            "release": self._release,
+            "resume": self._resume,
+            "revoked": self._revoked,
+            "stop": self._stop,
+        }
+
+    def lease_number(self, consumer: ShardConsumer) -> int:
+        return self._numbers[consumer]
+
+    def wake(self) -> None:
+        """Ends the wait of the current turn; called by executors."""
+        try:
+            os.write(self._wake_write, b".")
+        except BlockingIOError:
+            pass  # it is awake already
+
+    def run(self) -> None:
+        """The loop. Ends when the supervisor says so; any error that is not foreseen ends the process."""
+        try:
+            while not self.done.is_set():
+                self.turn()
+        except BaseException:
+            log.critical("the control thread failed; the process ends", exc_info=True)
+            os._exit(70)
+
+    def turn(self) -> None:
+        events = self._poll.poll(self._timeout_ms())
+        for fd, _ in events:
+            if fd == self._wake_read:
+                self._drain_wake()
+            elif fd == self._supervisor.fileno():
+                for order in self._supervisor.receive():
+                    self._orders[order.pop("op")](**order)
+            elif fd == self._fetch_fd:
+                self._guarded(self._take_fetch)
+        self._collect()
+        now = mono_s()
+        if now >= self._down_until:
+            self._guarded(self._work)
+
+    # Waiting
+
+    def _timeout_ms(self) -> int:
+        now = mono_s()
+        wake = now + 5.0
+        if now < self._down_until:
+            return max(1, int((self._down_until - now) * 1000))
+        if self._progress_at is not None:
+            wake = min(wake, self._progress_at)
+        if self._look_at is not None:
+            wake = min(wake, self._look_at)
+            self._look_at = None
+        for owned in self._owned.values():
+            consumer = owned.consumer
+            if owned.quiet_until > now:
+                wake = min(wake, owned.quiet_until)
+                continue
+            if consumer.finished:
+                wake = min(wake, consumer.finished_since + self._settings.ack_interval_s)
+            if consumer.halted and not consumer.closing:
+                wake = min(wake, now + 0.02)
+            if consumer.next_due is not None:
+                wake = min(wake, consumer.next_due)
+            due = consumer.lanes.next_due()
+            if due is not None:
+                wake = min(wake, due)
+        if self._fetching is None and self._cold_at > now:
+            wake = min(wake, self._cold_at)
+        # A part of a millisecond counts as a whole one: else the loop would spin through it.
+        return max(0, -int(-(wake - now) * 1000 // 1))
+
+    def _drain_wake(self) -> None:
+        try:
+            while len(os.read(self._wake_read, 4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """Runs a step; an outage makes the loop wait and find out afterwards what was lost."""
+        try:
+            step()
+            if self._down_delays is not None and self._link.connected:
+                log.info("connected again broker=%s", self._settings.broker.safe_url)
+                self._down_delays = None
+        except BrokerUnavailable as exc:
+            self._lost_connection(exc)
+        except QueueFull as exc:
+            log.error("%s", exc)
+            self._down_until = mono_s() + 0.2
+
+    def _lost_connection(self, exc: StreamTaskError) -> None:
+        if self._down_delays is None:
+            self._down_delays = delays(0.02, 1.0)
+            log.warning("%s", exc)
+        self._link.close()
+        self._drop_fetch()
+        self._down_until = mono_s() + next(self._down_delays)
+
+    def _drop_fetch(self) -> None:
+        if self._fetch_fd != -1:
+            self._poll.unregister(self._fetch_fd)
+            self._fetch_fd = -1
+        self._fetch.close()
+        for owned in self._fetching or ():
+            # The reply may have been lost with entries in it: they are pending now, and not here.
+            owned.consumer.needs_audit = True
+        self._fetching = None
+        self._armed = []
+        self._watch_dirty = True
+
+    # Orders of the supervisor
+
+    def _own(
+        self, *, number: int, queue: str, shard: int | str, epoch: int, token: int, shared: bool, by_expiry: bool, incarnation: str
+    ) -> None:
+        from ..coordination.lease import Lease
+
+        group = self._settings.consumer.group
+        home = self._queues[queue]
+        keys = home.keys.shard(epoch, shard)
+        lease = Lease(keys, group, incarnation, self._settings.lease_ms, shared, token, 0.0, by_expiry)
+        consumer = ShardConsumer(lease, queue, shard, self._settings.consumer)
+        consumer.on_revoked = self._store_revoked  # type: ignore[method-assign]
+        consumer.on_dead = self._store_dead  # type: ignore[method-assign]
+        owned = Owned(number, consumer, home)
+        self._owned[number] = owned
+        self._numbers[consumer] = number
+        self._watch_dirty = True
+        log.info("owns queue=%s shard=%s token=%d", queue, shard, token)
+
+    def _release(self, *, number: int) -> None:
+        owned = self._owned.get(number)
+        if owned is not None:
+            owned.consumer.closing = True
+            owned.consumer.halted = True
+
+    def _resume(self, *, number: int) -> None:
+        owned = self._owned.get(number)
+        if owned is not None and not self._stopping:
+            owned.consumer.closing = False
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for number in list(self._owned):
+            self._release(number=number)
+
+    def _revoked(self, *, queue: str, ids: list[str]) -> None:
+        wanted = {wire.id_bytes(text) for text in ids}
+        for owned in self._owned.values():
+            if owned.queue.name == queue:
+                owned.consumer.revoked = wanted
+
+    def _forget(self, owned: Owned) -> None:
+        self._owned.pop(owned.number, None)
+        self._watch_dirty = True
+        if self.executor is not None:
+            self.executor.forget(owned.consumer)
+
+    def _lost(self, owned: Owned) -> None:
+        """Another process owns the shard: everything of it is dropped, and the supervisor ends this process."""
+        log.error("lost the lease queue=%s shard=%s token=%d", owned.queue.name, owned.consumer.shard, owned.consumer.lease.token)
+        owned.consumer.halted = True
+        self._forget(owned)
+        self._supervisor.send("lost", number=owned.number)
+
+    def _suspect(self, owned: Owned) -> None:
+        """A call was refused: is the lease another's, or is its record gone (a flush), to be written anew by the keeper?"""
+        answer = self._link.call(owned.consumer.guard_command())
+        if owned.consumer.owns(answer):
+            return
+        if answer[1] is None:
+            owned.quiet_until = mono_s() + 0.1
+        else:
+            self._lost(owned)
+
+    # Fetching
+
+    def _send_fetch(self) -> None:
+        if self._fetching is not None or self._stopping:
+            return
+        now = mono_s()
+        ready = [o for o in self._owned.values() if not o.takeover and o.quiet_until <= now and not o.consumer.closing]
+        if not ready:
+            return
+        with_room = [o for o in ready if o.consumer.has_room()]
+        if not with_room:
+            return
+        busy = any(o.full and not o.consumer.has_room() and not o.consumer.needs_audit for o in ready)
+        if busy:
+            if now < self._cold_at:
+                return
+            self._cold_at = now + self._cold_s
+        if self._watch_dirty or any(o not in self._armed for o in with_room):
+            self._arm(ready)
+            with_room = [o for o in with_room if o in self._armed]
+            if not with_room:
+                return
+        block = not busy and not any(o.full for o in with_room)
+        parts: list[bytes] = []
+        if block:
+            parts.append(self._block_command(with_room, ready))
+        parts.append(b"*1\r\n$5\r\nMULTI\r\n")
+        parts += [o.consumer.read_command() for o in with_room]
+        parts.append(b"*1\r\n$4\r\nEXEC\r\n")
+        parts.append(self._watch_command(self._armed))
+        parts += [o.consumer.guard_command() for o in self._armed]
+        self._fetching = with_room
+        self._blocked = block
+        self._fetch.send(b"".join(parts))
+
+    def _block_command(self, with_room: list[Owned], ready: list[Owned]) -> bytes:
+        streams = [o.consumer.keys.stream for o in with_room] + [o.consumer.keys.wake for o in ready]
+        ids = [o.consumer.last_id for o in with_room] + [o.consumer.wake_id for o in ready]
+        return pack("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *streams, *ids)
+
+    def _watch_command(self, owned: Iterable[Owned]) -> bytes:
+        return pack("WATCH", *(o.consumer.lease.guard for o in owned))
+
+    def _arm(self, ready: list[Owned]) -> None:
+        """Watches the leases' guards and asks who owns them: what is read next is read under them."""
+        if not self._fetch.connected:
+            self._fetch.connect()
+            self._fetch_id = int(self._fetch.command("CLIENT", "ID"))
+        if self._fetch_fd != self._fetch.fileno():
+            if self._fetch_fd != -1:
+                self._poll.unregister(self._fetch_fd)
+            self._fetch_fd = self._fetch.fileno()
+            self._poll.register(self._fetch_fd, select.POLLIN)
+        replies = self._fetch.pipeline(
+            [pack("UNWATCH"), self._watch_command(ready), *(o.consumer.guard_command() for o in ready)]
+        )
+        self._armed = []
+        self._watch_dirty = False
+        self._check_owners(ready, replies[2:])
+
+    def _check_owners(self, watched: list[Owned], answers: list[Any]) -> None:
+        """Keeps as armed the shards that this process owns."""
+        self._armed = []
+        for owned, answer in zip(watched, answers, strict=True):
+            if owned.number not in self._owned:
+                self._watch_dirty = True
+            elif isinstance(answer, Exception):
+                raise answer
+            elif owned.consumer.owns(answer):
+                self._armed.append(owned)
+            elif answer[1] is None:
+                owned.quiet_until = mono_s() + 0.1
+                self._watch_dirty = True
+            else:
+                self._watch_dirty = True
+                if not owned.consumer.closing:
+                    self._lost(owned)
+
+    def _take_fetch(self) -> None:
+        if self._fetching is None:
+            # Nothing was asked: the server closed the connection.
+            raise BrokerUnavailable(f"Redis at {self._settings.broker.safe_url} closed the connection")
+        fetch, fetching, armed = self._fetch, self._fetching, self._armed
+        woken = fetch.read_quietly() if self._blocked else None
+        for _ in range(1 + len(fetching)):
+            fetch.read_quietly()
+        try:
+            found = fetch.read()
+        except ReplyError as exc:
+            found = exc
+        fetch.read_quietly()
+        answers = [fetch.read_quietly() for _ in armed]
+        self._fetching = None
+        if isinstance(woken, list):
+            self._take_wakes(woken)
+        self._check_owners(armed, answers)
+        if isinstance(found, list):
+            self._absorb(fetching, found)
+        elif isinstance(found, Exception):
+            log.error("a fetch failed: %s", found)
+            self._watch_dirty = True
+        else:
+            # EXEC refused: a guard changed. Who owns what has just been read anew.
+            for owned in fetching:
+                owned.full = True
+
+    def _absorb(self, fetching: list[Owned], found: list[Any]) -> None:
+        anything = False
+        for owned, reply in zip(fetching, found, strict=True):
+            if isinstance(reply, Exception):
+                self._stream_gone(owned, reply)
+                continue
+            entries = reply[0][1] if reply else []
+            owned.full = len(entries) >= self._settings.consumer.fetch_count
+            if entries:
+                anything = True
+                try:
+                    owned.consumer.absorb(self._link, entries)
+                except LeaseLost:
+                    self._suspect(owned)
+                except BrokerUnavailable:
+                    owned.consumer.needs_audit = True
+                    raise
+        self._cold_s = COLD_FETCH_S[0] if anything else min(COLD_FETCH_S[1], self._cold_s * 2)
+
+    def _stream_gone(self, owned: Owned, error: Exception) -> None:
+        text = str(error)
+        if "NOGROUP" not in text:
+            log.error("reading failed queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, text)
+            owned.quiet_until = mono_s() + 1.0
+            return
+        log.critical(
+            "data loss: the stream or its group is gone (a flush, an eviction, or somebody deleted it); messages that were "
+            "not read are lost; the group is made anew queue=%s shard=%s",
+            owned.queue.name, owned.consumer.shard,
+        )  # fmt: skip
+        owned.queue.forget()
+        owned.queue.declare((self._settings.consumer.group,))
+        owned.consumer.last_id = "0-0"
+        owned.consumer.wake_id = "0-0"
+        owned.full = True
+
+    def _take_wakes(self, woken: list[Any]) -> None:
+        streams = {o.consumer.keys.wake.encode(): o for o in self._owned.values()}
+        for stream, entries in woken:
+            owned = streams.get(stream)
+            if owned is None:
+                continue
+            owned.consumer.wake_id = entries[-1][0].decode()
+            # What the entry says is not looked at: it may stand for others before it.
+            owned.consumer.next_due = 0.0
+            try:
+                owned.consumer.reread_notes(self._link)
+                if owned.consumer.lease.shared:
+                    owned.consumer.take_requeued(self._link)
+            except LeaseLost:
+                self._suspect(owned)
+
+    def _unblock(self) -> None:
+        """Ends a blocked XREAD, for what it waits on is no longer right."""
+        if self._fetching is not None and self._blocked and self._fetch_id:
+            if self._link.command("CLIENT", "UNBLOCK", self._fetch_id) == 1:
+                # The replies are on their way: read them now, so that the next fetch can go out.
+                self._take_fetch()
+            else:
+                # Not blocked yet, or not any more: look again at once.
+                self._look_at = mono_s() + 0.001
+
+    # Working
+
+    def _collect(self) -> None:
+        """Takes what executors have ended."""
+        executor = self.executor
+        assert executor is not None
+        while executor.ended:
+            batch = executor.ended.popleft()
+            executor.out.remove(batch)
+            if batch.results:
+                self._pending_results += [result for _, result in batch.results]
+                batch.results = []
+            if self._parallel:
+                batch.consumer.complete_free(batch)
+            else:
+                batch.consumer.complete(batch)
+        if not self._parallel and executor.out:
+            batch = executor.out[0]
+            position = min(executor.position(batch), len(batch.deliveries))
+            if position > batch.collected and not executor.ended:
+                if batch.results:
+                    results, batch.results = batch.results, []
+                    self._pending_results += [result for _, result in results]
+                batch.consumer.collect(batch, position)
+                self._progress_at = mono_s() + self._settings.ack_interval_s
+            elif self._progress_at is not None and mono_s() >= self._progress_at:
+                self._progress_at = None  # a long body: its end wakes this thread
+
+    def _work(self) -> None:
+        for owned in list(self._owned.values()):
+            try:
+                self._prepare(owned)
+            except LeaseLost:
+                self._suspect(owned)
+            except ReplyError as exc:
+                self._refused(owned, exc)
+        self._hand_out()
+        self._send_fetch_or_unblock()
+        for owned in list(self._owned.values()):
+            try:
+                self._write(owned)
+            except LeaseLost:
+                self._suspect(owned)
+            except ReplyError as exc:
+                self._refused(owned, exc)
+
+    def _refused(self, owned: Owned, exc: ReplyError) -> None:
+        if exc.code == "NOGROUP":
+            self._stream_gone(owned, exc)
+        else:
+            log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, exc)
+            owned.quiet_until = mono_s() + 1.0
+
+    def _prepare(self, owned: Owned) -> None:
+        """What must be done before a shard's messages can run."""
+        consumer, now = owned.consumer, mono_s()
+        if owned.quiet_until > now:
+            return
+        if owned.takeover or consumer.needs_audit or now >= owned.next_audit:
+            consumer.recover(self._link, takeover=owned.takeover)
+            if consumer.lease.shared and not consumer.closing:
+                consumer.take_requeued(self._link)
+            if owned.takeover:
+                consumer.move_due(self._link)
+            owned.takeover = False
+            owned.next_audit = now + AUDIT_S
+        if consumer.next_due is not None and now >= consumer.next_due and not consumer.closing:
+            consumer.next_due = now + 0.5
+            consumer.move_due(self._link)
+        consumer.lanes.open_due(now)
+        if consumer.halted and not consumer.closing and not consumer.handed:
+            if self._memory.trusted[owned.number] > now:
+                consumer.halted = False
+
+    def _hand_out(self) -> None:
+        executor = self.executor
+        assert executor is not None
+        room = executor.capacity - len(executor.out)
+        if room <= 0:
+            return
+        # Whoever was served goes to the end of the line.
+        order = [o for o in self._turn_order if o.number in self._owned and self._owned[o.number] is o]
+        order += [o for o in self._owned.values() if o not in order]
+        served: list[Owned] = []
+        for owned in order:
+            if room <= 0:
+                break
+            consumer = owned.consumer
+            if owned.takeover or owned.quiet_until > mono_s() or not consumer.has_work():
+                continue
+            if self._memory.trusted[owned.number] <= mono_s():
+                continue
+            try:
+                if self._parallel:
+                    batches = consumer.take_free(self._link, max(1, room // 2) if len(order) > 1 else room)
+                else:
+                    batch = consumer.take(self._link, self._settings.consumer.ack_batch)
+                    batches = [batch] if batch else []
+            except LeaseLost:
+                self._suspect(owned)
+                continue
+            for batch in batches:
+                executor.submit(batch)
+            if batches:
+                room -= len(batches)
+                served.append(owned)
+                self._progress_at = mono_s() + self._settings.ack_interval_s
+        self._turn_order = [o for o in order if o not in served] + served
+
+    def _send_fetch_or_unblock(self) -> None:
+        if self._fetching is not None and self._blocked:
+            fetching = self._fetching
+            now = mono_s()
+            missing = any(
+                o not in fetching and not o.takeover and o.quiet_until <= now and o.consumer.has_room()
+                for o in self._owned.values()
+            )
+            gone = any(o.consumer.closing or self._owned.get(o.number) is not o for o in fetching)
+            if missing or gone:
+                self._unblock()
+        self._send_fetch()
+
+    def _write(self, owned: Owned) -> None:
+        consumer = owned.consumer
+        if owned.quiet_until > mono_s() or owned.takeover:
+            if consumer.closing and owned.takeover:
+                self._handed_over(owned)
+            return
+        if self._pending_results:
+            self._store_results()
+        if consumer.has_writes():
+            consumer.flush(self._link)
+        if consumer.finished and self._settle_now(consumer):
+            consumer.settle(self._link)
+        if consumer.closing and consumer.idle() and (self._fetching is None or owned not in self._fetching):
+            self._handed_over(owned)
+
+    def _settle_now(self, consumer: ShardConsumer) -> bool:
+        if len(consumer.finished) >= self._settings.consumer.ack_batch or consumer.closing:
+            return True
+        executor = self.executor
+        if executor is not None and not executor.out:
+            return True  # nothing runs that could be acknowledged with it
+        return mono_s() >= consumer.finished_since + self._settings.ack_interval_s
+
+    def _handed_over(self, owned: Owned) -> None:
+        self._forget(owned)
+        self._supervisor.send("released", number=owned.number)
+
+    # Results
+
+    def _store_results(self) -> None:
+        """Before the ack: a crash in between runs the task again and overwrites."""
+        if self._results is None:
+            self._pending_results = []
+            return
+        replies = self._results.pipeline(self._pending_results)
+        for reply in replies:
+            if isinstance(reply, QueueFull):
+                raise reply
+            if isinstance(reply, Exception):
+                log.error("a result was not stored: %s", reply)
+        self._pending_results = []
+
+    def _store_revoked(self, delivery: Delivery) -> None:
+        result = self._runner.revoked(delivery)
+        if result is not None:
+            self._pending_results.append(result)
+
+    def _store_dead(self, consumer: ShardConsumer, delivery: Delivery, outcome: Outcome) -> None:
+        place = Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
+        result = self._runner.dead(delivery, place, outcome)
+        if result is not None:
+            self._pending_results.append(result)
+
+    def idle(self) -> bool:
+        """Whether nothing is buffered, running or unwritten; for the supervisor's display."""
+        return all(o.consumer.idle() and not o.consumer.buffer for o in self._owned.values())
