@@ -156,7 +156,8 @@ class ShardConsumer:
     def absorb(self, link: Link, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:
         """Takes new entries that were read, in the order of the stream; at least one."""
         self.last_id = entries[-1][0].decode()
-        self._enqueue(self._first_of_their_ids(link, self._decode(entries)))
+        # Always through the buffer, also where the lane is closed: an earlier message of its key may still be there.
+        self.buffer.extend(self._first_of_their_ids(link, self._decode(entries)))
 
     def _decode(self, entries: Iterable[tuple[bytes, list[bytes]]]) -> list[Delivery]:
         arrived: list[Delivery] = []
@@ -173,17 +174,6 @@ class ShardConsumer:
                 delivery.replayed = b"replayed" in fields[2::2]
             arrived.append(delivery)
         return arrived
-
-    def _enqueue(self, arrived: list[Delivery]) -> None:
-        if not self.lanes.lanes:
-            self.buffer.extend(arrived)
-            return
-        for delivery in arrived:
-            lane = self.lanes.get(delivery.lane_key)
-            if lane is None:
-                self.buffer.append(delivery)
-            else:
-                self.lanes.add(lane, delivery)
 
     def _first_of_their_ids(self, link: Link, arrived: list[Delivery]) -> list[Delivery]:
         """The dedupe middleware: leaves out deliveries whose id another entry carried first."""
@@ -304,6 +294,10 @@ class ShardConsumer:
 
     def _place_recovered(self, found: list[Delivery | tuple[Hashable, bytes]]) -> None:
         many = len(found) > RECOVER_BODIES
+        if many and self.buffer:
+            found = [*self.buffer, *found]
+            self.buffer.clear()
+            found.sort(key=lambda item: id_order(item[1] if isinstance(item, tuple) else item.entry_id))
         now = mono_s()
         touched: list[Lane] = []
         for item in found:
@@ -317,7 +311,7 @@ class ShardConsumer:
                     self.lanes.close(key, item, due, self._numbers)
                 else:
                     self.lanes.add(lane, item)
-            elif lane is not None or many:
+            elif many:
                 if lane is None:
                     lane = self.lanes.close(key, None, None)
                     touched.append(lane)
