@@ -7,7 +7,8 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 from . import settings as settings_module
@@ -358,6 +359,19 @@ class StreamTask:
         from .worker.inline import run_until_idle
 
         return run_until_idle(self.worker_settings(), self.runner(), timeout_s=timeout, fail_fast=fail_fast)
+
+    @contextmanager
+    def on_broker(self, url: str) -> Iterator[None]:
+        """Inside the block the app works with another broker, which keeps its results too; for tests."""
+        before = self.broker, self.results, self.producer, self._queues, self._async_producer
+        self.broker = Broker(url, timeout_s=self.settings.redis_timeout)
+        self.results = self._result_store(True)
+        self.producer, self._queues, self._async_producer = Producer(self._producer_settings()), {}, None
+        try:
+            yield
+        finally:
+            self.close()
+            self.broker, self.results, self.producer, self._queues, self._async_producer = before
 
     def close(self) -> None:
         """Closes the app's connections."""

@@ -1,0 +1,146 @@
+"""The command line: ``streamtask -A module:app COMMAND``. One file per command, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from ..errors import ConfigError, ShardCountMismatch, StreamTaskError, UnsupportedServer
+from .common import Session, printable
+from .logs import FORMATS, LEVELS, set_up
+
+COMMANDS = {
+    "worker": "streamtask.cli.worker:worker",
+    "worker-process": "streamtask.cli.worker:worker_process",
+    "beat": "streamtask.cli.beat:beat",
+    "call": "streamtask.cli.call:call",
+    "status": "streamtask.cli.status:status",
+    "consumers": "streamtask.cli.consumers:consumers",
+    "dlq": "streamtask.cli.dlq:dlq",
+    "purge": "streamtask.cli.purge:purge",
+    "reshard": "streamtask.cli.reshard:reshard",
+    "trim": "streamtask.cli.trim:trim",
+    "acl": "streamtask.cli.acl:acl",
+    "doctor": "streamtask.cli.doctor:doctor",
+    "dashboard": "streamtask.cli.dashboard:dashboard",
+    "metrics": "streamtask.cli.metrics:metrics",
+    "sink": "streamtask.cli.sink:sink",
+    "demo": "streamtask.cli.demo:demo",
+    "bench": "streamtask.cli.bench:bench",
+}
+"""Where each command lives; those whose module is missing don't exist."""
+
+EPILOG = """\b
+Exit status:
+  0  fine
+  1  what was asked about is wrong: Redis can't be reached, a check of doctor
+     fails, a dead letter, queue or task of that name does not exist, ...
+  2  the command was given wrongly: options, app or broker URL
+
+\b
+Environment:
+  STREAMTASK_APP         the app, as -A names it
+  STREAMTASK_BROKER_URL  the broker of an app that names none
+  NO_COLOR               no colours; there are none outside a terminal either
+"""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are asked for, and which turns errors into an exit status."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, place in COMMANDS.items() if importlib.util.find_spec(place.partition(":")[0])]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, _, attribute = COMMANDS[cmd_name].partition(":")
+        if importlib.util.find_spec(module_name) is None:
+            return None
+        command: click.Command = getattr(importlib.import_module(module_name), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            try:
+                command = self.get_command(ctx, name)
+            except Exception as exc:  # one command's missing dependency must not hide the others
+                rows.append((name, f"(can't be loaded: {exc})"))
+                continue
+            if command is not None and not command.hidden:
+                rows.append((name, command.get_short_help_str(80)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StreamTaskError as exc:
+            _say(ctx, str(exc))
+            ctx.exit(exit_status(exc))
+        except (click.ClickException, click.Abort, click.exceptions.Exit, OSError, EOFError):
+            raise  # click knows them: usage, an answer of no, a closed pipe
+        except Exception as exc:
+            _say(ctx, f"unexpected {type(exc).__name__}: {exc} (with --traceback before the command it says where)")
+            ctx.exit(1)
+
+
+def exit_status(exc: StreamTaskError) -> int:
+    """2 for what the caller gave wrongly (URL, app, option), 1 for what is wrong with the thing asked about."""
+    if isinstance(exc, ConfigError) and not isinstance(exc, ShardCountMismatch | UnsupportedServer):
+        return 2
+    return 1
+
+
+def _say(ctx: click.Context, message: str) -> None:
+    if ctx.params.get("show_traceback"):
+        traceback.print_exc(file=sys.stderr)
+    click.echo(f"Error: {printable(message)}", err=True)
+
+
+@click.group(
+    cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option(
+    "-A",
+    "--app",
+    "app_name",
+    metavar="MODULE[:APP]",
+    envvar="STREAMTASK_APP",
+    help="The app, as in myproject.tasks:app.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS, case_sensitive=False),
+    default="info",
+    envvar="STREAMTASK_LOG_LEVEL",
+    show_default=True,
+    help="Least level of the log, which goes to stderr.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default="text",
+    envvar="STREAMTASK_LOG_FORMAT",
+    show_default=True,
+    help="Text for people, or one JSON object a line.",
+)
+@click.option("--traceback", "show_traceback", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="streamtask", prog_name="streamtask")
+@click.pass_context
+def main(ctx: click.Context, app_name: str | None, log_level: str, log_format: str, show_traceback: bool) -> None:
+    """Ordered, durable tasks on Redis Streams.
+
+    Start with 'streamtask -A module:app worker', look with 'status', and when something seems wrong ask 'doctor'.
+    """
+    set_up(log_level, log_format)
+    ctx.obj = Session(app_name, log_level, log_format)
+
+
+__all__ = ["COMMANDS", "exit_status", "main"]

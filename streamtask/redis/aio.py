@@ -12,7 +12,7 @@ from .connection import Broker, translate
 
 
 class Pipe:
-    """One pipelined connection of one event loop."""
+    """One pipelined connection of one event loop. It ends with its loop, which cancels what still runs then."""
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
@@ -23,44 +23,64 @@ class Pipe:
         self._task = asyncio.ensure_future(self._run())
 
     def call(self, packed: bytes) -> asyncio.Future[Any]:
+        if self._task.done():
+            # Cancelled with other tasks of a loop that goes on: without this, calls would wait for ever.
+            self._task = asyncio.ensure_future(self._run())
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._outgoing.append((packed, future))
         self._wake.set()
         return future
 
     async def _run(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            batch, self._outgoing = self._outgoing, []
+        batch: list[tuple[bytes, asyncio.Future[Any]]] = []
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                batch, self._outgoing = self._outgoing, []
+                try:
+                    await self._exchange(batch)
+                except Exception as exc:
+                    # Whatever it is, those that wait for these replies must hear of it.
+                    self._fail(batch, self._error(exc))
+                    await self._disconnect()
+        finally:
+            self._fail(batch + self._outgoing, BrokerUnavailable("the event loop's tasks were cancelled"))
+            self._outgoing = []
+            await self._disconnect()
+
+    async def _exchange(self, batch: list[tuple[bytes, asyncio.Future[Any]]]) -> None:
+        if self._conn is None:
+            self._conn = self._client.connection_pool.make_connection()
+        await self._conn.send_packed_command([b"".join(p for p, _ in batch)], check_health=False)
+        for _, future in batch:
             try:
-                if self._conn is None:
-                    self._conn = self._client.connection_pool.make_connection()
-                await self._conn.send_packed_command([b"".join(p for p, _ in batch)], check_health=False)
-                for _, future in batch:
-                    try:
-                        reply: Any = await self._conn.read_response(disable_decoding=True)
-                    except (RedisError, OSError) as exc:
-                        error = translate(exc, self._broker.safe_url)
-                        if isinstance(error, BrokerUnavailable):
-                            raise error from None
-                        reply = error
-                    if future.done():
-                        continue
-                    if isinstance(reply, Exception):
-                        future.set_exception(reply)
-                    else:
-                        future.set_result(reply)
-            except (RedisError, OSError, StreamTaskError) as exc:
-                error = exc if isinstance(exc, StreamTaskError) else translate(exc, self._broker.safe_url)
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                if self._conn is not None:
-                    conn, self._conn = self._conn, None
-                    await conn.disconnect(nowait=True)
+                reply: Any = await self._conn.read_response(disable_decoding=True)
+            except (RedisError, OSError) as exc:
+                reply = self._error(exc)
+                if isinstance(reply, BrokerUnavailable):
+                    raise reply from None
+            if future.done():
+                continue
+            if isinstance(reply, Exception):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
+
+    def _error(self, exc: Exception) -> StreamTaskError:
+        return exc if isinstance(exc, StreamTaskError) else translate(exc, self._broker.safe_url)
+
+    @staticmethod
+    def _fail(batch: list[tuple[bytes, asyncio.Future[Any]]], error: StreamTaskError) -> None:
+        for _, future in batch:
+            if not future.done() and not future.get_loop().is_closed():
+                future.set_exception(error)
+
+    async def _disconnect(self) -> None:
+        if self._conn is not None:
+            conn, self._conn = self._conn, None
+            await conn.disconnect(nowait=True)
 
     async def close(self) -> None:
         self._task.cancel()
-        if self._conn is not None:
-            await self._conn.disconnect()
+        await asyncio.wait([self._task])

@@ -1,0 +1,105 @@
+"""What the commands share: the app that ``-A`` names, and how things are printed."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..app import StreamTask
+    from ..inspector import Inspector
+
+WIDTH = 100
+"""Columns of a table that goes to a file or a pipe."""
+
+
+@dataclass(slots=True)
+class Session:
+    """The global options. Commands get it with ``@click.pass_obj``."""
+
+    app_name: str | None
+    log_level: str = "info"
+    log_format: str = "text"
+
+    def app(self) -> StreamTask:
+        """Imports and returns the app. Raises ``ConfigError``; ``click.UsageError`` if none is named."""
+        if not self.app_name:
+            raise click.UsageError("name the app: streamtask -A module:app COMMAND, or set STREAMTASK_APP=module:app")
+        from ..app import find_app
+
+        return find_app(self.app_name)
+
+    def inspector(self) -> Inspector:
+        """An ``Inspector`` of the app. Raises as ``app`` does."""
+        from ..inspector import Inspector
+
+        return Inspector(self.app())
+
+
+def printable(text: str) -> str:
+    """Text that can't move the cursor or change colours: messages and task names come from anywhere."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON can hold it: dates in ISO 8601, UUIDs and decimals as text, bytes as text with escapes."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {name if isinstance(name, str) else str(jsonable(name)): jsonable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(one) for one in value]
+    if isinstance(value, set | frozenset):
+        return sorted((jsonable(one) for one in value), key=str)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, dt.datetime | dt.date | dt.time):
+        return value.isoformat()
+    if isinstance(value, uuid.UUID | Decimal):
+        return str(value)
+    if isinstance(value, dt.timedelta):
+        return value.total_seconds()
+    return repr(value)
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Prints one JSON document on stdout: the only thing there. ``indent`` None: on one line."""
+    click.echo(json.dumps(jsonable(value), indent=indent))
+
+
+def console() -> Console:
+    """Where tables are printed: without markup, since cells hold other people's text, and without colours in a pipe."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
+    return Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """A count or a rate as people read it; '-' for None."""
+    if value is None:
+        return "-"
+    return (f"{value:,}" if isinstance(value, int) else f"{value:,.1f}") + unit
+
+
+def age(seconds: float) -> str:
+    """A duration in its largest fitting unit: 12s, 5m, 3h, 2d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{int(seconds // size)}{unit}"
+    return f"{max(0, int(seconds))}s"
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else on stdout.")
+queue_option = click.option("-q", "-Q", "--queue", metavar="QUEUE", help="Only this queue.")

@@ -1,0 +1,152 @@
+"""Runs what is queued in the calling process, without a supervisor: for tests and notebooks.
+
+The same consumer, scripts and executor as in a worker process, with leases that this process takes for itself and gives
+back at the end. Nothing renews them, so they are taken for as long as the call may last.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from typing import Any
+
+from ..clock import mono_s
+from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
+from ..errors import ConfigError, TaskError
+from ..queue.consumer import Outcome, ShardConsumer
+
+from ..queue.lanes import Delivery
+from ..redis.connection import Link
+from ..redis.keys import SHARED
+from .executor import SequentialExecutor
+from .ports import Place, TaskRunner, WorkerSettings
+from .shared import SharedMemory, create_file
+
+
+def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: float, fail_fast: bool) -> int:
+    """See ``StreamTask.run_until_idle``. Raises ``TaskError``, ``ConfigError``, ``BrokerUnavailable``."""
+    memory_fd = create_file(1)
+    try:
+        memory = SharedMemory(memory_fd, 1)
+    finally:
+        os.close(memory_fd)
+    memory.trusted[0] = float("inf")
+    executor = SequentialExecutor(runner, memory, lambda consumer: 0, lambda: None)
+    link = settings.broker.link()
+    results = settings.result_broker.link() if settings.result_broker else None
+    consumers = _own_all(settings, link, int(timeout_s * 1000) + 60_000)
+    dead: list[tuple[Delivery, Outcome]] = []
+
+    def on_dead(consumer: ShardConsumer, delivery: Delivery, outcome: Outcome) -> None:
+        dead.append((delivery, outcome))
+        place = Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
+        stored = runner.dead(delivery, place, outcome)
+        if stored is not None and results is not None:
+            results.call(stored)
+
+    for consumer in consumers:
+        consumer.on_dead = on_dead  # type: ignore[method-assign]
+        consumer.recover(link, takeover=True)
+    deadline = mono_s() + timeout_s
+    done = 0
+    try:
+        while True:
+            ran = 0
+            for consumer in consumers:
+                started, well = _turn(consumer, link, results, executor)
+                ran += started
+                done += well
+            if dead and fail_fast:
+                delivery, outcome = dead[0]
+                raise TaskError(
+                    f"dead letter: task {delivery.task} with {delivery.args} {delivery.kwargs}: "
+                    f"{outcome.reason}: {outcome.message}",
+                    traceback=outcome.traceback,
+                )
+            if ran == 0 and not any(consumer.has_work() for consumer in consumers):
+                wait = _next_due(consumers)
+                if wait is None or wait > deadline:
+                    return done
+                time.sleep(max(0.0, min(wait, deadline) - mono_s()))
+            if mono_s() > deadline:
+                raise TaskError(f"not idle after {timeout_s} s: {done} messages ran")
+    finally:
+        for consumer in consumers:
+            _give_back(consumer, link, settings)
+        link.close()
+        if results is not None:
+            results.close()
+
+
+def _own_all(settings: WorkerSettings, link: Link, lease_ms: int) -> list[ShardConsumer]:
+    incarnation = "inline" + uuid.uuid4().hex[:10]
+    group = settings.consumer.group
+    consumers = []
+    for queue in settings.queues:
+        queue.declare((group,))
+        for shard in queue.all_shards():
+            keys = queue.shard_keys(shard)
+            lease: Lease | Refused
+            if shard == SHARED:
+                lease = join_shared(link, keys, group, incarnation, lease_ms)
+            else:
+                lease = acquire(link, keys, group, incarnation, lease_ms)
+            if isinstance(lease, Refused):
+                raise ConfigError(
+                    f"shard {shard} of queue {queue.name!r} belongs to a worker process: stop the workers, or let them run it"
+                )
+            consumers.append(ShardConsumer(lease, queue.name, shard, settings.consumer))
+    return consumers
+
+
+def _turn(consumer: ShardConsumer, link: Link, results: Link | None, executor: SequentialExecutor) -> tuple[int, int]:
+    """Reads, runs and settles once; answers how many bodies ran, and how many of them ended well."""
+    consumer.move_due(link)
+    _read(consumer, link)
+    if consumer.lease.shared:
+        consumer.take_requeued(link)
+    consumer.reread_notes(link)
+    consumer.lanes.open_due(mono_s())
+    ran = well = 0
+    while (batch := consumer.take(link, consumer.settings.ack_batch)) is not None:
+        executor.run_batch(batch)
+        executor.ended.clear()
+        consumer.complete(batch)
+        ran += len(batch.deliveries) - sum(1 for _, o in batch.outcomes if o.kind in ("skipped", "unstarted"))
+        well += len(batch.deliveries) - len(batch.outcomes)
+        if results is not None:
+            for _, packed in batch.results:
+                results.call(packed)
+        consumer.flush(link)
+        consumer.settle(link)
+    consumer.flush(link)
+    consumer.settle(link)
+    return ran, well
+
+
+def _read(consumer: ShardConsumer, link: Link) -> None:
+    link.command("WATCH", consumer.lease.guard)
+    if not consumer.owns(link.call(consumer.guard_command())):
+        link.command("UNWATCH")
+        return
+    link.command("MULTI")
+    link.call(consumer.read_command())
+    found: Any = link.command("EXEC")
+    if found and found[0]:
+        consumer.absorb(link, found[0][0][1])
+
+
+def _next_due(consumers: list[ShardConsumer]) -> float | None:
+    times = [t for c in consumers for t in (c.next_due, c.lanes.next_due()) if t is not None]
+    return min(times) if times else None
+
+
+def _give_back(consumer: ShardConsumer, link: Link, settings: WorkerSettings) -> None:
+    lease = consumer.lease
+    if lease.shared:
+        reap(link, lease.keys, lease.group, lease.incarnation, settings.lease_ms, gone=True)
+    else:
+        lease.release(link)
+
+
