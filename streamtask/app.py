@@ -258,7 +258,7 @@ class StreamTask:
     ) -> list[AsyncResult]:
         """Stores many messages of one task; ``task.send_many`` is the way to call it."""
         queue = self.queue(task.options.queue)
-        shape = queue.shape()
+        queue.shape()
         messages: list[tuple[int | str, bytes, bytes]] = []
         results: list[AsyncResult] = []
         outgoing: list[Outgoing] = []
@@ -278,7 +278,7 @@ class StreamTask:
                 outgoing.append(out)
                 headers = out.headers or None
             field, envelope = self._encode(task, key, message_id, args, kwargs, headers)
-            messages.append((queue.shard_for(key) if shape else 0, field, envelope))
+            messages.append((queue.shard_for(key), field, envelope))
             results.append(AsyncResult(message_id, self.results, revoke))
         self.producer.send_many(queue, messages, timeout)
         for out in outgoing:
@@ -288,7 +288,7 @@ class StreamTask:
 
     # Results
 
-    def AsyncResult(self, task_id: str, *, queue: str = "default") -> AsyncResult:  # noqa: N802 - Celery's name
+    def AsyncResult(self, task_id: str, *, queue: str = "default") -> AsyncResult:
         """The result of a task id; ``queue`` is where ``revoke`` looks for its message."""
         return AsyncResult(wire.id_bytes(task_id), self.results, self._revoker(self.queue(queue)))
 
@@ -460,7 +460,7 @@ def _encode_with_kombu(
     except Exception as exc:
         raise EncodeError(f"the arguments of task {task!r} can't be serialised as {serializer}: {exc}") from None
     raw = body.encode(encoding or "utf-8") if isinstance(body, str) else bytes(body)
-    return wire.encode(task, key, message_id, raw, None, {**(headers or {}), wire.H_CONTENT: content_type})  # type: ignore[arg-type]
+    return wire.encode(task, key, message_id, raw, None, {**(headers or {}), wire.H_CONTENT: content_type})
 
 
 def find_app(name: str) -> StreamTask:

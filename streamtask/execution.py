@@ -251,7 +251,9 @@ class Runner:
             delay = 0.0
             if backoff:
                 base = 1.0 if backoff is True else float(backoff)
-                delay = retry_delay_s(attempt, base_s=base, cap_s=options.retry_backoff_max, jitter=options.retry_jitter)
+                delay = retry_delay_s(
+                    attempt, base_s=base, cap_s=options.retry_backoff_max, jitter=options.retry_jitter
+                )
         log.warning(
             "retry in %.2f s task=%s id=%s attempt=%d: %s",
             delay, delivery.task, wire.id_text(delivery.id), attempt, _brief(cause),

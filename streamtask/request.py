@@ -31,19 +31,22 @@ class Request:
 
     @property
     def task(self) -> str:
-        return self._delivery.task
+        return str(self._delivery.task)
 
     @property
     def args(self) -> list[Any]:
-        return self._delivery.args
+        args: list[Any] = self._delivery.args
+        return args
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return self._delivery.kwargs
+        kwargs: dict[str, Any] = self._delivery.kwargs
+        return kwargs
 
     @property
     def headers(self) -> dict[str, Any]:
-        return self._delivery.headers or {}
+        headers: dict[str, Any] | None = self._delivery.headers
+        return headers or {}
 
     @property
     def queue(self) -> str:

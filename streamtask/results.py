@@ -39,7 +39,11 @@ class ResultStore:
         try:
             payload = wire.pack_body(body)
         except (TypeError, ValueError, OverflowError) as exc:
-            body |= {"state": FAILURE, "result": None, "error": f"the task ran, but its result can't be serialised: {exc}"}
+            body |= {
+                "state": FAILURE,
+                "result": None,
+                "error": f"the task ran, but its result can't be serialised: {exc}",
+            }
             payload = wire.pack_body(body)
         return script("store_result").pack((self.key(task_id),), (payload, self._ttl_ms))
 

@@ -65,7 +65,9 @@ class Settings:
     """How long to wait for a connection or a reply."""
 
     def __post_init__(self) -> None:
-        _positive(self, "shards", "max_message_bytes", "send_timeout", "produce_ttl", "dedupe_ttl", "lease", "result_ttl")
+        _positive(
+            self, "shards", "max_message_bytes", "send_timeout", "produce_ttl", "dedupe_ttl", "lease", "result_ttl"
+        )
         _positive(self, "ack_batch", "prefetch", "redis_timeout", "max_dedupe_ids")
         _one_of(self, "ack", "batch", "each")
         _one_of(self, "on_dead", "continue", "hold")

@@ -48,7 +48,9 @@ class TaskOptions:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
                 raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
         if self.max_retries is not None and (not isinstance(self.max_retries, int) or self.max_retries < 0):
-            raise ConfigError(f"max_retries must be a whole number from 0, or None for no limit, not {self.max_retries!r}")
+            raise ConfigError(
+                f"max_retries must be a whole number from 0, or None for no limit, not {self.max_retries!r}"
+            )
         self.rate_per_s()
 
     def rate_per_s(self) -> float | None:
@@ -155,14 +157,22 @@ class Task(Generic[F]):
         return await self.app.asend(self, self._key_of(*args, **kwargs), args, kwargs)
 
     async def aapply_async(
-        self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, shard_key: object = None, **options: Any
+        self,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        shard_key: object = None,
+        **options: Any,
     ) -> AsyncResult:
         """As ``apply_async``, for asyncio."""
         kwargs = {} if kwargs is None else kwargs
         return await self.app.asend(self, self._key(args, kwargs, shard_key), args, kwargs, **options)
 
     def send_many(
-        self, calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]], *, timeout: float | None = None
+        self,
+        calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
+        *,
+        timeout: float | None = None,
     ) -> list[AsyncResult]:
         """Sends many calls: kwargs mappings, or pairs ``(args, kwargs)``. Calls of one shard key keep their order.
 
@@ -248,7 +258,7 @@ def _with_signature(
             pieces.append("/")
     short = name.rpartition(".")[2]
     short = short if short.isidentifier() else "task"
-    exec(f"def {short}({', '.join(pieces)}):\n    return {result}", scope)  # noqa: S102 - text made of identifiers only
+    exec(f"def {short}({', '.join(pieces)}):\n    return {result}", scope)
     made: Callable[..., bytes | None] = scope[short]
     return made
 
@@ -278,5 +288,7 @@ def _walk(value: Any, path: tuple[str, ...], whole: str, name: str) -> Any:
         try:
             value = value[part] if isinstance(value, Mapping) else getattr(value, part)
         except (KeyError, AttributeError):
-            raise ShardKeyError(f"task {name}: its shard key {whole!r} is not in the arguments: {part!r} is missing") from None
+            raise ShardKeyError(
+                f"task {name}: its shard key {whole!r} is not in the arguments: {part!r} is missing"
+            ) from None
     return value

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from ..errors import StreamTaskError
 
+if TYPE_CHECKING:
+    from ..app import StreamTask
+    from ..worker.ports import WorkerSettings
 
-def _options(function):  # type: ignore[no-untyped-def]
-    function = click.option("-Q", "--queues", default="", help="Queues to work on, as a,b. Default: those of the app's tasks.")(function)
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _options(function: F) -> F:
+    function = click.option(
+        "-Q", "--queues", default="", help="Queues to work on, as a,b. Default: those of the app's tasks."
+    )(function)
     return click.option(
         "-c", "--concurrency", type=click.IntRange(1, 512), default=1, show_default=True,
         help="Lanes that one process runs at once, in threads; async tasks on an event loop.",
@@ -19,7 +29,13 @@ def _options(function):  # type: ignore[no-untyped-def]
 
 
 @click.command()
-@click.option("-p", "--processes", type=click.IntRange(1, 256), default=None, help="Worker processes. Default: the number of CPUs.")
+@click.option(
+    "-p",
+    "--processes",
+    type=click.IntRange(1, 256),
+    default=None,
+    help="Worker processes. Default: the number of CPUs.",
+)
 @_options
 @click.pass_context
 def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: str) -> None:
@@ -34,7 +50,9 @@ def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: 
     names = [one.strip() for one in queues.split(",") if one.strip()]
     settings = app.worker_settings(queues=names, concurrency=concurrency)
     if app.broker.is_cluster or app.broker.scheme == "memory":
-        raise StreamTaskError(f"workers do not run on {app.broker.scheme}:// yet: use redis://, rediss://, unix:// or embedded://")
+        raise StreamTaskError(
+            f"workers do not run on {app.broker.scheme}:// yet: use redis://, rediss://, unix:// or embedded://"
+        )
     count = processes or _cpus()
     argv = [sys.executable, "-m", "streamtask", "-A", name]
     for option in ("log_level", "log_format"):
@@ -49,7 +67,7 @@ def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: 
     ctx.exit(Supervisor(settings, argv, count).run())
 
 
-def _banner(app, settings, processes: int, version: tuple[int, ...]) -> str:  # type: ignore[no-untyped-def]
+def _banner(app: StreamTask, settings: WorkerSettings, processes: int, version: tuple[int, ...]) -> str:
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 
@@ -99,5 +117,3 @@ def worker_process(ctx: click.Context, concurrency: int, queues: str) -> None:
         click.echo(f"Error: {exc}", err=True)
         sys.exit(EXIT_CHILD_UNUSABLE)
     sys.exit(child.run(settings, runner, sock_fd, memory_fd))
-
-

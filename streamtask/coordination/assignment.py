@@ -25,7 +25,7 @@ def assign(shards: Sequence[int], members: Sequence[str], owners: Mapping[int, s
     for shard in sorted(shards):
         owner = owners.get(shard)
         if owner in live:
-            held[owner].append(shard)  # type: ignore[index]
+            held[owner].append(shard)
         else:
             free.append(shard)
     base, extra = divmod(len(shards), len(members))

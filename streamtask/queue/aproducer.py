@@ -10,8 +10,6 @@ import asyncio
 import weakref
 from typing import Any
 
-
-
 from ..errors import BrokerUnavailable, QueueFull
 from ..redis.aio import Pipe
 from ..redis.connection import Broker, ReplyError

@@ -149,7 +149,10 @@ class ShardConsumer:
         if not self._full_said:
             self._full_said = True
             log.error(
-                "reading stops: %d messages wait behind closed lanes queue=%s shard=%s", MAX_WAITING, self.queue, self.shard
+                "reading stops: %d messages wait behind closed lanes queue=%s shard=%s",
+                MAX_WAITING,
+                self.queue,
+                self.shard,
             )
         return False
 
@@ -190,7 +193,12 @@ class ShardConsumer:
             for i in range(0, len(deliveries), 100):
                 doubles.update(self._claim_ids(link, ttl, deliveries[i : i + 100]))
         for entry_id in doubles:
-            log.info("left out a message that was appended twice queue=%s shard=%s entry=%s", self.queue, self.shard, entry_id.decode())
+            log.info(
+                "left out a message that was appended twice queue=%s shard=%s entry=%s",
+                self.queue,
+                self.shard,
+                entry_id.decode(),
+            )
             self._finish(entry_id)
         return [delivery for delivery in arrived if delivery.entry_id not in doubles] if doubles else arrived
 
@@ -202,7 +210,14 @@ class ShardConsumer:
             keys = [self.lease.key, self.keys.state]
             for id16 in ids:
                 keys += generation_keys(self.keys, kind + ":", layout, id16)
-            args: list[Any] = [self.lease.token, self.lease.incarnation, kind, ttl_ms, layout, self.settings.max_dedupe_ids]
+            args: list[Any] = [
+                self.lease.token,
+                self.lease.incarnation,
+                kind,
+                ttl_ms,
+                layout,
+                self.settings.max_dedupe_ids,
+            ]
             for id16, delivery in zip(ids, deliveries, strict=True):
                 args += [id16, crc32(delivery.entry_id) & 0x7FFFFFFF]
             answer = self._run(link, "claim_ids", keys, args)
@@ -221,7 +236,10 @@ class ShardConsumer:
         self._read_clock(link)
         if takeover:
             self._read_positions(link)
-        notes = {entry: Note.parse(text) for entry, text in _pairs(link.command("HGETALL", self.keys.notes(self.settings.group)))}
+        notes = {
+            entry: Note.parse(text)
+            for entry, text in _pairs(link.command("HGETALL", self.keys.notes(self.settings.group)))
+        }
         held = self.entry_ids()
         found: list[Delivery | tuple[Hashable, bytes]] = []
         for ids in self._pending_pages(link):
@@ -234,7 +252,13 @@ class ShardConsumer:
         self._place_recovered(found)
         self.needs_audit = False
         if found:
-            log.info("claimed %d pending entries queue=%s shard=%s token=%d", len(found), self.queue, self.shard, self.lease.token)
+            log.info(
+                "claimed %d pending entries queue=%s shard=%s token=%d",
+                len(found),
+                self.queue,
+                self.shard,
+                self.lease.token,
+            )
         return len(found)
 
     def _pending_pages(self, link: Link) -> Iterable[list[bytes]]:
@@ -269,7 +293,12 @@ class ShardConsumer:
             replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in ids])
             entries = [reply[0] for reply in replies if isinstance(reply, list) and reply]
         for entry_id in wanted.difference(e for e, _ in entries):
-            log.warning("a pending entry is gone from the stream queue=%s shard=%s entry=%s", self.queue, self.shard, entry_id.decode())
+            log.warning(
+                "a pending entry is gone from the stream queue=%s shard=%s entry=%s",
+                self.queue,
+                self.shard,
+                entry_id.decode(),
+            )
             self._finish(entry_id)
         for delivery in self._first_of_their_ids(link, self._decode(entries)):
             delivery.fresh = not takeover
@@ -490,7 +519,12 @@ class ShardConsumer:
         for delivery in deliveries:
             note = delivery.note
             if self.revoked and delivery.id in self.revoked:
-                log.info("left out a revoked message queue=%s shard=%s id=%s", self.queue, self.shard, wire.id_text(delivery.id))
+                log.info(
+                    "left out a revoked message queue=%s shard=%s id=%s",
+                    self.queue,
+                    self.shard,
+                    wire.id_text(delivery.id),
+                )
                 self._dead_or_drop_revoked(delivery)
                 continue
             if note is not None and note.crashes > self.settings.max_crashes:
@@ -536,7 +570,12 @@ class ShardConsumer:
             dead = {item for item, _, _ in self._dead if isinstance(item, bytes)}
             for entry_id in missing:
                 if entry_id not in bodies and entry_id not in dead:
-                    log.warning("a waiting entry is gone from the stream queue=%s shard=%s entry=%s", self.queue, self.shard, entry_id.decode())
+                    log.warning(
+                        "a waiting entry is gone from the stream queue=%s shard=%s entry=%s",
+                        self.queue,
+                        self.shard,
+                        entry_id.decode(),
+                    )
                     self._finish(entry_id)
         found = []
         for item in items:
@@ -566,8 +605,7 @@ class ShardConsumer:
                 self.finished += [delivery.entry_id for delivery in done]
             else:
                 for index, delivery in enumerate(done, batch.collected):
-                    outcome = odd.get(index)
-                    if outcome is None:
+                    if index not in odd:
                         self.finished.append(delivery.entry_id)
             batch.collected = position
         for index, outcome in odd.items():
@@ -666,7 +704,7 @@ class ShardConsumer:
             self._write_notes(link, self._notes)
             self._notes = []
         while self._dead:
-            item, fields, outcome = self._dead[0]
+            item, _, outcome = self._dead[0]
             self._dead_letter(link, item, outcome)
             self._dead.pop(0)
 
@@ -750,7 +788,11 @@ class ShardConsumer:
         if not entries:
             return 0
         arrived = self._first_of_their_ids(link, self._decode(entries))
-        notes = link.command("HMGET", self.keys.notes(self.settings.group), *[d.entry_id for d in arrived]) if arrived else []
+        notes = (
+            link.command("HMGET", self.keys.notes(self.settings.group), *[d.entry_id for d in arrived])
+            if arrived
+            else []
+        )
         found: list[Delivery | tuple[Hashable, bytes]] = []
         for delivery, text in zip(arrived, notes, strict=True):
             delivery.fresh = False

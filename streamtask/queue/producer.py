@@ -146,9 +146,7 @@ class Target:
             ),
         )
 
-    def pack_deduped(
-        self, field: bytes, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool
-    ) -> bytes:
+    def pack_deduped(self, field: bytes, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool) -> bytes:
         keys, settings = self.keys, self._settings
         return script("produce_deduped").pack(
             (keys.state, keys.stream, keys.delayed, keys.wake, *generation_keys(keys, "d", self.layout, id16)),
@@ -296,10 +294,14 @@ class Producer:
         if answer == Code.SEALED:
             queue.forget()
             self._targets.pop((queue, shard), None)
-            return BrokerUnavailable(f"{where} of queue {queue.name!r} is being resharded; the call was repeated in vain")
+            return BrokerUnavailable(
+                f"{where} of queue {queue.name!r} is being resharded; the call was repeated in vain"
+            )
         raise ReplyError(f"unexpected answer of a produce script: {answer!r}")
 
-    def send_many(self, queue: Queue, messages: Sequence[tuple[int | str, bytes, bytes]], timeout_s: float | None) -> None:
+    def send_many(
+        self, queue: Queue, messages: Sequence[tuple[int | str, bytes, bytes]], timeout_s: float | None
+    ) -> None:
         """Stores messages ``(shard, field, envelope)``; within a shard in their order.
 
         One script call for some hundreds of messages of one shard, one call in flight per shard. Raises

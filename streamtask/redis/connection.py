@@ -55,7 +55,7 @@ def safe_url(url: str) -> str:
 
 def pack(*parts: Part) -> bytes:
     """One command as bytes for the wire."""
-    packed: bytes = pack_command(parts)
+    packed: bytes = pack_command(parts)  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
     return packed
 
 
@@ -337,7 +337,9 @@ class Broker:
             options["retry"] = Retry(NoBackoff(), 0)
             url = self._embedded_url() if self.scheme == "embedded" else self.url
             return redis.asyncio.Redis.from_url(url, **options)
-        raise ConfigError(f"asyncio produce calls need a redis://, rediss://, unix:// or embedded:// broker, not {self.scheme}://")
+        raise ConfigError(
+            f"asyncio produce calls need a redis://, rediss://, unix:// or embedded:// broker, not {self.scheme}://"
+        )
 
     def check_version(self) -> tuple[int, ...]:
         """The server's version. Raises ``UnsupportedServer`` below 6.2 and ``BrokerUnavailable``."""

@@ -45,7 +45,7 @@ class Script:
 
     def pack(self, keys: tuple[str | bytes, ...], args: tuple[str | bytes | int | float, ...]) -> bytes:
         """The call as bytes for the wire."""
-        packed: bytes = pack_command((*self._head, len(keys), *keys, *args))
+        packed: bytes = pack_command((*self._head, len(keys), *keys, *args))  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
         return packed
 
     def __repr__(self) -> str:
@@ -53,7 +53,7 @@ class Script:
 
 
 def _read(name: str) -> str:
-    return resources.files(__package__).joinpath("lua", name).read_text(encoding="utf-8")
+    return (resources.files(__package__) / "lua" / name).read_text(encoding="utf-8")
 
 
 def _expand(source: str, name: str) -> str:

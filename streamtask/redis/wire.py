@@ -88,7 +88,7 @@ def unpack_body(data: bytes) -> Any:
 def encode(
     task: str,
     key: bytes | None,
-    message_id: bytes,
+    message_id: bytes | str,
     args: object,
     kwargs: object,
     headers: dict[str, Any] | None = None,

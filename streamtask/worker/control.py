@@ -59,7 +59,7 @@ class Supervisor(Protocol):
 class Owned:
     """A shard in the hands of this process, and what the loop remembers of it."""
 
-    __slots__ = ("consumer", "full", "next_audit", "number", "quiet_until", "queue", "takeover")
+    __slots__ = ("consumer", "full", "next_audit", "number", "queue", "quiet_until", "takeover")
 
     def __init__(self, number: int, consumer: ShardConsumer, queue: Queue) -> None:
         self.number = number
@@ -228,7 +228,16 @@ class Control:
     # Orders of the supervisor
 
     def _own(
-        self, *, number: int, queue: str, shard: int | str, epoch: int, token: int, shared: bool, by_expiry: bool, incarnation: str
+        self,
+        *,
+        number: int,
+        queue: str,
+        shard: int | str,
+        epoch: int,
+        token: int,
+        shared: bool,
+        by_expiry: bool,
+        incarnation: str,
     ) -> None:
         from ..coordination.lease import Lease
 
@@ -275,7 +284,12 @@ class Control:
 
     def _lost(self, owned: Owned) -> None:
         """Another process owns the shard: everything of it is dropped, and the supervisor ends this process."""
-        log.error("lost the lease queue=%s shard=%s token=%d", owned.queue.name, owned.consumer.shard, owned.consumer.lease.token)
+        log.error(
+            "lost the lease queue=%s shard=%s token=%d",
+            owned.queue.name,
+            owned.consumer.shard,
+            owned.consumer.lease.token,
+        )
         owned.consumer.halted = True
         self._forget(owned)
         self._supervisor.send("lost", number=owned.number)
@@ -528,9 +542,9 @@ class Control:
             consumer.next_due = now + 0.5
             consumer.move_due(self._link)
         consumer.lanes.open_due(now)
-        if consumer.halted and not consumer.closing and not consumer.handed:
-            if self._memory.trusted[owned.number] > now:
-                consumer.halted = False
+        back = consumer.halted and not consumer.closing and not consumer.handed
+        if back and self._memory.trusted[owned.number] > now:
+            consumer.halted = False
 
     def _hand_out(self) -> None:
         executor = self.executor

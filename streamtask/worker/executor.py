@@ -36,7 +36,11 @@ class SequentialExecutor:
     capacity = 2  # batches: one runs, one is ready when it ends
 
     def __init__(
-        self, runner: TaskRunner, memory: SharedMemory, lease_of: Callable[[ShardConsumer], int], wake: Callable[[], None]
+        self,
+        runner: TaskRunner,
+        memory: SharedMemory,
+        lease_of: Callable[[ShardConsumer], int],
+        wake: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._memory = memory

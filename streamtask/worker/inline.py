@@ -15,7 +15,6 @@ from ..clock import mono_s
 from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
 from ..errors import ConfigError, TaskError
 from ..queue.consumer import Outcome, ShardConsumer
-
 from ..queue.lanes import Delivery
 from ..redis.connection import Link
 from ..redis.keys import SHARED
@@ -148,5 +147,3 @@ def _give_back(consumer: ShardConsumer, link: Link, settings: WorkerSettings) ->
         reap(link, lease.keys, lease.group, lease.incarnation, settings.lease_ms, gone=True)
     else:
         lease.release(link)
-
-

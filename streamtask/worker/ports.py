@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class TaskRunner(Protocol):
     """Runs bodies. ``run`` and ``arun`` never raise: they answer None for success, or what becomes of the message, and
     the packed command that stores the result, if there is one."""
 
-    plain: Mapping[str, Callable[..., Any]]
+    plain: dict[str, Callable[..., Any]]
     """Tasks that need neither context, limits, middleware nor results: an executor may call them directly."""
 
     def is_async(self, task: str) -> bool: ...

@@ -71,7 +71,7 @@ class Slot:
 
     __slots__ = ("_floats", "cells")
 
-    def __init__(self, cells: memoryview, floats: memoryview) -> None:
+    def __init__(self, cells: memoryview[int], floats: memoryview[float]) -> None:
         self.cells = cells
         self._floats = floats
 

@@ -259,9 +259,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         memory_fd = create_file(self.settings.concurrency)
         env = {**os.environ, ENV_FDS: f"{theirs.fileno()},{memory_fd},{os.getpid()}"}
-        process = subprocess.Popen(  # noqa: S603
-            self._argv, env=env, pass_fds=(theirs.fileno(), memory_fd), stdin=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(self._argv, env=env, pass_fds=(theirs.fileno(), memory_fd), stdin=subprocess.DEVNULL)
         theirs.close()
         memory = SharedMemory(memory_fd, self.settings.concurrency)
         os.close(memory_fd)
@@ -372,7 +370,9 @@ class Supervisor:
         quick = now - child.started < 2.0
         if not quick:
             self._spawn_delays = delays(0.2, 5.0)
-        self._spawn_at.append((now + (next(self._spawn_delays) if quick and not child.killed_for else 0.0), child.index))
+        self._spawn_at.append(
+            (now + (next(self._spawn_delays) if quick and not child.killed_for else 0.0), child.index)
+        )
 
     def _settle_estate(self, child: Child, running: list[tuple[int, int, str]]) -> None:
         """What a dead child leaves: bodies that ran are charged, then the leases are freed."""
@@ -476,9 +476,17 @@ class Supervisor:
             if any(child.incarnation == incarnation for child in self._children):
                 continue
             if reap(
-                self._link, keys, self._group, incarnation, self._lease_ms, gone=False, since_ms=watch.membership.since_ms
+                self._link,
+                keys,
+                self._group,
+                incarnation,
+                self._lease_ms,
+                gone=False,
+                since_ms=watch.membership.since_ms,
             ):
-                log.warning("removed the consumer of a process that is gone queue=%s consumer=%s", watch.queue.name, incarnation)
+                log.warning(
+                    "removed the consumer of a process that is gone queue=%s consumer=%s", watch.queue.name, incarnation
+                )
 
     def _give(self, child: Child, queue: Queue, shard: int | str, lease: Lease) -> None:
         number = child.next_number()
@@ -530,7 +538,11 @@ class Supervisor:
                 watch.seen_owner.add(shard)
                 watch.missed_ms.pop(shard, None)
         target = assign(list(shards), membership.members, owners, queue.name)
-        mine = {c.incarnation: c for c in self._children if c.ready and not c.stopping and not c.killed_for and not c.stopped}
+        mine = {
+            c.incarnation: c
+            for c in self._children
+            if c.ready and not c.stopping and not c.killed_for and not c.stopped
+        }
         for shard, member in target.items():
             owner = owners.get(shard)
             if owner in mine and owner != member:
@@ -663,5 +675,3 @@ class Supervisor:
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
-
-
