@@ -1,7 +1,7 @@
 """What operators ask of an app's queues, and what they do to them: status, consumers, dead letters, purge, doctor.
 
-Reading declares nothing and writes nothing. A shard is read in one MULTI block, so that its numbers fit together, and all
-shards of all queues go out in one write per server.
+Reading declares nothing and writes nothing. A shard is read in one MULTI block, so that its numbers fit together, and
+all shards of all queues go out in one write per server.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(slots=True)
 class GroupState:
-    """One group in one shard. ``owner`` is '' where the lease was given back or never taken; times are Redis', in ms."""
+    """One group in one shard. ``owner``: '' where the lease was given back or never taken; times are Redis', in ms."""
 
     lag: int = 0
     pending: int = 0
@@ -304,10 +304,10 @@ class Inspector:
     def dead_letter(self, dead_id: str, queue: str | None = None) -> Row:
         """One dead letter by its id, ``SHARD:ENTRYID``.
 
-        ``queue``: where it lies; None looks in all queues. The row has id, queue, shard, group, held (its lane is closed
-        until it is replayed or dropped), reason, error (the message), traceback, task, task_id, key, attempts, crashes,
-        appended_at, dead_at (ISO 8601), args, kwargs, headers, and fields: the raw entry, where it can't be decoded.
-        Raises ``StreamTaskError`` for an id that is not there, or that several queues have; else see the class.
+        ``queue``: where it lies; None looks in all queues. The row has id, queue, shard, group, held (its lane is
+        closed until it is replayed or dropped), reason, error (the message), traceback, task, task_id, key, attempts,
+        crashes, appended_at, dead_at (ISO 8601), args, kwargs, headers, and fields: the raw entry, where it can't be
+        decoded. Raises ``StreamTaskError`` for an id that is not there, or that several queues have; else see the class.
         """
         shapes = self._asked(queue)
         found = []
@@ -331,7 +331,7 @@ class Inspector:
         return found[0]
 
     def replay(self, queue: str, ids: Sequence[str] | None = None, task: str | None = None) -> int:
-        """Puts dead letters back at the end of their lanes (a held one at its lane's head), with ids and keys as before.
+        """Puts dead letters back at the end of their lanes (a held one at its lane's head), ids and keys as before.
 
         ``ids``: which, None for all that are there now; ``task``: of these only this task's. Returns how many were put
         back; those no longer there don't count. Raises ``StreamTaskError`` for an id that is none; else see the class.
@@ -401,9 +401,9 @@ class Inspector:
     def purge(self, queue: str, delayed: bool = True) -> int:
         """Removes what waits in a queue, for good: entries that no group has been given, and delayed messages.
 
-        ``delayed``: these too. Returns how many messages were removed. What a worker has been given stays and runs: what
-        runs now, what waits for a retry and what was read ahead (up to ``prefetch`` a shard); with several groups, what
-        one of them has been given. Ids stay known: a ``dedupe_id`` of a removed message can't be sent again within
+        ``delayed``: these too. Returns how many messages were removed. What a worker has been given stays and runs:
+        what runs now, what waits for a retry and what was read ahead; with several groups, what one of them has been
+        given. Ids stay known: a ``dedupe_id`` of a removed message can't be sent again within
         ``dedupe_ttl``, and its result stays pending. Raises: see the class.
         """
         shape = self._one(queue)
@@ -494,7 +494,7 @@ class Inspector:
             _check(
                 "stale-consumers",
                 False,
-                f"{len(stale)} registered consumer{'s' if len(stale) > 1 else ''} without a live process: {_listed(stale)}",
+                f"{len(stale)} consumer{'s' if len(stale) > 1 else ''} without a live process: {_listed(stale)}",
                 "live workers remove these within a lease time, and none did: start a worker, or look at its log",
             )
             if stale
@@ -516,7 +516,7 @@ class Inspector:
                 "shard-counts",
                 False,
                 "; ".join(sorted(wrong)),
-                "set shards= or queue_shards= to what Redis has: until then these queues take no messages and no workers",
+                "set shards= or queue_shards= to what Redis has: until then these queues take neither messages nor workers",
             )
         if not shapes:
             return _check("shard-counts", True, "no queue is recorded yet")
@@ -840,7 +840,7 @@ def _check_memory(info: dict[str, str]) -> list[Row]:
     if not total:
         return [*checks, _check("memory", True, f"{_size(used)} used")]
     message = f"{_size(used)} of {_size(total)} used ({used / total:.0%} of {'maxmemory' if limit else 'the machine'})"
-    relief = "raise maxmemory, start more workers, or set max_backlog so that producers wait: at the limit they get QueueFull"
+    relief = "raise maxmemory, start more workers, or set max_backlog: at the limit produce calls raise QueueFull"
     if limit and used > 0.98 * limit:
         return [*checks, _check("memory", False, message, relief)]
     if used > 0.85 * total:
@@ -868,7 +868,7 @@ def _check_persistence(info: dict[str, str], link: Link) -> list[Row]:
             _check(
                 "persistence",
                 None,
-                f"appendonly is off: when Redis crashes, {lost} is lost, messages that producers know to be stored among it",
+                f"appendonly is off: when Redis crashes, {lost} is lost, also messages whose produce call returned",
                 "CONFIG SET appendonly yes, and in redis.conf; appendfsync everysec loses at most about a second",
             )
         ]
@@ -1036,13 +1036,11 @@ def _iso(ms: Any) -> str | None:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
         count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        del units[0]
+    return f"{count:.0f} {units[0]}" if units[0] == "B" else f"{count:.1f} {units[0]}"
 
 
 def _chunks(items: list[int], sizes: list[int]) -> Iterator[list[int]]:

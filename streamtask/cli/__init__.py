@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 import sys
 import traceback
+from functools import partial
 from typing import Any
 
 import click
 
 from ..errors import ConfigError, ShardCountMismatch, StreamTaskError, UnsupportedServer
-from .common import Session, printable
+from .common import load_app, printable
 from .logs import FORMATS, LEVELS, set_up
 
 COMMANDS = {
@@ -140,7 +141,13 @@ def main(ctx: click.Context, app_name: str | None, log_level: str, log_format: s
     Start with 'streamtask -A module:app worker', look with 'status', and when something seems wrong ask 'doctor'.
     """
     set_up(log_level, log_format)
-    ctx.obj = Session(app_name, log_level, log_format)
+    # ``app`` imports when it is called: commands that need no app work without one.
+    ctx.obj = {
+        "app_name": app_name,
+        "app": partial(load_app, app_name),
+        "log_level": log_level,
+        "log_format": log_format,
+    }
 
 
 __all__ = ["COMMANDS", "exit_status", "main"]

@@ -8,7 +8,6 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -24,27 +23,23 @@ WIDTH = 100
 """Columns of a table that goes to a file or a pipe."""
 
 
-@dataclass(slots=True)
-class Session:
-    """The global options. Commands get it with ``@click.pass_obj``."""
+def load_app(name: str | None) -> StreamTask:
+    """Imports and returns the app that ``-A`` names. Raises ``ConfigError``; ``click.UsageError`` if it names none."""
+    if not name:
+        raise click.UsageError("name the app: streamtask -A module:app COMMAND, or set STREAMTASK_APP=module:app")
+    from ..app import find_app
 
-    app_name: str | None
-    log_level: str = "info"
-    log_format: str = "text"
+    return find_app(name)
 
-    def app(self) -> StreamTask:
-        """Imports and returns the app. Raises ``ConfigError``; ``click.UsageError`` if none is named."""
-        if not self.app_name:
-            raise click.UsageError("name the app: streamtask -A module:app COMMAND, or set STREAMTASK_APP=module:app")
-        from ..app import find_app
 
-        return find_app(self.app_name)
+def inspector_of(ctx: click.Context) -> Inspector:
+    """An ``Inspector`` of the app, closed with the command. Raises as ``load_app`` does."""
+    from ..inspector import Inspector
 
-    def inspector(self) -> Inspector:
-        """An ``Inspector`` of the app. Raises as ``app`` does."""
-        from ..inspector import Inspector
-
-        return Inspector(self.app())
+    inspector = Inspector(ctx.obj["app"]())
+    ctx.call_on_close(inspector.app.close)
+    ctx.call_on_close(inspector.close)
+    return inspector
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,117 @@
+"""``streamtask call``: sends one task from the command line."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import EncodeError, ShardKeyError, StreamTaskError, UnknownTask
+from .common import json_option, print_json, printable
+
+if TYPE_CHECKING:
+    from ..app import StreamTask
+    from ..task import Task
+
+
+def _json(kind: type, what: str) -> Any:
+    def parse(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+        try:
+            found = json.loads(value)
+        except ValueError as exc:
+            raise click.BadParameter(f"this is no JSON: {exc}") from None
+        if not isinstance(found, kind):
+            raise click.BadParameter(f"this must be {what}")
+        return found
+
+    return parse
+
+
+@click.command()
+@click.argument("task")
+@click.option("--args", default="[]", metavar="JSON", callback=_json(list, "an array, as [1, 2]"), help="An array.")
+@click.option(
+    "--kwargs", default="{}", metavar="JSON", callback=_json(dict, 'an object, as {"a": 1}'), help="An object."
+)
+@click.option("--countdown", type=float, metavar="S", help="Run it in so many seconds.")
+@click.option("--expires", type=float, metavar="S", help="Don't run it any more after so many seconds.")
+@click.option("--dedupe-id", metavar="ID", help="Send it once, however often this is called with this id.")
+@click.option("--task-id", metavar="ID", help="The id of the message, instead of a new one.")
+@click.option("--shard-key", metavar="KEY", help="Instead of what the task takes from its arguments.")
+@click.option("-q", "-Q", "--queue", metavar="QUEUE", help="Instead of the task's own.")
+@click.option("--wait", type=float, metavar="S", help="Wait so many seconds for the result, and print it as JSON.")
+@json_option
+@click.pass_context
+def call(
+    ctx: click.Context,
+    task: str,
+    args: list[Any],
+    kwargs: dict[str, Any],
+    countdown: float | None,
+    expires: float | None,
+    dedupe_id: str | None,
+    task_id: str | None,
+    shard_key: str | None,
+    queue: str | None,
+    wait: float | None,
+    as_json: bool,
+) -> None:
+    """Sends TASK and prints the message's id. When it returns, the message is stored.
+
+    TASK is the task's name, as in myproject.tasks.send_push.
+    """
+    app: StreamTask = ctx.obj["app"]()
+    ctx.call_on_close(app.close)
+    found = _routed(_find(app, task), queue)
+    try:
+        sent = found.apply_async(
+            args,
+            kwargs,
+            countdown=countdown,
+            expires=expires,
+            dedupe_id=dedupe_id,
+            task_id=task_id,
+            shard_key=shard_key,
+        )
+    except (EncodeError, ShardKeyError):
+        raise
+    except TypeError as exc:
+        raise StreamTaskError(f"these arguments don't fit the task {task}: {exc}") from exc
+    answer: dict[str, Any] = {"id": sent.id, "stored": sent.stored}
+    if not as_json:
+        click.echo(sent.id)
+        if not sent.stored:
+            click.echo(f"nothing was stored: the dedupe id {printable(repr(dedupe_id))} is known", err=True)
+    if wait is not None:
+        answer["result"] = sent.get(timeout=wait)
+        if not as_json:
+            print_json(answer["result"], indent=None)
+    if as_json:
+        print_json(answer)
+
+
+def _find(app: StreamTask, name: str) -> Task[Any]:
+    found = app.tasks.get(name)
+    if found is not None:
+        return found
+    last = [one for one in app.tasks if one.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = list(dict.fromkeys([*last, *difflib.get_close_matches(name, app.tasks, n=3, cutoff=0.5)]))
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif app.tasks:
+        hint = f"it has {', '.join(sorted(app.tasks))}"
+    else:
+        hint = "it has none: import the modules with the tasks where the app is made"
+    raise UnknownTask(f"app {app.name!r} has no task {name!r}: {hint}")
+
+
+def _routed(task: Task[Any], queue: str | None) -> Task[Any]:
+    if queue is None:
+        return task
+    routed = copy.copy(task)
+    routed.options = dataclasses.replace(task.options, queue=queue)
+    return routed

@@ -1,0 +1,67 @@
+"""``streamtask consumers``: who is registered in the consumer groups, and who of them lives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .common import console, inspector_of, json_option, number, print_json, printable, queue_option
+
+
+@click.command()
+@queue_option
+@click.option("--stale", "only_stale", is_flag=True, help="Only those whose process is gone.")
+@json_option
+@click.pass_context
+def consumers(ctx: click.Context, queue: str | None, only_stale: bool, as_json: bool) -> None:
+    """Lists the registered consumers and marks stale ones.
+
+    A shard has one consumer, 'owner', whoever owns it; a shared stream has one for each live process. A stale one is
+    registered, but its lease has expired: live workers remove it within a lease time.
+    """
+    rows = [row for row in inspector_of(ctx).consumers(queue) if row["stale"] or not only_stale]
+    if as_json:
+        print_json(rows)
+        return
+    _print(rows, "no stale consumers" if only_stale else "no consumers: no worker has started yet")
+
+
+def state_of(row: dict[str, Any]) -> str:
+    """``alive``, ``STALE``, or ``free``: given back in good order, waiting for the next owner."""
+    return "alive" if row["alive"] else "STALE" if row["stale"] else "free"
+
+
+def place_of(row: dict[str, Any]) -> str:
+    """Where a process runs: ``host:pid``, or what is known of it."""
+    if row.get("host"):
+        return printable(f"{row['host']}:{row['pid']}")
+    return printable(str(row.get("worker") or row.get("id") or "-"))
+
+
+def _print(rows: list[dict[str, Any]], nothing: str) -> None:
+    from rich.table import Table
+
+    if not rows:
+        click.echo(nothing)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("QUEUE", "left"), ("SHARD", "right"), ("GROUP", "left"), ("CONSUMER", "left")):
+        table.add_column(name, justify=justify, no_wrap=name != "CONSUMER", overflow="fold")  # type: ignore[arg-type]
+    table.add_column("STATE", no_wrap=True)
+    table.add_column("PENDING", justify="right", no_wrap=True)
+    table.add_column("PROCESS", overflow="fold")
+    for row in rows:
+        table.add_row(
+            printable(row["queue"]),
+            str(row["shard"]),
+            printable(row["group"]),
+            printable(row["consumer"]),
+            state_of(row),
+            number(row["pending"]),
+            place_of(row) if row["alive"] else "-",
+            style="bold red" if row["stale"] else "",
+        )
+    console().print(table)
+    stale = sum(row["stale"] for row in rows)
+    click.echo(f"\n{len(rows)} registered, {sum(row['alive'] for row in rows)} alive, {stale} stale")

@@ -1,0 +1,179 @@
+"""``streamtask dlq``: the dead letters: messages that could not be run, whole and with their errors."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import StreamTaskError
+from .common import console, inspector_of, json_option, jsonable, number, print_json, printable, queue_option
+
+if TYPE_CHECKING:
+    from ..inspector import Inspector
+
+task_option = click.option("-t", "--task", metavar="TASK", help="Only this task's.")
+
+
+@click.group()
+def dlq() -> None:
+    """Dead letters: list, show, replay or remove them.
+
+    A dead letter is a message that could not be run: its retries are used up, it was rejected, its task is unknown, it
+    can't be decoded, or its process died too often while it ran. Its id is SHARD:ENTRYID.
+    """
+
+
+@dlq.command("list")
+@queue_option
+@task_option
+@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Most to list.")
+@click.option("--oldest", is_flag=True, help="The oldest first.")
+@json_option
+@click.pass_context
+def list_(ctx: click.Context, queue: str | None, task: str | None, limit: int, oldest: bool, as_json: bool) -> None:
+    """Lists dead letters, the newest first."""
+    inspector = inspector_of(ctx)
+    counts = inspector.count_dead(queue)
+    rows = [row for name in counts for row in inspector.dead_letters(name, limit, not oldest, task)]
+    # Times are ISO 8601 in one zone: their order as text is their order.
+    rows.sort(key=lambda row: row["dead_at"] or "", reverse=not oldest)
+    rows = rows[:limit]
+    if as_json:
+        print_json(rows)
+        return
+    total = sum(counts.values())
+    if not rows:
+        click.echo("no dead letters" + (f" of task {task} ({total:,} of others)" if task and total else ""))
+        return
+    _print_list(rows)
+    click.echo(f"\n{len(rows):,} of {total:,}. 'dlq show ID' has the traceback, 'dlq replay ID' runs one again")
+
+
+def _print_list(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("ID", no_wrap=True)
+    several = len({row["queue"] for row in rows}) > 1
+    if several:
+        table.add_column("QUEUE", overflow="fold")
+    table.add_column("DIED (UTC)", no_wrap=True)
+    table.add_column("TASK", overflow="fold", ratio=3)
+    table.add_column("KEY", overflow="fold", ratio=1)
+    table.add_column("RUNS", justify="right", no_wrap=True)
+    table.add_column("WHY", overflow="fold", ratio=4)
+    for row in rows:
+        died = (row["dead_at"] or "-")[:19].replace("T", " ")
+        first = (printable(row["error"] or "").strip().splitlines() or [""])[-1]
+        why = f"{row['reason']}: {first}" if first else row["reason"]
+        if row["held"]:
+            why = "HOLDS ITS LANE; " + why
+        cells = [row["id"], died, printable(row["task"] or "-"), printable(row["key"] or "-"), number(row["attempts"])]
+        if several:
+            cells.insert(1, printable(row["queue"]))
+        table.add_row(*cells, textwrap.shorten(why, 120, placeholder=" ..."))
+    console().print(table)
+
+
+@dlq.command()
+@click.argument("dead_id", metavar="ID")
+@queue_option
+@json_option
+@click.pass_context
+def show(ctx: click.Context, dead_id: str, queue: str | None, as_json: bool) -> None:
+    """Shows one dead letter with its arguments and its traceback."""
+    row = inspector_of(ctx).dead_letter(dead_id, queue)
+    if as_json:
+        print_json(row)
+        return
+    for name in ("id", "queue", "task", "task_id", "key", "reason", "attempts", "crashes", "appended_at", "dead_at"):
+        if row[name] is not None:
+            click.echo(f"{name.replace('_', ' '):<12} {printable(str(row[name]))}")
+    if row["held"]:
+        click.echo(f"{'held':<12} its lane is closed until this is replayed or removed")
+    for name in ("args", "kwargs", "headers"):
+        if row[name]:
+            click.echo(f"{name:<12} {json.dumps(jsonable(row[name]), ensure_ascii=False)}")
+    if row["fields"] is not None:
+        click.echo("the entry can't be decoded; its fields are:")
+        for name, value in row["fields"].items():
+            click.echo(f"  {printable(name)}: {printable(value)}")
+    click.echo(f"{'error':<12} {printable(row['error'] or '-')}")
+    if row["traceback"]:
+        click.echo("\n" + printable(row["traceback"].replace("\t", "    ")).rstrip())
+
+
+@dlq.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="All that are there now.")
+@queue_option
+@task_option
+@json_option
+@click.pass_context
+def replay(
+    ctx: click.Context, ids: tuple[str, ...], everything: bool, queue: str | None, task: str | None, as_json: bool
+) -> None:
+    """Puts dead letters back into their queue, at the end of their lanes; a held one goes on at its lane's head.
+
+    Ids and shard keys stay as they were; attempts count from the start.
+    """
+    if bool(ids) == (everything or task is not None):
+        raise click.UsageError("name the ids, or give --all or --task TASK")
+    inspector = inspector_of(ctx)
+    found = _by_queue(inspector, ids, queue)
+    done = {name: inspector.replay(name, some, task) for name, some in found.items()}
+    _report("replayed", done, ids, as_json)
+
+
+@dlq.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@queue_option
+@task_option
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@json_option
+@click.pass_context
+def purge(
+    ctx: click.Context, ids: tuple[str, ...], queue: str | None, task: str | None, yes: bool, as_json: bool
+) -> None:
+    """Removes dead letters for good: those named, else all (of the queue, of the task).
+
+    A lane that one of them holds goes on behind it.
+    """
+    inspector = inspector_of(ctx)
+    found = _by_queue(inspector, ids, queue)
+    if not yes:
+        what = f"{len(ids)} dead letter{'s' if len(ids) > 1 else ''}" if ids else "all dead letters"
+        if task:
+            what += f" of task {task}"
+        click.confirm(f"Remove {what} of queue {', '.join(found)} for good?", abort=True, err=True)
+    done = {name: inspector.drop(name, some, task) for name, some in found.items()}
+    _report("removed", done, ids, as_json)
+
+
+def _by_queue(inspector: Inspector, ids: tuple[str, ...], queue: str | None) -> dict[str, list[str] | None]:
+    """Which dead letters of which queue; None for all of them. Raises ``StreamTaskError`` for an id that is not there,
+    before anything is done."""
+    if not ids:
+        counts = inspector.count_dead(queue)
+        return {name: None for name, count in counts.items() if count or name == queue}
+    found: dict[str, list[str] | None] = {}
+    for dead_id in dict.fromkeys(ids):
+        name = inspector.dead_letter(dead_id, queue)["queue"]
+        some = found.setdefault(name, [])
+        assert some is not None
+        some.append(dead_id)
+    return found
+
+
+def _report(what: str, done: dict[str, int], ids: tuple[str, ...], as_json: bool) -> None:
+    total = sum(done.values())
+    if as_json:
+        print_json({what: total, "queues": done})
+    else:
+        click.echo(f"{what} {total:,} dead letter{'s' if total != 1 else ''}")
+    missing = len(set(ids)) - total
+    if ids and missing > 0:
+        raise StreamTaskError(f"{missing} of them did not count: gone meanwhile, or another task's")

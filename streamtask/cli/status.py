@@ -1,0 +1,213 @@
+"""``streamtask status``: what each queue holds, who works on it, and how fast."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..clock import wall_ms
+from ..errors import BrokerUnavailable
+from .common import age, console, inspector_of, json_option, number, print_json, printable, queue_option
+from .consumers import place_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from ..inspector import Inspector
+
+
+@click.command()
+@queue_option
+@click.option("-w", "--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0),
+    metavar="S",
+    help="Seconds over which the rates are taken, and between two pictures of --watch; 0: no rates.  "
+    "[default: 0.5, with --watch 1]",
+)
+@json_option
+@click.pass_context
+def status(ctx: click.Context, queue: str | None, watch: bool, interval: float | None, as_json: bool) -> None:
+    """Shows backlog, rates, owners and workers of each queue.
+
+    LAG waits in Redis, PENDING was given to a worker and is not finished, DELAYED falls due later, DEAD are dead
+    letters, LENGTH is what the stream holds.
+    """
+    inspector = inspector_of(ctx)
+    if watch:
+        seconds = max(1.0 if interval is None else interval, 0.1)
+        try:
+            _watch(inspector, queue, seconds, as_json)
+        except KeyboardInterrupt:
+            return
+    else:
+        queues = inspector.status(queue, 0.5 if interval is None else interval)
+        if as_json:
+            print_json(queues)
+        else:
+            console().print(_picture(inspector, queues))
+
+
+def _watch(inspector: Inspector, queue: str | None, seconds: float, as_json: bool) -> None:
+    if as_json or not sys.stdout.isatty():
+        while True:
+            queues = inspector.status(queue, seconds)
+            if as_json:
+                print_json(queues, indent=None)
+            else:
+                console().print(_picture(inspector, queues))
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    screen = console()
+    picture: RenderableType = Text("asking ...")
+    try:
+        with Live(picture, console=screen, screen=True, auto_refresh=False) as live:
+            while True:
+                error = ""
+                try:
+                    picture = _picture(inspector, inspector.status(queue, seconds))
+                except BrokerUnavailable as exc:
+                    # What was seen last stays: it is what there is to go by while Redis is away.
+                    error = str(exc)
+                    time.sleep(seconds)
+                shown = Group(picture, Text(f"\n! {printable(error)}", style="bold red")) if error else picture
+                live.update(shown, refresh=True)
+    except KeyboardInterrupt:
+        screen.print(picture)
+        raise
+
+
+def _picture(inspector: Inspector, queues: dict[str, dict[str, Any]]) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    app = inspector.app
+    now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    parts: list[RenderableType] = [Text(f"{printable(app.name)} at {app.broker.safe_url}   {now}", style="dim")]
+    if not queues:
+        parts.append(Text("\nno queue yet: one is recorded when its first message is sent or its first worker starts"))
+    for name, row in queues.items():
+        parts += ["", _headline(name, row)]
+        parts += [Text(f"  ! {line}", style="bold red") for line in _warnings(row)]
+        parts += ["", _shard_table(row)]
+        if row["workers"]:
+            parts += ["", _worker_table(row)]
+        if len(row["groups"]) > 1:
+            parts += ["", _group_table(row)]
+    return Group(*parts)
+
+
+def _headline(name: str, row: dict[str, Any]) -> RenderableType:
+    from rich.text import Text
+
+    line = Text()
+    line.append(printable(name), style="bold")
+    line.append(f"   backlog {number(row['backlog'])}", style="bold")
+    line.append(f" (lag {number(row['lag'])}, pending {number(row['pending'])}, delayed {number(row['delayed'])})")
+    line.append(f"   in {number(row['in_per_s'], '/s')}   out {number(row['out_per_s'], '/s')}")
+    line.append(f"   dead {number(row['dead'])}", style="red" if row["dead"] else "")
+    return line
+
+
+def _warnings(row: dict[str, Any]) -> list[str]:
+    """What an operator has to know first."""
+    found = []
+    if row["backlog"] and not row["workers"]:
+        found.append("no worker is alive: nothing runs")
+    elif row["workers"]:
+        ownerless = [str(one["shard"]) for one in row["shards"] if one["owner"] is None and one["shard"] != "shared"]
+        if ownerless:
+            found.append(f"without an owner: shard{'s' if len(ownerless) > 1 else ''} {', '.join(ownerless)}")
+    stale = sum(one["stale"] for one in row["consumers"])
+    if stale:
+        found.append(f"{stale} stale consumer{'s' if stale > 1 else ''}: see 'consumers'")
+    return found
+
+
+def _table(*columns: tuple[str, bool]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, right in columns:
+        table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return table
+
+
+def _shard_table(row: dict[str, Any]) -> Table:
+    places = {worker["id"]: place_of(worker) for worker in row["workers"]}
+    table = _table(
+        ("SHARD", True),
+        ("LAG", True),
+        ("PENDING", True),
+        ("DELAYED", True),
+        ("DEAD", True),
+        ("LENGTH", True),
+        ("OWNER", False),
+    )
+    for one in row["shards"]:
+        if one["shard"] == "shared":
+            takers = sum("shared" in worker["shards"] for worker in row["workers"])
+            owner = f"{takers} process{'es' if takers != 1 else ''}" if takers else "-"
+        else:
+            owner = places.get(one["owner"]) or one["owner"] or "-"
+        lost = (
+            one["owner"] is None and one["shard"] != "shared" and bool(row["workers"] or one["lag"] or one["pending"])
+        )
+        table.add_row(
+            str(one["shard"]),
+            *(number(one[name]) for name in ("lag", "pending", "delayed", "dead", "length")),
+            printable(owner),
+            style="red" if lost else "",
+        )
+    return table
+
+
+def _worker_table(row: dict[str, Any]) -> Table:
+    several = len(row["groups"]) > 1
+    table = _table(
+        ("WORKER", False), *([("GROUP", False)] if several else []), ("UP", True), ("LANES", True), ("SHARDS", False)
+    )
+    for worker in row["workers"]:
+        started, lanes = worker.get("started"), worker.get("concurrency")
+        up = age(wall_ms() / 1000 - started) if isinstance(started, int | float) else "-"
+        cells = [place_of(worker), up, str(lanes or "-"), ranges(worker["shards"]) or "-"]
+        if several:
+            cells.insert(1, printable(worker["group"]))
+        table.add_row(*cells)
+    return table
+
+
+def _group_table(row: dict[str, Any]) -> Table:
+    table = _table(("GROUP", False), ("LAG", True), ("PENDING", True), ("PROCESSES", True))
+    for one in row["groups"]:
+        table.add_row(
+            printable(one["group"]),
+            number(one["lag"]),
+            number(one["pending"]),
+            number(one["members"]),
+            style="red" if one["backlog"] and not one["members"] else "",
+        )
+    return table
+
+
+def ranges(shards: list[int | str]) -> str:
+    """Shards as people write them: ``0-3, 7, shared``."""
+    parts: list[str] = []
+    numbers = sorted(one for one in shards if isinstance(one, int))
+    start = 0
+    for i, one in enumerate(numbers):
+        if i + 1 == len(numbers) or numbers[i + 1] != one + 1:
+            parts.append(str(one) if i == start else f"{numbers[start]}-{one}")
+            start = i + 1
+    return ", ".join([*parts, *(str(one) for one in shards if isinstance(one, str))])
+
+
+__all__ = ["ranges", "status"]
