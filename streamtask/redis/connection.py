@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import redis
 import redis.asyncio
@@ -26,6 +26,7 @@ from .scripts import Script, by_sha, script
 
 MIN_VERSION = (6, 2)
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
+_ERRORS = (rexc.RedisError, rexc.RedisClusterException, OSError)  # the cluster's is no RedisError
 Reply = Any
 Part = str | bytes | int | float
 
@@ -40,17 +41,18 @@ class ReplyError(StreamTaskError):
 
 
 def safe_url(url: str) -> str:
-    """The URL without its password and without secrets in its query, for logs and errors."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "(unreadable URL)"
-    netloc = parts.netloc
-    if "@" in netloc:
-        user = netloc.rpartition("@")[0].partition(":")[0]
-        netloc = f"{user}:***@{netloc.rpartition('@')[2]}" if user else f"***@{netloc.rpartition('@')[2]}"
-    query = re.sub(r"(?i)\b(\w*(?:password|secret|token)\w*)=[^&]*", r"\1=***", parts.query)
-    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+    """The URL without its password and without secrets in its query, for logs and errors.
+
+    A password that should have been percent-encoded ends the host's part for a URL parser, so all before the last ``@``
+    counts as user and password.
+    """
+    head, separator, rest = url.partition("://")
+    if not separator:
+        return "(unreadable URL)" if "@" in url else url
+    userinfo, at, rest = ("", "", rest) if rest.startswith("/") else rest.rpartition("@")
+    user = re.split(r"[:/?#@]", userinfo, maxsplit=1)[0] + ":" if ":" in userinfo else ""
+    rest = re.sub(r"(?i)([?&][^=&]*(?:password|secret|token)[^=&]*)=[^&]*", r"\1=***", rest)
+    return f"{head}://{user if user != ':' else ''}***@{rest}" if at else f"{head}://{rest}"
 
 
 def pack(*parts: Part) -> bytes:
@@ -69,11 +71,11 @@ def translate(exc: Exception, where: str) -> StreamTaskError:
         )
     if isinstance(exc, rexc.AuthenticationError | rexc.NoPermissionError) or "NOAUTH" in text or "WRONGPASS" in text:
         return ConfigError(f"Redis at {where} refused the user or password: {text}")
-    if isinstance(exc, rexc.BusyLoadingError | rexc.ReadOnlyError):
+    if isinstance(exc, rexc.BusyLoadingError | rexc.ReadOnlyError | rexc.ClusterDownError | rexc.TryAgainError):
         return BrokerUnavailable(f"Redis at {where} is not ready: {text}")
     if isinstance(exc, rexc.NoScriptError):
         return ReplyError(f"NOSCRIPT {text}")
-    if isinstance(exc, rexc.ConnectionError | rexc.TimeoutError | OSError):
+    if isinstance(exc, rexc.ConnectionError | rexc.TimeoutError | rexc.RedisClusterException | OSError):
         return BrokerUnavailable(f"Redis at {where} can't be reached: {text}. Is it running, and is the URL right?")
     return ReplyError(text)
 
@@ -96,7 +98,7 @@ class Link:
         if self._conn._sock is None:
             try:
                 self._conn.connect()
-            except (rexc.RedisError, OSError) as exc:
+            except _ERRORS as exc:
                 raise translate(exc, self._where) from None
             self.connects += 1
 
@@ -116,14 +118,14 @@ class Link:
                 self._conn.connect()
                 self.connects += 1
             self._conn.send_packed_command((packed,), check_health=False)
-        except (rexc.RedisError, OSError) as exc:
+        except _ERRORS as exc:
             raise translate(exc, self._where) from None
 
     def read(self) -> Reply:
         """Reads one reply. An error reply raises; an error nested in a list stays in it as an exception."""
         try:
             return self._conn.read_response(disable_decoding=True)
-        except (rexc.RedisError, OSError) as exc:
+        except _ERRORS as exc:
             raise translate(exc, self._where) from None
 
     def buffered(self) -> bool:
@@ -210,8 +212,17 @@ class Broker:
         try:
             parts = urlsplit(self.url)
             _ = parts.port if "," not in parts.netloc else None
-        except ValueError as exc:
-            raise ConfigError(f"the broker URL {self.safe_url!r} can't be read: {exc}") from None
+        except ValueError:
+            # The parser's own words may repeat a piece of a password that was not percent-encoded.
+            raise ConfigError(
+                f"the broker URL {self.safe_url!r} can't be read: is its port a number up to 65535, and are special "
+                "characters in its password percent-encoded (/ as %2F, # as %23, ? as %3F, @ as %40)?"
+            ) from None
+        if parts.netloc and "@" not in parts.netloc and "@" in parts.path + parts.query.partition("=")[0] + parts.fragment:
+            raise ConfigError(
+                f"the broker URL {self.safe_url!r} has an @ after its host: special characters in a password must be "
+                "percent-encoded (/ as %2F, # as %23, ? as %3F, @ as %40)"
+            )
         if self.scheme in ("redis", "rediss", "redis+cluster") and not parts.hostname:
             raise ConfigError(f"the broker URL {self.safe_url!r} names no host, as in redis://localhost:6379/0")
         if self.scheme in ("redis", "rediss"):
@@ -249,7 +260,7 @@ class Broker:
             if self._client is None:
                 try:
                     self._client = self._open()
-                except (rexc.RedisError, OSError) as exc:
+                except _ERRORS as exc:
                     raise translate(exc, self.safe_url) from None
                 except (ValueError, TypeError) as exc:
                     raise ConfigError(f"the broker URL {self.safe_url!r} can't be used: {exc}") from None
@@ -260,7 +271,7 @@ class Broker:
         if self.scheme == "memory":
             return _memory_client(self.url)
         if self.scheme == "embedded":
-            return redis.Redis.from_url(self._embedded_url(), **options)
+            return redis.Redis.from_url(self._embedded_url(), **self._for_scheme(options))
         if self.scheme == "redis+cluster":
             from redis.cluster import RedisCluster
 
@@ -268,7 +279,13 @@ class Broker:
             return RedisCluster.from_url("redis" + self.url[len("redis+cluster") :], **options)
         if self.scheme == "redis+sentinel":
             return self._open_sentinel(options)
-        return redis.Redis.from_url(self.url, **options)
+        return _checked(redis.Redis.from_url(self.url, **self._for_scheme(options)))
+
+    def _for_scheme(self, options: dict[str, Any]) -> dict[str, Any]:
+        if self.scheme in ("unix", "embedded"):
+            # A unix socket has no keepalive, and redis-py refuses the option there.
+            options.pop("socket_keepalive")
+        return options
 
     def _open_sentinel(self, options: dict[str, Any]) -> Any:
         from redis.sentinel import Sentinel
@@ -336,7 +353,7 @@ class Broker:
 
             options["retry"] = Retry(NoBackoff(), 0)
             url = self._embedded_url() if self.scheme == "embedded" else self.url
-            return redis.asyncio.Redis.from_url(url, **options)
+            return redis.asyncio.Redis.from_url(url, **self._for_scheme(options))
         raise ConfigError(
             f"asyncio produce calls need a redis://, rediss://, unix:// or embedded:// broker, not {self.scheme}://"
         )
@@ -367,12 +384,18 @@ class Broker:
                 self._embedded = None
 
 
+def _checked(client: Any) -> Any:
+    """The client, if its URL's options are ones that a connection takes: redis-py looks at them at the first use."""
+    client.connection_pool.make_connection()
+    return client
+
+
 @contextmanager
 def wrapped(where: str) -> Iterator[None]:
     """Turns redis-py's errors inside the block into ours."""
     try:
         yield
-    except (rexc.RedisError, OSError) as exc:
+    except _ERRORS as exc:
         raise translate(exc, where) from None
 
 
