@@ -33,8 +33,9 @@ class Pages:
         self._left -= 1
         if self._left > 0:
             return False
-        self._left = PAGE
+        # The page first: another thread that sees room left must find where.
         self.page = self._keys.seen(f"p{self._name}.{next(self._numbers):x}")
+        self._left = PAGE
         return True
 
 
