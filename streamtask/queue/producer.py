@@ -97,9 +97,11 @@ class Target:
 
     def pack_append(self, field: bytes, produce_id: bytes, envelope: bytes) -> bytes:
         """``produce.lua`` as bytes: all but the id and the envelope is prepared once per page."""
-        if self.pages.take():
+        head = self._head
+        # An empty one: another thread has taken the first page, and not prepared it yet.
+        if self.pages.take() or not head:
             keys = self.keys
-            self._head = (
+            head = self._head = (
                 b"*13\r\n"
                 + _bulk("EVALSHA", script("produce").sha, 4, keys.state, self.pages.page, keys.stream, keys.delayed)
                 + _bulk(self.epoch)
@@ -107,7 +109,7 @@ class Target:
             )
         settings = self._settings
         return b"%b%b\r\n$%d\r\n%d\r\n$%d\r\n%d\r\n$1\r\n%b\r\n$%d\r\n%b\r\n" % (
-            self._head,
+            head,
             produce_id,
             len(str(settings.produce_ttl_ms)),
             settings.produce_ttl_ms,
@@ -411,9 +413,14 @@ class Bulk:
             for shard in shards:
                 self.unknown.update(self.prepared[shard][0])
             raise
+        except BaseException as exc:
+            if not isinstance(exc, StreamTaskError):
+                link.close()  # interrupted between request and reply: the next user must not read it
+            raise
         finally:
             self.producer.give_link(node, link)
         errors: list[StreamTaskError] = []
+        fatal: StreamTaskError | None = None
         for shard, answer in zip(shards, answers, strict=True):
             batch, _ = self.prepared.pop(shard)
             self.unknown.difference_update(batch)
@@ -427,11 +434,19 @@ class Bulk:
             elif isinstance(answer, QueueFull):
                 errors.append(answer)
             elif isinstance(answer, ConfigError | ReplyError):
-                self._fail(answer)
+                fatal = fatal or answer
             else:
-                error = self.producer.refusal(self.queue, shard, answer)
+                try:
+                    error = self.producer.refusal(self.queue, shard, answer)
+                except (BrokerUnavailable, QueueFull) as exc:
+                    error = exc
+                except StreamTaskError as exc:
+                    fatal, error = fatal or exc, None
                 if error is not None:
                     errors.append(error)
+        # Only now: what the other shards have answered is stored, whatever one of them said.
+        if fatal is not None:
+            self._fail(fatal)
         return errors
 
     def _fail(self, cause: StreamTaskError) -> None:
