@@ -441,11 +441,13 @@ class Inspector:
             link, checks = self._check_reachable()
         except (BrokerUnavailable, ConfigError) as exc:
             return [_check("redis", False, str(exc), "nothing else can be checked before Redis answers")]
-        info = _info(link.command("INFO"))
-        checks.append(_check_version(info))
-        checks.append(_check_role(info))
-        checks += _check_memory(info)
-        checks += _check_persistence(info, link)
+        try:
+            info = _info(link.command("INFO"))
+        except (ReplyError, ConfigError) as exc:
+            advice = "allow this user INFO: without it version, memory and persistence are unknown"
+            checks.append(_check("server", None, f"INFO is refused: {exc}", advice))
+        else:
+            checks += [_check_version(info), _check_role(info), *_check_memory(info), *_check_persistence(info, link)]
         checks.append(_check_clock(link))
         checks.append(_check_scripts(link))
         checks.append(_check_id_sets(link))
@@ -905,7 +907,7 @@ def _check_scripts(link: Link) -> Row:
         try:
             if link.command("SCRIPT", "LOAD", one.source) != sha:
                 bad.append(f"{one.name}: another digest")
-        except ReplyError as exc:
+        except (ReplyError, ConfigError) as exc:
             bad.append(f"{one.name}: {exc}")
     if bad:
         return _check(

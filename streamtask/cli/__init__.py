@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import traceback
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import click
@@ -85,9 +86,11 @@ class LazyGroup(click.Group):
         except StreamTaskError as exc:
             _say(ctx, str(exc))
             ctx.exit(exit_status(exc))
-        except (click.ClickException, click.Abort, click.exceptions.Exit, OSError, EOFError):
-            raise  # click knows them: usage, an answer of no, a closed pipe
+        except (click.ClickException, click.Abort, click.exceptions.Exit, EOFError):
+            raise  # click knows them: usage, an answer of no
         except Exception as exc:
+            if isinstance(exc, BrokenPipeError):
+                raise  # whoever read our output has left; click ends quietly
             _say(ctx, f"unexpected {type(exc).__name__}: {exc} (with --traceback before the command it says where)")
             ctx.exit(1)
 
@@ -103,6 +106,17 @@ def _say(ctx: click.Context, message: str) -> None:
     if ctx.params.get("show_traceback"):
         traceback.print_exc(file=sys.stderr)
     click.echo(f"Error: {printable(message)}", err=True)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    try:
+        own = metadata.version("streamtask")
+    except metadata.PackageNotFoundError:
+        own = "(run from its sources, not installed)"
+    click.echo(f"streamtask {own}")
+    ctx.exit()
 
 
 @click.group(
@@ -133,7 +147,9 @@ def _say(ctx: click.Context, message: str) -> None:
     help="Text for people, or one JSON object a line.",
 )
 @click.option("--traceback", "show_traceback", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="streamtask", prog_name="streamtask")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
 @click.pass_context
 def main(ctx: click.Context, app_name: str | None, log_level: str, log_format: str, show_traceback: bool) -> None:
     """Ordered, durable tasks on Redis Streams.

@@ -43,6 +43,14 @@ def _json(kind: type, what: str) -> Any:
 @click.option("--task-id", metavar="ID", help="The id of the message, instead of a new one.")
 @click.option("--shard-key", metavar="KEY", help="Instead of what the task takes from its arguments.")
 @click.option("-q", "-Q", "--queue", metavar="QUEUE", help="Instead of the task's own.")
+@click.option(
+    "--timeout",
+    type=float,
+    default=5.0,
+    show_default=True,
+    metavar="S",
+    help="How long to wait for Redis and for room.",
+)
 @click.option("--wait", type=float, metavar="S", help="Wait so many seconds for the result, and print it as JSON.")
 @json_option
 @click.pass_context
@@ -57,6 +65,7 @@ def call(
     task_id: str | None,
     shard_key: str | None,
     queue: str | None,
+    timeout: float,
     wait: float | None,
     as_json: bool,
 ) -> None:
@@ -66,6 +75,8 @@ def call(
     """
     app: StreamTask = ctx.obj["app"]()
     ctx.call_on_close(app.close)
+    if wait is not None and app.results is None:
+        raise click.UsageError("--wait needs results, and this app keeps none: name a backend, as in backend=True")
     found = _routed(_find(app, task), queue)
     try:
         sent = found.apply_async(
@@ -76,6 +87,7 @@ def call(
             dedupe_id=dedupe_id,
             task_id=task_id,
             shard_key=shard_key,
+            timeout=timeout,
         )
     except (EncodeError, ShardKeyError):
         raise
@@ -99,7 +111,7 @@ def _find(app: StreamTask, name: str) -> Task[Any]:
     if found is not None:
         return found
     last = [one for one in app.tasks if one.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = list(dict.fromkeys([*last, *difflib.get_close_matches(name, app.tasks, n=3, cutoff=0.5)]))
+    near = list(dict.fromkeys([*last, *difflib.get_close_matches(name, app.tasks, n=3, cutoff=0.6)]))
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     elif app.tasks:

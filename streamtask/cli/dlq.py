@@ -55,16 +55,16 @@ def list_(ctx: click.Context, queue: str | None, task: str | None, limit: int, o
 def _print_list(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
     table.add_column("ID", no_wrap=True)
     several = len({row["queue"] for row in rows}) > 1
     if several:
         table.add_column("QUEUE", overflow="fold")
     table.add_column("DIED (UTC)", no_wrap=True)
-    table.add_column("TASK", overflow="fold", ratio=3)
-    table.add_column("KEY", overflow="fold", ratio=1)
+    table.add_column("TASK", overflow="fold", max_width=36)
+    table.add_column("KEY", overflow="fold", max_width=20)
     table.add_column("RUNS", justify="right", no_wrap=True)
-    table.add_column("WHY", overflow="fold", ratio=4)
+    table.add_column("WHY", overflow="fold", ratio=1)
     for row in rows:
         died = (row["dead_at"] or "-")[:19].replace("T", " ")
         first = (printable(row["error"] or "").strip().splitlines() or [""])[-1]
@@ -144,7 +144,7 @@ def purge(
     """
     inspector = inspector_of(ctx)
     found = _by_queue(inspector, ids, queue)
-    if not yes:
+    if found and not yes:
         what = f"{len(ids)} dead letter{'s' if len(ids) > 1 else ''}" if ids else "all dead letters"
         if task:
             what += f" of task {task}"

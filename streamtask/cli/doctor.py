@@ -36,7 +36,11 @@ def _print(checks: list[dict[str, Any]]) -> None:
             click.echo(f"{'':23}{_wrapped('-> ' + check['advice'])}")
     failed = sum(check["ok"] is False for check in checks)
     warned = sum(check["ok"] is None for check in checks)
-    click.echo(f"\n{len(checks)} checks: {failed} failed, {warned} warning{'s' if warned != 1 else ''}")
+    click.echo(f"\n{_count(len(checks), 'check')}: {failed} failed, {_count(warned, 'warning')}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _wrapped(text: str) -> str:

@@ -8,6 +8,8 @@ import logging
 import sys
 from typing import Any
 
+from .common import printable
+
 LEVELS = ("debug", "info", "warning", "error", "critical")
 FORMATS = ("text", "json")
 
@@ -35,10 +37,11 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={_plain(value)}" for name, value in _extra(record).items())
-        message = (record.getMessage() + fields).replace("\r", "\\r").replace("\n", "\\n")
+        message = printable(record.getMessage() + fields).replace("\n", "\\n")
         line = f"{_time(record)} {record.levelname:<7} {record.name}: {message}"
         if record.exc_info:
-            line += "".join(f"\n    {part}" for part in self.formatException(record.exc_info).splitlines())
+            text = printable(self.formatException(record.exc_info))
+            line += "".join(f"\n    {part}" for part in text.splitlines())
         return line
 
 

@@ -1,0 +1,653 @@
+"""The inspector against real servers: what it reads is what is there, and reading leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from streamtask import StreamTask, StreamTaskError
+from streamtask.clock import wall_ms
+from streamtask.coordination import lease as leases
+from streamtask.coordination.membership import Membership
+from streamtask.inspector import Inspector
+from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
+from streamtask.redis.connection import Link
+from tests.fix_redis import RedisServer
+
+ONE, TWO = "1" * 32, "2" * 32
+
+
+class Rig:
+    """An app with two tasks, and owners of its shards that are driven by hand."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.app = StreamTask("shop", broker=url, **{"shards": 3, "lease": 0.5, **options})
+
+        @self.app.task(name="push", shard_key="user")
+        def push(user: int, text: str = "") -> None: ...
+
+        @self.app.task(name="tidy")
+        def tidy() -> None: ...
+
+        self.push, self.tidy = push, tidy
+        self.queue = self.app.queue("default")
+        self.inspector = Inspector(self.app)
+        self.link: Link = self.app.broker.link()
+
+    def close(self) -> None:
+        self.inspector.close()
+        self.link.close()
+        self.app.close()
+
+    def own(self, shard: int, incarnation: str = ONE, group: str = "workers", **settings: Any) -> ShardConsumer:
+        """Takes a shard and reads what waits in it."""
+        self.queue.declare((group,))
+        lease = leases.acquire(self.link, self.queue.shard_keys(shard), group, incarnation, 60_000)
+        assert isinstance(lease, leases.Lease)
+        consumer = ShardConsumer(lease, "default", shard, ConsumerSettings(group=group, **settings))
+        self.read(consumer)
+        return consumer
+
+    def join(self, incarnation: str, lease_ms: int = 60_000) -> ShardConsumer:
+        """Becomes a consumer of the shared stream."""
+        self.queue.declare(("workers",))
+        lease = leases.join_shared(self.link, self.queue.shard_keys("shared"), "workers", incarnation, lease_ms)
+        consumer = ShardConsumer(lease, "default", "shared", ConsumerSettings())
+        self.read(consumer)
+        return consumer
+
+    def read(self, consumer: ShardConsumer) -> None:
+        reply = self.link.call(consumer.read_command())
+        if reply:
+            consumer.absorb(self.link, reply[0][1])
+
+    def finish(self, consumer: ShardConsumer, count: int) -> None:
+        batch = consumer.take(self.link, count)
+        assert batch is not None
+        consumer.complete(batch)
+        consumer.settle(self.link)
+
+    def kill(self, consumer: ShardConsumer, count: int = 1, message: str = "ValueError: no") -> None:
+        """Lets the next messages die."""
+        for _ in range(count):
+            batch = consumer.take(self.link, 1)
+            assert batch is not None
+            batch.outcomes.append((0, Outcome("dead", reason="failed", message=message, traceback="Traceback ...")))
+            consumer.complete(batch)
+            consumer.flush(self.link)
+
+    def beat(self, *incarnations: str, lease_ms: int = 60_000, group: str = "workers") -> None:
+        Membership(self.queue.keys, group, lease_ms).beat(
+            self.link, {one: {"host": "pod", "pid": 10 + i, "concurrency": 4} for i, one in enumerate(incarnations)}
+        )
+
+    def key_of(self, shard: int) -> int:
+        """A shard key that lies in the shard."""
+        return next(i for i in range(1000) if self.queue.shard_for(b"%d" % i) == shard)
+
+    def send(self, shard: int, count: int = 1, **options: Any) -> None:
+        for i in range(count):
+            self.push.apply_async((self.key_of(shard), f"text {i}"), **options)
+
+    def shard(self, shard: int | str) -> dict[str, Any]:
+        rows = self.inspector.status("default", interval=0)["default"]["shards"]
+        return next(row for row in rows if row["shard"] == shard)
+
+    def check(self, name: str) -> dict[str, Any]:
+        return next(check for check in self.inspector.doctor() if check["name"] == name)
+
+
+@pytest.fixture
+def make_rig() -> Iterator[Callable[..., Rig]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(url: str, **options: Any) -> Rig:
+            rig = Rig(url, **options)
+            stack.callback(rig.close)
+            return rig
+
+        yield make
+
+
+@pytest.fixture
+def rig(redis_server: RedisServer, make_rig: Callable[..., Rig]) -> Rig:
+    return make_rig(redis_server.url)
+
+
+# Status
+
+
+def test_a_row_of_each_shard_says_what_is_there(redis_server_all: RedisServer, make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(redis_server_all.url)
+    rig.send(1, 5)
+    rig.send(1, 2, countdown=1000)
+    consumer = rig.own(1)
+    rig.finish(consumer, 1)
+    rig.kill(consumer)
+    rig.send(1, 4)
+    rig.beat(ONE)
+    row = rig.inspector.status(interval=0)["default"]
+    assert row["shards"][1] == {
+        "shard": 1,
+        "owner": ONE,
+        "token": consumer.lease.token,
+        "lag": 4,
+        "pending": 3,
+        "delayed": 2,
+        "dead": 1,
+        "length": 7,
+    }
+    assert [one["shard"] for one in row["shards"]] == [0, 1, 2, "shared"]
+    assert [one["owner"] for one in row["shards"]] == [None, ONE, None, None]
+    assert (row["epoch"], row["backlog"], row["in_per_s"], row["out_per_s"]) == (0, 9, None, None)
+    assert row["groups"] == [{"group": "workers", "lag": 4, "pending": 3, "backlog": 9, "members": 1}]
+    (worker,) = row["workers"]
+    assert {name: worker[name] for name in ("id", "host", "pid", "shards")} == {
+        "id": ONE,
+        "host": "pod",
+        "pid": 10,
+        "shards": [1],
+    }
+
+
+def test_without_any_worker_all_is_lag(rig: Rig) -> None:
+    rig.send(0, 3)
+    rig.tidy.delay()
+    row = rig.inspector.status(interval=0)["default"]
+    assert (row["backlog"], row["lag"], row["workers"], row["consumers"], row["groups"]) == (4, 4, [], [], [])
+    assert row["shards"][0]["token"] is None
+
+
+def test_an_expired_or_released_lease_has_no_owner(rig: Rig) -> None:
+    rig.queue.declare(("workers",))
+    lease = leases.acquire(rig.link, rig.queue.shard_keys(0), "workers", ONE, 30)
+    assert isinstance(lease, leases.Lease)
+    time.sleep(0.05)
+    assert rig.shard(0)["owner"] is None
+    assert rig.shard(0)["token"] == lease.token
+    lease.renew(rig.link)
+    assert rig.shard(0)["owner"] == ONE
+    lease.release(rig.link)
+    assert rig.shard(0)["owner"] is None
+
+
+def test_lag_of_several_groups_counts_what_each_was_not_given(
+    redis_server_all: RedisServer, make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtask.inspector.COUNT_PAGE", 3)
+    rig = make_rig(redis_server_all.url)
+    rig.send(0, 6)
+    rig.queue.declare(("workers", "sink"))
+    consumer = rig.own(0)
+    rig.finish(consumer, 2)
+    rig.send(0, 4)
+    groups = {one["group"]: one for one in rig.inspector.status(interval=0)["default"]["groups"]}
+    # The two finished ones stay: the sink needs them.
+    assert (groups["workers"]["lag"], groups["workers"]["pending"]) == (4, 4)
+    assert (groups["sink"]["lag"], groups["sink"]["pending"]) == (10, 0)
+    assert rig.shard(0)["length"] == 10
+
+
+def test_rates_are_taken_over_the_interval(rig: Rig) -> None:
+    rig.send(0, 20)
+    consumer = rig.own(0)
+
+    def work() -> None:
+        time.sleep(0.2)
+        rig.finish(consumer, 6)
+        rig.kill(consumer)
+        rig.send(0, 10)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    row = rig.inspector.status(interval=1.0)["default"]
+    thread.join()
+    assert row["in_per_s"] == pytest.approx(10, rel=0.2)
+    assert row["out_per_s"] == pytest.approx(6, rel=0.2)
+
+
+def test_a_flush_between_the_samples_gives_no_negative_rates(rig: Rig, redis_server: RedisServer) -> None:
+    rig.send(0, 20)
+    rig.finish(rig.own(0), 5)
+    timer = threading.Timer(0.1, redis_server.client().flushall)
+    timer.start()
+    row = rig.inspector.status(interval=0.4)["default"]
+    timer.join()
+    assert (row["in_per_s"], row["out_per_s"], row["backlog"]) == (0, 0, 0)
+
+
+def test_reading_creates_nothing(rig: Rig, redis_server: RedisServer) -> None:
+    client = redis_server.client()
+    assert rig.inspector.queues() == []
+    assert rig.inspector.status(interval=0) == {}
+    assert rig.inspector.consumers() == []
+    rig.inspector.doctor()
+    for read in (rig.inspector.status, rig.inspector.consumers, rig.inspector.count_dead):
+        with pytest.raises(StreamTaskError, match="no queue 'nope' in Redis"):
+            read("nope")
+    assert client.keys() == []
+    rig.send(0)
+    rig.own(0)
+    rig.join(ONE)
+
+    def dump() -> dict[bytes, bytes]:
+        return {key: client.dump(key) for key in client.scan_iter()}  # type: ignore[misc]
+
+    before = dump()
+    rig.inspector.status(interval=0.01)
+    rig.inspector.consumers()
+    rig.inspector.dead_letters("default")
+    rig.inspector.doctor()
+    assert dump() == before
+
+
+def test_many_shards_take_a_few_round_trips(
+    redis_server: RedisServer, make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(redis_server.url, shards=300)
+    rig.queue.declare(("workers",))
+    sent = []
+    plain = Link.pipeline
+    monkeypatch.setattr(Link, "pipeline", lambda self, packed: sent.append(len(packed)) or plain(self, packed))
+    assert len(rig.inspector.status(interval=0)["default"]["shards"]) == 301
+    assert len(sent) <= 5
+
+
+def test_other_apps_and_queues_are_kept_apart(
+    rig: Rig, redis_server: RedisServer, make_rig: Callable[..., Rig]
+) -> None:
+    rig.send(0)
+    other = StreamTask("other", broker=redis_server.url, shards=2)
+    try:
+        other.queue("a.b").declare()
+        other.queue("default").declare()
+        assert Inspector(other).queues() == ["default", "a.b"]
+        assert rig.inspector.queues() == ["default"]
+        assert Inspector(other).status("a.b", interval=0)["a.b"]["backlog"] == 0
+    finally:
+        other.close()
+
+
+# Consumers
+
+
+def test_consumers_of_dead_processes_are_stale(rig: Rig) -> None:
+    for _ in range(3):
+        rig.tidy.delay()
+    rig.join(TWO, lease_ms=20)
+    rig.join(ONE)
+    rig.own(0)
+    rig.own(1).lease.release(rig.link)
+    rig.beat(ONE)
+    time.sleep(0.03)
+    rows = {(row["shard"], row["consumer"]): row for row in rig.inspector.consumers("default")}
+    dead = rows["shared", TWO]
+    assert (dead["pending"], dead["alive"], dead["stale"], dead["worker"]) == (3, False, True, None)
+    assert rows[0, "owner"]["worker"] == ONE
+    assert (rows[0, "owner"]["host"], rows[0, "owner"]["pid"]) == ("pod", 10)
+    assert not rows[0, "owner"]["stale"]
+    # Read once by a group, and given back in good order: nobody's name, so it is not stale.
+    if (1, "owner") in rows:
+        assert (rows[1, "owner"]["alive"], rows[1, "owner"]["stale"]) == (False, False)
+    workers = rig.inspector.status(interval=0)["default"]["workers"]
+    assert [one["shards"] for one in workers] == [[0, "shared"]]
+
+
+# Dead letters
+
+
+def test_a_dead_letter_is_shown_whole(redis_server_all: RedisServer, make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(redis_server_all.url)
+    sent = rig.push.delay(rig.key_of(2), text="hi")
+    rig.kill(rig.own(2), message="ValueError: no such device")
+    (row,) = rig.inspector.dead_letters("default")
+    assert row["id"].startswith("2:")
+    expected = {
+        "queue": "default",
+        "shard": 2,
+        "group": "workers",
+        "held": False,
+        "reason": "failed",
+        "error": "ValueError: no such device",
+        "traceback": "Traceback ...",
+        "task": "push",
+        "task_id": sent.id,
+        "key": str(rig.key_of(2)),
+        "attempts": 1,
+        "crashes": 0,
+        "args": [rig.key_of(2)],
+        "kwargs": {"text": "hi"},
+        "fields": None,
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert row["dead_at"] > row["appended_at"] > "2020-"
+    assert rig.inspector.dead_letter(row["id"]) == row
+    assert rig.inspector.dead_letter(row["id"], "default") == row
+    assert rig.inspector.count_dead() == {"default": 1}
+
+
+def test_an_entry_that_is_no_message_shows_its_fields(rig: Rig, redis_server: RedisServer) -> None:
+    rig.queue.declare(("workers",))
+    redis_server.client().xadd(rig.queue.shard_keys(0).stream, {"held": "x", "bin": b"\xff"})
+    rig.own(0).flush(rig.link)
+    (row,) = rig.inspector.dead_letters("default")
+    assert (row["reason"], row["task"], row["args"], row["held"]) == ("undecodable", None, None, False)
+    assert row["fields"] == {"held": "x", "bin": "\\xff"}
+
+
+@pytest.mark.parametrize("wrong", ["", "x", "3:", "3:1", ":1-1", "-1:1-1", "3:1-1-1", "9999999999:1-x"])
+def test_a_wrong_id_is_refused(rig: Rig, wrong: str) -> None:
+    rig.queue.declare()
+    with pytest.raises(StreamTaskError, match="is no id of a dead letter"):
+        rig.inspector.dead_letter(wrong)
+    with pytest.raises(StreamTaskError, match="is no id of a dead letter"):
+        rig.inspector.replay("default", [wrong])
+
+
+@pytest.mark.parametrize("unknown", ["0:1-1", "shared:1-1", "99:1-1"])
+def test_an_unknown_id_is_not_there(rig: Rig, unknown: str) -> None:
+    rig.queue.declare()
+    with pytest.raises(StreamTaskError, match="there is no dead letter"):
+        rig.inspector.dead_letter(unknown)
+    assert rig.inspector.replay("default", [unknown]) == 0
+
+
+def test_lists_are_ordered_limited_and_filtered(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamtask.inspector.BATCH", 2)
+    for shard in (0, 1):
+        rig.send(shard, 4)
+        rig.kill(rig.own(shard), 4)
+    rig.tidy.delay()
+    batch_of = rig.join(ONE)
+    rig.kill(batch_of)
+    newest = rig.inspector.dead_letters("default", limit=100)
+    assert len(newest) == 9
+    assert [row["task"] for row in newest].count("tidy") == 1
+    oldest = rig.inspector.dead_letters("default", limit=100, newest_first=False)
+    assert [row["id"] for row in oldest] == [row["id"] for row in newest][::-1]
+    assert rig.inspector.dead_letters("default", limit=3) == newest[:3]
+    assert [row["shard"] for row in rig.inspector.dead_letters("default", 5, task="tidy")] == ["shared"]
+    assert rig.inspector.dead_letters("default", 5, task="other") == []
+    times = [row["dead_at"] for row in oldest]
+    assert times == sorted(times)
+
+
+def test_replay_of_one_some_and_all(
+    redis_server_all: RedisServer, make_rig: Callable[..., Rig], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("streamtask.inspector.BATCH", 2)
+    rig = make_rig(redis_server_all.url)
+    rig.send(0, 7)
+    rig.send(1, 2)
+    consumer, other = rig.own(0), rig.own(1)
+    rig.kill(consumer, 7)
+    rig.kill(other, 2)
+    texts = [row["args"][1] for row in rig.inspector.dead_letters("default", newest_first=False) if row["shard"] == 0]
+    first = rig.inspector.dead_letters("default", 1, newest_first=False)[0]["id"]
+    assert rig.inspector.replay("default", [first, first]) == 1
+    assert rig.inspector.replay("default", [first]) == 0
+    assert rig.inspector.replay("default", task="other") == 0
+    assert rig.inspector.replay("default", task="push") == 8
+    assert rig.inspector.count_dead() == {"default": 0}
+    rig.read(consumer)
+    batch = consumer.take(rig.link, 100)
+    assert batch is not None
+    assert [delivery.args[1] for delivery in batch.deliveries] == texts
+    assert all(delivery.replayed for delivery in batch.deliveries)
+
+
+def test_replay_of_all_does_not_replay_what_dies_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamtask.inspector.BATCH", 1)
+    rig.send(0, 3)
+    consumer = rig.own(0)
+    rig.kill(consumer, 3)
+    ask = rig.inspector._ask
+
+    def ask_and_die(calls: Any) -> list[Any]:
+        answers = ask(calls)
+        if calls and b"EVALSHA" in calls[0][1][:30]:
+            rig.read(consumer)
+            rig.kill(consumer)
+        return answers
+
+    monkeypatch.setattr(rig.inspector, "_ask", ask_and_die)
+    assert rig.inspector.replay("default") == 3
+    assert rig.inspector.count_dead() == {"default": 3}
+
+
+def test_a_held_lane_opens_at_replay_and_at_drop(rig: Rig) -> None:
+    rig.send(0, 2)
+    consumer = rig.own(0, hold_on_dead=True)
+    rig.kill(consumer)
+    (row,) = rig.inspector.dead_letters("default")
+    assert row["held"]
+    assert rig.shard(0)["pending"] == 2
+    assert consumer.take(rig.link, 10) is None
+    assert rig.inspector.replay("default", [row["id"]]) == 1
+    consumer.reread_notes(rig.link)
+    rig.kill(consumer)
+    assert rig.inspector.drop("default") == 1
+    consumer.reread_notes(rig.link)
+    batch = consumer.take(rig.link, 10)
+    assert batch is not None
+    assert [delivery.args[1] for delivery in batch.deliveries] == ["text 1"]
+
+
+def test_drop_removes_for_good(rig: Rig) -> None:
+    rig.send(0, 3)
+    consumer = rig.own(0)
+    rig.kill(consumer, 3)
+    rows = rig.inspector.dead_letters("default")
+    assert rig.inspector.drop("default", [rows[0]["id"]]) == 1
+    assert rig.inspector.drop("default", task="push") == 2
+    assert rig.inspector.drop("default") == 0
+    assert (rig.shard(0)["dead"], rig.shard(0)["length"]) == (0, 0)
+
+
+# Purge
+
+
+def test_purge_leaves_what_workers_were_given(
+    redis_server_all: RedisServer, make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamtask.inspector.PURGE_BATCH", 3)
+    rig = make_rig(redis_server_all.url)
+    rig.send(0, 3)
+    consumer = rig.own(0)
+    rig.send(0, 7)
+    rig.send(0, 4, countdown=1000)
+    rig.send(1, 5)
+    rig.tidy.delay()
+    assert rig.inspector.purge("default", delayed=False) == 13
+    assert (rig.shard(0)["length"], rig.shard(0)["delayed"], rig.shard(1)["length"]) == (3, 4, 0)
+    assert rig.inspector.purge("default") == 4
+    assert rig.inspector.purge("default") == 0
+    rig.finish(consumer, 3)
+    rig.send(0, 1)
+    rig.read(consumer)
+    rig.finish(consumer, 1)
+    assert rig.shard(0)["length"] == 0
+
+
+def test_purge_leaves_what_any_group_was_given(rig: Rig) -> None:
+    rig.send(0, 4)
+    rig.queue.declare(("workers", "sink"))
+    consumer = rig.own(0)
+    rig.finish(consumer, 1)
+    rig.send(0, 5)
+    assert rig.inspector.purge("default") == 5
+    assert rig.shard(0)["length"] == 4
+    sink = rig.own(0, TWO, group="sink")
+    rig.finish(sink, 4)
+    rig.finish(consumer, 3)
+    assert rig.shard(0)["length"] == 0
+
+
+def test_purge_of_an_unknown_queue_creates_nothing(rig: Rig, redis_server: RedisServer) -> None:
+    with pytest.raises(StreamTaskError, match="no queue 'nope'"):
+        rig.inspector.purge("nope")
+    assert redis_server.client().keys() == []
+
+
+def test_purged_messages_count_as_come(rig: Rig) -> None:
+    rig.queue.declare(("workers",))
+
+    def work() -> None:
+        time.sleep(0.1)
+        rig.send(0, 10)
+        with Inspector(rig.app) as other:
+            other.purge("default")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    row = rig.inspector.status(interval=0.5)["default"]
+    thread.join()
+    assert row["backlog"] == 0
+    assert row["in_per_s"] == pytest.approx(20, rel=0.3)
+
+
+# Doctor
+
+
+def test_a_healthy_system_has_no_complaint(redis_server_all: RedisServer, make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(redis_server_all.url)
+    redis_server_all.config_set(appendonly="yes")
+    rig.send(0, 1)
+    for shard in range(3):
+        rig.own(shard)
+    rig.join(ONE)
+    rig.beat(ONE)
+    checks = {check["name"]: check for check in rig.inspector.doctor()}
+    assert [check for check in checks.values() if check["ok"] is not True] == []
+    assert set(checks) >= {
+        "redis", "version", "role", "eviction", "memory", "persistence", "clock", "scripts", "id-sets", "shard-counts",
+        "shard-owners", "stale-consumers", "served", "dead-letters",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "policy, maxmemory, ok",
+    [
+        ("allkeys-lru", "500mb", False),
+        ("volatile-ttl", "500mb", False),
+        ("allkeys-lru", "0", None),
+        ("noeviction", "500mb", True),
+    ],
+)
+def test_an_evicting_policy_is_said_loudly(
+    rig: Rig, redis_server: RedisServer, policy: str, maxmemory: str, ok: bool | None
+) -> None:
+    redis_server.config_set(maxmemory=maxmemory, maxmemory_policy=policy)
+    check = rig.check("eviction")
+    assert check["ok"] is ok
+    assert policy in check["message"]
+    assert ok is not False or "MESSAGES CAN BE LOST" in check["message"]
+
+
+def test_memory_at_its_limit_fails(rig: Rig, redis_server: RedisServer) -> None:
+    def used() -> int:
+        return int(redis_server.client().info("memory")["used_memory"])
+
+    rig.inspector.doctor()  # loads the scripts, which take memory too
+    redis_server.config_set(maxmemory=used())
+    assert rig.check("memory")["ok"] is False
+    redis_server.config_set(maxmemory=int(used() * 1.1))
+    assert rig.check("memory")["ok"] is None
+
+
+def test_no_append_only_file_is_a_warning(rig: Rig) -> None:
+    check = rig.check("persistence")
+    assert check["ok"] is None
+    assert "appendonly is off" in check["message"]
+
+
+@pytest.mark.parametrize("off_s, ok", [(0, True), (5, None), (-5, None), (100, False), (-100, False)])
+def test_clocks_apart(rig: Rig, monkeypatch: pytest.MonkeyPatch, off_s: int, ok: bool | None) -> None:
+    monkeypatch.setattr("streamtask.inspector.wall_ms", lambda: wall_ms() + off_s * 1000)
+    assert rig.check("clock")["ok"] is ok
+
+
+def test_small_hash_settings_are_told(rig: Rig, redis_server: RedisServer) -> None:
+    redis_server.config_set(hash_max_listpack_entries=32)
+    assert rig.check("id-sets")["ok"] is None
+
+
+def test_another_shard_count_is_told(rig: Rig, redis_server: RedisServer, make_rig: Callable[..., Rig]) -> None:
+    rig.queue.declare()
+    check = make_rig(redis_server.url, shards=5).check("shard-counts")
+    assert check["ok"] is False
+    assert "default has 3 in Redis, the app says 5" in check["message"]
+
+
+def test_messages_that_nobody_serves(rig: Rig) -> None:
+    rig.send(0, 3)
+    assert "no worker has ever started (3 messages)" in rig.check("served")["message"]
+    rig.queue.declare(("workers", "sink"))
+    rig.beat(ONE)
+    check = rig.check("served")
+    assert check["ok"] is False
+    assert check["message"] == "nobody works on group sink of queue default (3 messages)"
+
+
+def test_shards_without_owner_and_stale_consumers(rig: Rig) -> None:
+    rig.tidy.delay()
+    rig.own(0)
+    rig.own(2)
+    rig.join(TWO, lease_ms=10)
+    rig.beat(ONE)
+    time.sleep(0.02)
+    checks = {check["name"]: check for check in rig.inspector.doctor()}
+    assert checks["shard-owners"]["ok"] is False
+    assert checks["shard-owners"]["message"] == "workers live, but nobody owns default/1"
+    assert checks["stale-consumers"]["ok"] is False
+    assert f"default/shared/workers/{TWO}" in checks["stale-consumers"]["message"]
+
+
+def test_what_passes_within_a_lease_time_is_no_complaint(rig: Rig) -> None:
+    rig.own(0)
+    rig.own(1)
+    rig.beat(ONE)
+    with contextlib.closing(rig.app.broker.link()) as link:
+        keys = rig.queue.shard_keys(2)
+        timer = threading.Timer(0.3, leases.acquire, (link, keys, "workers", ONE, 60_000))
+        timer.start()
+        assert rig.check("shard-owners")["ok"] is True
+        timer.join()
+
+
+def test_what_a_user_may_not_ask_is_a_warning(
+    rig: Rig, redis_server: RedisServer, make_rig: Callable[..., Rig]
+) -> None:
+    redis_server.client().execute_command("ACL", "SETUSER", "ann", "on", ">pw", "~*", "+@all", "-info", "-config")
+    checks = make_rig(redis_server.url.replace("//", "//ann:pw@")).inspector.doctor()
+    odd = {check["name"]: check["ok"] for check in checks if check["ok"] is not True}
+    assert odd == {"server": None, "id-sets": None}
+
+
+def test_dead_letters_are_a_warning(rig: Rig) -> None:
+    rig.send(0, 2)
+    rig.kill(rig.own(0), 2)
+    check = rig.check("dead-letters")
+    assert (check["ok"], check["message"]) == (None, "there are dead letters: 2 in default")
+
+
+def test_an_unreachable_redis_is_the_only_check(make_rig: Callable[..., Rig]) -> None:
+    checks = make_rig("redis://:hunter2@127.0.0.1:1/0").inspector.doctor()
+    assert [(check["name"], check["ok"]) for check in checks] == [("redis", False)]
+    assert "hunter2" not in str(checks)
+
+
+def test_a_server_that_goes_and_comes_back(own_server: RedisServer, make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(own_server.url)
+    rig.send(0, 2)
+    assert rig.shard(0)["length"] == 2
+    own_server.kill()
+    with pytest.raises(ConnectionError):
+        rig.inspector.status(interval=0)
+    own_server.restart()
+    assert rig.shard(0)["length"] == 2
