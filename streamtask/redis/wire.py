@@ -70,8 +70,14 @@ def _ext_hook(code: int, data: bytes) -> object:
     if code == _EXT_TIMEDELTA:
         return dt.timedelta(microseconds=int(data))
     if code == _EXT_SET:
-        return set(unpack_body(data))
+        # What is in a set can be hashed: arrays were tuples, and sets in it frozensets.
+        return set(msgpack.unpackb(data, ext_hook=_hashable_hook, strict_map_key=False, use_list=False))
     raise DecodeError(f"extension type {code} is unknown to this version")
+
+
+def _hashable_hook(code: int, data: bytes) -> object:
+    value = _ext_hook(code, data)
+    return frozenset(value) if isinstance(value, set) else value
 
 
 def pack_body(value: object) -> bytes:
@@ -159,16 +165,12 @@ def _decode_json(data: bytes) -> list[Any]:
     message_id = body.get("id")
     if not isinstance(message_id, str):
         raise DecodeError("the JSON envelope has no id")
-    try:
-        raw_id: bytes | str = uuid.UUID(message_id).bytes
-    except ValueError:
-        raw_id = message_id
     args, kwargs, headers = body.get("args") or [], body.get("kwargs") or {}, body.get("headers")
     if not (isinstance(args, list) and isinstance(kwargs, dict) and (headers is None or isinstance(headers, dict))):
         raise DecodeError("args must be an array, kwargs and headers objects")
-    if not (key is None or isinstance(key, str | int)):
+    if not (key is None or isinstance(key, str | int)) or isinstance(key, bool) or key == "":
         raise DecodeError("key must be text, a whole number or null")
-    return [body["task"], None if key is None else str(key).encode(), raw_id, args, kwargs, headers]
+    return [body["task"], None if key is None else str(key).encode(), id_bytes(message_id), args, kwargs, headers]
 
 
 def id_text(message_id: bytes | str) -> str:
