@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import inspect
+import keyword
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .errors import ConfigError, Retry, ShardKeyError
@@ -45,9 +47,11 @@ class TaskOptions:
     def __post_init__(self) -> None:
         for name in ("soft_time_limit", "time_limit", "expires"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
                 raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
-        if self.max_retries is not None and (not isinstance(self.max_retries, int) or self.max_retries < 0):
+        if self.max_retries is not None and (
+            isinstance(self.max_retries, bool) or not isinstance(self.max_retries, int) or self.max_retries < 0
+        ):
             raise ConfigError(
                 f"max_retries must be a whole number from 0, or None for no limit, not {self.max_retries!r}"
             )
@@ -66,7 +70,7 @@ class TaskOptions:
                 value = float(rate)
         except (ValueError, KeyError):
             value = 0.0
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise ConfigError(f"rate_limit must be a number per second or text such as '100/m', not {rate!r}")
         return value
 
@@ -81,6 +85,7 @@ class Task(Generic[F]):
         self.options = options
         self.is_async = inspect.iscoroutinefunction(function)
         self._key_of = _compile_key(function, name, options)
+        self._fits = _compile_key(function, name, replace(options, shard_key=None))
         functools.update_wrapper(self, function)
 
     if TYPE_CHECKING:
@@ -149,8 +154,10 @@ class Task(Generic[F]):
         )
 
     def _key(self, args: Sequence[Any], kwargs: Mapping[str, Any], shard_key: object) -> bytes | None:
-        own = self._key_of(*args, **kwargs) if shard_key is None else None
-        return canonical(shard_key) if shard_key is not None else own
+        if shard_key is None:
+            return self._key_of(*args, **kwargs)
+        self._fits(*args, **kwargs)
+        return canonical(shard_key)
 
     async def adelay(self, *args: Any, **kwargs: Any) -> AsyncResult:
         """As ``delay``, for asyncio."""
@@ -217,7 +224,9 @@ def _compile_key(function: Callable[..., Any], name: str, options: TaskOptions) 
     if shard_key is None:
         return _with_signature(parameters, "None", name, {})
     if callable(shard_key):
-        return _with_signature(parameters, f"_canonical(_key({_forward(parameters)}))", name, {"_key": shard_key})
+        return _with_signature(
+            parameters, f"_st_canonical(_st_key({_forward(parameters)}))", name, {"_st_key": shard_key}
+        )
     if not isinstance(shard_key, str) or not all(part.isidentifier() for part in shard_key.split(".")):
         raise ConfigError(f"shard_key of task {name} must be an argument's name, a path such as 'a.b', or a callable")
     first, *path = shard_key.split(".")
@@ -226,22 +235,28 @@ def _compile_key(function: Callable[..., Any], name: str, options: TaskOptions) 
     if first in named:
         source = first
     elif rest is not None:
-        source = f"_need({rest}, {first!r}, _name)"
+        source = f"_st_need({rest}, {first!r}, _st_name)"
     else:
         raise ConfigError(f"task {name} has no argument {first!r}, which its shard_key names")
     if path:
-        source = f"_walk({source}, {tuple(path)!r}, {shard_key!r}, _name)"
-    return _with_signature(parameters, f"_canonical({source})", name, {})
+        source = f"_st_walk({source}, {tuple(path)!r}, {shard_key!r}, _st_name)"
+    return _with_signature(parameters, f"_st_canonical({source})", name, {})
 
 
 def _with_signature(
     parameters: list[inspect.Parameter], result: str, name: str, extra: dict[str, Any]
 ) -> Callable[..., bytes | None]:
-    scope: dict[str, Any] = {"_canonical": canonical, "_need": _need, "_walk": _walk, "_name": name, **extra}
+    scope: dict[str, Any] = {
+        "_st_canonical": canonical,
+        "_st_need": _need,
+        "_st_walk": _walk,
+        "_st_name": name,
+        **extra,
+    }
     bare = []
     for i, parameter in enumerate(parameters):
         if parameter.default is not parameter.empty:
-            scope[f"_default{i}"] = parameter.default
+            scope[f"_st_default{i}"] = parameter.default
         bare.append(parameter.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty))
     pieces, seen_star = [], False
     for i, (parameter, plain) in enumerate(zip(parameters, bare, strict=True)):
@@ -251,13 +266,13 @@ def _with_signature(
             seen_star = True
         seen_star = seen_star or parameter.kind is parameter.VAR_POSITIONAL
         if parameter.default is not parameter.empty:
-            text += f"=_default{i}"
+            text += f"=_st_default{i}"
         pieces.append(text)
         following = parameters[i + 1].kind if i + 1 < len(parameters) else None
         if parameter.kind is parameter.POSITIONAL_ONLY and following is not parameter.POSITIONAL_ONLY:
             pieces.append("/")
     short = name.rpartition(".")[2]
-    short = short if short.isidentifier() else "task"
+    short = short if short.isidentifier() and not keyword.iskeyword(short) else "task"
     exec(f"def {short}({', '.join(pieces)}):\n    return {result}", scope)
     made: Callable[..., bytes | None] = scope[short]
     return made
