@@ -388,10 +388,12 @@ def _task_options(options: dict[str, Any]) -> TaskOptions:
     for name in ("autoretry_for", "dont_autoretry_for"):
         value = options.get(name)
         if value is not None:
-            value = (value,) if isinstance(value, type) else tuple(value)
-            if not all(isinstance(one, type) and issubclass(one, BaseException) for one in value):
+            value = (value,) if isinstance(value, type) else value
+            if not isinstance(value, tuple | list | set | frozenset) or not all(
+                isinstance(one, type) and issubclass(one, BaseException) for one in value
+            ):
                 raise ConfigError(f"{name} must be a tuple of exception classes")
-            options[name] = value
+            options[name] = tuple(value)
     return TaskOptions(**options)
 
 
