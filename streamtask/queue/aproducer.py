@@ -29,6 +29,9 @@ class AsyncProducer:
         loop = asyncio.get_running_loop()
         pipe = self._pipes.get(loop)
         if pipe is None:
+            # A pipe refers to its loop, so that the weak keys alone would keep the ended ones for ever.
+            for ended in [other for other in self._pipes if other.is_closed()]:
+                del self._pipes[ended]
             pipe = self._pipes[loop] = Pipe(self._broker)
         return pipe
 
