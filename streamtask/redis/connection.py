@@ -218,7 +218,11 @@ class Broker:
                 f"the broker URL {self.safe_url!r} can't be read: is its port a number up to 65535, and are special "
                 "characters in its password percent-encoded (/ as %2F, # as %23, ? as %3F, @ as %40)?"
             ) from None
-        if parts.netloc and "@" not in parts.netloc and "@" in parts.path + parts.query.partition("=")[0] + parts.fragment:
+        if (
+            parts.netloc
+            and "@" not in parts.netloc
+            and "@" in parts.path + parts.query.partition("=")[0] + parts.fragment
+        ):
             raise ConfigError(
                 f"the broker URL {self.safe_url!r} has an @ after its host: special characters in a password must be "
                 "percent-encoded (/ as %2F, # as %23, ? as %3F, @ as %40)"
