@@ -1,0 +1,875 @@
+"""Lua scripts: what each file says of its keys and arguments is what it does, and what the fence, leases and settling
+promise holds on every version of Redis."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import redis
+
+import streamtask.redis
+from streamtask.coordination.lease import Lease, Refused, acquire, join_shared, reap
+from streamtask.coordination.membership import Membership
+from streamtask.errors import BrokerUnavailable, LeaseLost
+from streamtask.queue.declare import Queue
+from streamtask.queue.lanes import Note
+from streamtask.redis import wire
+from streamtask.redis.connection import Broker
+from streamtask.redis.scripts import Code, by_sha, script
+from tests.helpers import wait_until
+
+LUA = Path(streamtask.redis.__file__).parent / "lua"
+NAMES = sorted(path.stem for path in LUA.glob("*.lua"))
+INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
+
+
+def head_and_body(name):
+    """The comment at the file's head, and its code without comments."""
+    lines = (LUA / f"{name}.lua").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if not line.startswith("--") or line.startswith("---"))
+    code = [re.sub(r"--.*", "", line) for line in lines[first:]]
+    return "\n".join(lines[:first]), "\n".join(code)
+
+
+def documented(head, what):
+    """Indexes that the head explains, and from where on all are explained ("KEYS[4...]"), or None."""
+    found = re.findall(rf"^-- {what}\[(\d+)(\.\.\.)?\] \S", head, re.MULTILINE)
+    return [int(n) for n, dots in found if not dots], next((int(n) for n, dots in found if dots), None)
+
+
+def used(body, what):
+    """Indexes that stand in the code as numbers, and whether others are reached by counting."""
+    numbers = {int(n) for n in re.findall(rf"{what}\[(\d+)\]", body)}
+    return numbers, bool(re.search(rf"{what}\[[^\]]*[a-z#]|#{what}|unpack\({what}", body))
+
+
+HEADS = [
+    pytest.param(
+        name,
+        what,
+        marks=[pytest.mark.xfail(reason="KEYS[4...] has no line of its own")]
+        if (name, what) == ("replay", "KEYS")
+        else [],
+    )
+    for name in NAMES
+    for what in ("KEYS", "ARGV")
+]
+
+
+@pytest.mark.parametrize("name,what", HEADS)
+def test_a_files_head_says_what_its_code_uses(name, what):
+    head, body = head_and_body(name)
+    single, rest_from = documented(head, what)
+    numbers, counted = used(body, what)
+    last = rest_from if rest_from is not None else len(single) + 1
+
+    assert single == list(range(1, last)), "explained once each, in order"
+    assert (rest_from is not None) == counted, "'...' stands for what the code reaches by counting"
+    assert {n for n in numbers if n < last} == set(single), "explained, and not used, or the other way round"
+    if rest_from is None:
+        assert numbers <= set(single)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_files_head_says_what_it_does_and_returns(name):
+    head, _ = head_and_body(name)
+
+    assert re.match(r"-- [A-Z].{20,}", head)
+    assert "-- Returns: " in head
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_that_is_given_a_token_looks_at_the_lease_first(name):
+    head, body = head_and_body(name)
+    if re.search(r"^-- ARGV\[1\] token", head, re.MULTILINE) and not name.startswith("renew"):
+        assert re.search(r"^-- KEYS\[1\] lease", head, re.MULTILINE)
+        assert "include fence" in (LUA / f"{name}.lua").read_text()
+        assert body.strip().startswith("if not owns(KEYS[1], ARGV[1], ARGV[2]) then\n  return LEASE_LOST\nend")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_touches_only_keys_that_it_is_given(name):
+    source = script(name).source
+    for command, key in re.findall(r"redis\.p?call\('(\w+)',(?: *'[A-Z]+',)? *([^,)]+)", source):
+        assert command not in ("KEYS", "SCAN", "FLUSHALL", "EVAL", "RANDOMKEY")
+        if command == "TIME":
+            continue
+        assert not key.startswith("'"), f"{command} of a key that is built in the script"
+    assert not re.search(r"KEYS\[[^\]]+\] *\.\.", source), "a key that is built from another"
+
+
+@pytest.mark.parametrize("name", INCLUDES)
+def test_an_include_takes_what_it_needs_as_arguments(name):
+    source = (LUA / "include" / f"{name}.lua").read_text()
+    assert "KEYS[" not in source
+    assert "ARGV[" not in source
+    assert source.startswith("-- ")
+
+
+def test_codes_are_the_same_in_lua_and_python():
+    source = (LUA / "include" / "codes.lua").read_text()
+
+    assert {name: int(value) for name, value in re.findall(r"^local (\w+) = (-?\d+)", source, re.MULTILINE)} == {
+        code.name: code.value for code in Code
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_code_that_a_script_returns_is_said_in_its_head(name):
+    head, body = head_and_body(name)
+    for code in set(re.findall(r"return \{? ?([A-Z_]{5,})", body)):
+        words = {"STORED_ALREADY": "0 if"}.get(code, code)
+        assert words in head or "a code" in head, code
+
+
+def test_every_file_can_be_called_by_its_digest():
+    assert {one.name for one in by_sha().values()} == set(NAMES)
+    assert all("@include" not in one.source for one in by_sha().values())
+
+
+def test_every_script_loads(redis_server_all):
+    link = Broker(redis_server_all.url).link()
+    for one in by_sha().values():
+        assert link.command("SCRIPT", "LOAD", one.source).decode() == one.sha
+    link.close()
+
+
+# --- leases ------------------------------------------------------------------------------------------------------
+
+GROUP = "workers"
+LEASE = 150  # ms
+
+
+class Shard:
+    """A shard of a declared queue with one link to it."""
+
+    def __init__(self, server, shard=0, groups=(GROUP,)):
+        self.client = server.client()
+        self.broker = Broker(server.url)
+        self.queue = Queue(self.broker, "streamtask", "t", "q", 2)
+        self.queue.declare(tuple(groups))
+        self.keys = self.queue.shard_keys(shard)
+        self.link = self.broker.link()
+
+    def acquire(self, incarnation, lease_ms=60_000, **more):
+        return acquire(self.link, self.keys, GROUP, incarnation, lease_ms, **more)
+
+    def now_ms(self):
+        seconds, micros = self.client.time()
+        return seconds * 1000 + micros // 1000
+
+    def wait_past(self, ms):
+        wait_until(lambda: self.now_ms() > ms)
+
+    def add(self, count, first_ms=1000):
+        ids = [f"{first_ms + n}-0" for n in range(count)]
+        with self.client.pipeline(transaction=False) as pipe:
+            for n, entry_id in enumerate(ids):
+                pipe.xadd(self.keys.stream, {"m": wire.encode("task", b"42", b"%016d" % n, [n], {})}, id=entry_id)
+            pipe.execute()
+        return ids
+
+    def read(self, count=100_000, group=GROUP, consumer="c"):
+        found = self.client.xreadgroup(group, consumer, {self.keys.stream: ">"}, count=count)
+        return [entry_id.decode() for _, entries in found for entry_id, _ in entries]
+
+    def pending(self, group=GROUP):
+        found = self.client.xpending_range(self.keys.stream, group, "-", "+", 100_000)
+        return {one["message_id"].decode(): one["consumer"].decode() for one in found}
+
+    def settle(self, lease, ids, group=GROUP):
+        return self.link.run(
+            "settle",
+            [lease.key, self.keys.stream, self.keys.state, self.keys.notes(group)],
+            [lease.token, lease.incarnation, group, *ids],
+        )
+
+    def everything(self):
+        return {key: self.client.dump(key) for key in sorted(self.client.scan_iter(count=1000))}
+
+
+@pytest.fixture
+def shard(redis_server_all):
+    one = Shard(redis_server_all)
+    yield one
+    one.link.close()
+    one.broker.close()
+
+
+def test_acquire_is_idempotent_for_an_incarnation(shard):
+    first = shard.acquire("a")
+
+    again = shard.acquire("a")
+
+    assert again.token == first.token
+    assert shard.client.get(shard.keys.token(GROUP)) == str(first.token).encode()
+
+
+def test_a_lost_reply_of_acquire_is_answered_with_the_same_token(redis_server, proxy):
+    shard = Shard(redis_server)
+    through = proxy(redis_server)
+    link = Broker(through.url).link()
+    other = shard.queue.shard_keys(1)
+    acquire(link, other, GROUP, "a", 60_000)  # the script is loaded
+    through.cut_after_request(b"EVALSHA")
+    with pytest.raises(BrokerUnavailable):
+        acquire(link, shard.keys, GROUP, "a", 60_000)
+    link.close()
+
+    token = int(shard.client.get(shard.keys.token(GROUP)))
+    assert acquire(link, shard.keys, GROUP, "a", 60_000).token == token
+    link.close()
+    shard.link.close()
+
+
+def test_acquire_is_refused_while_another_holds_the_lease_and_says_when_to_ask(shard):
+    before = shard.now_ms()
+    shard.acquire("a", 5000)
+
+    refused = shard.acquire("b")
+
+    assert isinstance(refused, Refused)
+    assert before + 5000 <= refused.ask_at_ms <= shard.now_ms() + 5000
+
+
+def test_an_expired_lease_is_anothers_to_take_and_says_that_it_expired(shard):
+    first = shard.acquire("a", LEASE)
+    refused = shard.acquire("b", LEASE)
+    shard.wait_past(refused.ask_at_ms)
+
+    taken = shard.acquire("b", LEASE)
+
+    assert taken.token > first.token
+    assert taken.by_expiry
+    assert not first.by_expiry
+
+
+def test_a_released_lease_is_free_at_once_and_the_token_grows(shard):
+    tokens = []
+    for n in range(5):
+        lease = shard.acquire(f"p{n}")
+        tokens.append(lease.token)
+        assert not lease.by_expiry
+        assert lease.release(shard.link)
+        assert not lease.release(shard.link) or n < 0, "it is not ours any more"
+
+    assert tokens == sorted(set(tokens))
+
+
+def test_a_lease_has_no_time_to_live_of_its_own(shard):
+    lease = shard.acquire("a", LEASE)
+
+    assert shard.client.pttl(lease.key) == -1
+    assert shard.client.pttl(shard.keys.token(GROUP)) == -1
+
+
+def test_the_token_is_at_least_redis_time_in_microseconds(shard):
+    seconds, micros = shard.client.time()
+
+    assert shard.acquire("a").token >= seconds * 1_000_000 + micros
+
+
+def test_the_token_grows_though_the_clock_went_back(shard):
+    ahead = 4_000_000_000_000_000
+    shard.client.set(shard.keys.token(GROUP), ahead)
+
+    assert shard.acquire("a").token == ahead + 1
+
+
+def test_the_token_is_not_below_what_the_caller_asks_for(shard):
+    assert shard.acquire("a", lowest_token=4_000_000_000_000_000).token == 4_000_000_000_000_000
+
+
+def test_the_token_grows_over_a_flush(shard):
+    first = shard.acquire("a")
+    shard.client.flushall()
+
+    assert shard.acquire("b").token > first.token
+
+
+def test_the_token_grows_over_a_lost_second_of_the_append_only_file(own_server_all, tmp_path):
+    server = own_server_all
+    server.config_set(appendfsync="always")
+    shard = Shard(server)
+    first = shard.acquire("a")
+    first.release(shard.link)
+    server.stop()
+    shutil.copytree(server.dir, tmp_path / "kept")
+    server.start()
+    shard.link.close()
+    second = shard.acquire("b")
+    assert second.token > first.token
+    server.kill()
+    for path in server.dir.iterdir():
+        if path.name.startswith("appendonly"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            kept = tmp_path / "kept" / path.name
+            shutil.copytree(kept, path) if kept.is_dir() else shutil.copy(kept, path)
+    server.start()
+    shard.link.close()
+    assert shard.client.hget(first.key, "owner") == b"", "b's acquire was to be lost"
+
+    third = shard.acquire("c")
+
+    assert third.token > second.token
+    assert shard.settle(second, ["1-0"]) == Code.LEASE_LOST
+    with pytest.raises(LeaseLost):
+        second.renew(shard.link)
+    shard.link.close()
+
+
+def test_a_lease_may_be_renewed_late_while_nobody_took_it(shard):
+    lease = shard.acquire("a", LEASE)
+    shard.wait_past(shard.acquire("b", LEASE).ask_at_ms)
+
+    lease.renew(shard.link)
+
+    refused = shard.acquire("b", LEASE)
+    assert isinstance(refused, Refused)
+    assert refused.ask_at_ms > shard.now_ms()
+
+
+def test_a_lease_that_was_taken_or_released_cant_be_renewed(shard):
+    lease = shard.acquire("a", LEASE)
+    shard.wait_past(shard.acquire("b", LEASE).ask_at_ms)
+    taken = shard.acquire("b")
+    with pytest.raises(LeaseLost):
+        lease.renew(shard.link)
+    taken.renew(shard.link)
+    taken.release(shard.link)
+    for former in (lease, taken):
+        with pytest.raises(LeaseLost):
+            former.renew(shard.link)
+
+
+def test_a_renewal_after_a_flush_writes_the_record_anew(shard):
+    lease = shard.acquire("a")
+    shard.client.flushall()
+
+    lease.renew(shard.link)
+
+    assert isinstance(shard.acquire("b"), Refused)
+    assert shard.acquire("a").token == lease.token
+    assert shard.client.get(shard.keys.token(GROUP)) == str(lease.token).encode()
+
+
+def test_after_a_flush_only_one_of_two_former_owners_can_come_back(shard):
+    first = shard.acquire("a")
+    first.release(shard.link)
+    second = shard.acquire("b")
+    shard.client.flushall()
+
+    second.renew(shard.link)
+    with pytest.raises(LeaseLost):
+        first.renew(shard.link)
+    shard.client.flushall()
+    third = shard.acquire("c")
+    with pytest.raises(LeaseLost):
+        second.renew(shard.link)
+    assert third.token > second.token
+
+
+def test_after_an_outage_the_last_owner_goes_first(shard):
+    """``since_ms``: the caller was itself cut off when the lease expired, so it waits one lease time from its return."""
+    lease = shard.acquire("a", LEASE)
+    shard.wait_past(shard.acquire("b", LEASE).ask_at_ms)
+
+    back = shard.now_ms()
+    refused = shard.acquire("b", LEASE, since_ms=back)
+    assert isinstance(refused, Refused)
+    assert refused.ask_at_ms == back + LEASE
+    assert shard.acquire("a", LEASE).token == lease.token, "the former owner need not wait"
+
+    shard.wait_past(shard.acquire("b", LEASE).ask_at_ms)
+    back = shard.now_ms()
+    shard.wait_past(back + LEASE)
+    taken = shard.acquire("b", LEASE, since_ms=back)
+    assert taken.token > lease.token
+    assert taken.by_expiry
+
+
+def test_who_was_heard_all_the_time_need_not_wait_after_the_expiry(shard):
+    since = shard.now_ms()
+    shard.acquire("a", LEASE)
+    shard.wait_past(shard.acquire("b", LEASE, since_ms=since).ask_at_ms)
+
+    assert shard.acquire("b", LEASE, since_ms=since).by_expiry
+
+
+def test_a_lease_that_was_released_is_free_also_after_an_outage(shard):
+    shard.acquire("a", 60_000).release(shard.link)
+
+    assert not shard.acquire("b", since_ms=shard.now_ms()).by_expiry
+
+
+def test_after_a_flush_who_saw_the_record_waits_for_its_owner(shard):
+    shard.client.flushall()
+    missed = shard.now_ms()
+
+    refused = shard.acquire("b", LEASE, missed_at_ms=missed)
+    assert isinstance(refused, Refused)
+    assert refused.ask_at_ms == missed + LEASE
+    shard.wait_past(refused.ask_at_ms)
+    assert shard.acquire("b", LEASE, missed_at_ms=missed).by_expiry
+
+
+# --- heartbeats --------------------------------------------------------------------------------------------------
+
+
+def membership(shard, lease_ms):
+    return Membership(shard.queue.keys, GROUP, lease_ms)
+
+
+def test_since_is_kept_while_heartbeats_come_and_begins_anew_after_a_gap(shard):
+    one = membership(shard, 1000)
+    one.beat(shard.link, {"a": {}})
+    first = one.since_ms
+    assert abs(first - shard.now_ms()) < 500
+    for _ in range(5):
+        shard.wait_past(one.heard_ms + 50)
+        one.beat(shard.link, {"a": {}})
+        assert one.since_ms == first
+    # more than most of a lease time
+    shard.wait_past(one.heard_ms + 650)
+    one.beat(shard.link, {"a": {}})
+    assert one.since_ms == one.heard_ms > first
+
+
+def test_since_begins_anew_after_a_broken_connection(shard):
+    one = membership(shard, 60_000)
+    one.beat(shard.link, {"a": {}})
+    first = one.since_ms
+    shard.wait_past(first + 5)
+    one.cut_off = True
+
+    one.beat(shard.link, {"a": {}})
+
+    assert one.since_ms > first
+    assert not one.cut_off
+
+
+def test_members_come_leave_and_expire(shard):
+    one, other = membership(shard, 60_000), membership(shard, LEASE)
+    assert one.beat(shard.link, {"b": {"pid": 1}, "a": {"pid": 2}})
+    assert one.members == ["a", "b"]
+    assert not one.beat(shard.link, {"b": {}, "a": {}}), "nothing changed"
+    assert other.beat(shard.link, {"c": {}})
+    assert one.beat(shard.link, {"a": {}, "b": {}})
+    assert one.members == ["a", "b", "c"]
+    wait_until(lambda: one.beat(shard.link, {"a": {}, "b": {}}), timeout=3)
+    assert one.members == ["a", "b"]
+    assert shard.client.hkeys(shard.queue.keys.member_info(GROUP)) == [b"b", b"a"]
+    one.leave(shard.link, ["b"])
+    one.beat(shard.link, {"a": {}})
+    assert one.members == ["a"]
+    assert shard.client.hkeys(shard.queue.keys.member_info(GROUP)) == [b"a"]
+
+
+# --- the fence ---------------------------------------------------------------------------------------------------
+
+NOTE = "1 2 0 0 0 0"
+
+
+def fenced_calls(shard, ids, due_key):
+    """Every script that changes a group's state, by name, as (keys, arguments after token and incarnation)."""
+    k = shard.keys
+    lease = k.lease(GROUP)
+    return {
+        "settle": ([lease, k.stream, k.state, k.notes(GROUP)], [GROUP, *ids]),
+        "note": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0], NOTE]),
+        "charge": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0]]),
+        "move_due": ([lease, due_key, k.stream], [100]),
+        "dead_letter": ([lease, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, ids[0], "{}", ""]),
+        "release": ([lease], []),
+        "claim_ids": ([lease, k.state, k.seen("r1.0")], ["run", 1000, "", 100, b"i" * 16, 1]),
+        "take_requeued": ([lease, k.requeued, k.stream], [GROUP, 10]),
+        "renew": ([lease, k.token(GROUP)], [1000]),
+    }
+
+
+FENCED = ["settle", "note", "charge", "move_due", "dead_letter", "release", "claim_ids", "take_requeued", "renew"]
+
+
+def world(shard, count=3):
+    """A shard with pending, delayed and requeued messages."""
+    ids = shard.add(count)
+    shard.read()
+    member = "%016d" % 1 + "m" + "x"
+    shard.client.zadd(shard.keys.delayed, {member: 1})
+    shard.client.zadd(shard.keys.requeued, {ids[0]: 1000})
+    return ids
+
+
+@pytest.mark.parametrize("stale", ["token", "incarnation", "both", "flushed-and-taken"])
+@pytest.mark.parametrize("name", FENCED)
+def test_who_lost_the_lease_can_change_nothing(redis_server, name, stale):
+    shard = Shard(redis_server)
+    former = shard.acquire("former")
+    former.release(shard.link)
+    now = shard.acquire("now")
+    ids = world(shard)
+    before = shard.everything()
+    token, incarnation = {
+        "token": (former.token, "now"),
+        "incarnation": (now.token, "former"),
+        "both": (former.token, "former"),
+        "flushed-and-taken": (now.token, "other"),
+    }[stale]
+
+    keys, args = fenced_calls(shard, ids, shard.keys.delayed)[name]
+    assert shard.link.run(name, keys, [token, incarnation, *args]) == Code.LEASE_LOST
+
+    assert shard.everything() == before
+    shard.link.close()
+
+
+@pytest.mark.parametrize("name", FENCED)
+def test_the_owner_can(redis_server_all, name):
+    shard = Shard(redis_server_all)
+    lease = shard.acquire("a")
+    ids = world(shard)
+    before = shard.everything()
+
+    keys, args = fenced_calls(shard, ids, shard.keys.delayed)[name]
+    assert shard.link.run(name, keys, [lease.token, "a", *args]) != Code.LEASE_LOST
+
+    assert shard.everything() != before, "this call would prove nothing above"
+    shard.link.close()
+
+
+@pytest.mark.parametrize("name", ["settle", "note", "charge", "dead_letter", "move_due", "release"])
+def test_repeating_a_call_changes_nothing(redis_server_all, name):
+    shard = Shard(redis_server_all)
+    lease = shard.acquire("a")
+    ids = world(shard)
+    keys, args = fenced_calls(shard, ids, shard.keys.delayed)[name]
+    shard.link.run(name, keys, [lease.token, "a", *args])
+    before = shard.everything()
+
+    shard.link.run(name, keys, [lease.token, "a", *args])
+
+    assert shard.everything() == before
+    shard.link.close()
+
+
+# --- finishing ---------------------------------------------------------------------------------------------------
+
+
+def test_entries_behind_a_held_head_are_removed(shard):
+    lease = shard.acquire("a")
+    held, *followers = shard.add(20_000)
+    assert len(shard.read()) == 20_000
+
+    for at in range(0, len(followers), 200):
+        batch = followers[at : at + 200]
+        assert shard.settle(lease, batch) == len(batch)
+
+    assert shard.client.xlen(shard.keys.stream) == 1
+    assert list(shard.pending()) == [held]
+    assert shard.client.memory_usage(shard.keys.stream, samples=0) < 20_000
+    assert shard.settle(lease, followers[:200]) == 0, "what is settled is settled"
+
+
+def test_entries_are_removed_in_whatever_order_they_end(shard):
+    lease = shard.acquire("a")
+    ids = shard.add(1000)
+    shard.read()
+    batches = [ids[start::7] for start in (3, 0, 6, 1, 5, 2, 4)]
+
+    for n, batch in enumerate(batches, 1):
+        for at in range(0, len(batch), 200):
+            shard.settle(lease, batch[at : at + 200])
+        assert shard.client.xlen(shard.keys.stream) == 1000 - sum(map(len, batches[:n]))
+
+    assert shard.client.xlen(shard.keys.stream) == 0
+
+
+def test_what_was_not_delivered_is_never_removed(shard):
+    lease = shard.acquire("a")
+    ids = shard.add(10)
+    shard.read(5)
+
+    shard.settle(lease, ids[:5])
+
+    assert [entry_id.decode() for entry_id, _ in shard.client.xrange(shard.keys.stream)] == ids[5:]
+    assert shard.read() == ids[5:]
+
+
+def test_with_several_groups_the_last_to_acknowledge_removes(redis_server_all):
+    shard = Shard(redis_server_all, groups=(GROUP, "sink"))
+    lease = shard.acquire("a")
+    sink = acquire(shard.link, shard.keys, "sink", "s", 60_000)
+    ids = shard.add(10)
+    shard.read()
+    shard.settle(lease, ids[:6])
+    assert shard.client.xlen(shard.keys.stream) == 10, "the sink has read nothing yet"
+    shard.read(8, "sink", "s")
+    shard.settle(sink, ids[:4], "sink")
+    assert shard.client.xlen(shard.keys.stream) == 6
+    shard.settle(sink, ids[7:8], "sink")
+    shard.settle(lease, ids[6:9])
+    assert [i.decode() for i, _ in shard.client.xrange(shard.keys.stream)] == [*ids[4:7], *ids[8:]]
+    shard.settle(lease, ids[9:])
+    shard.read(10, "sink", "s")
+    shard.settle(sink, ids[4:7] + ids[8:], "sink")
+
+    assert shard.client.xlen(shard.keys.stream) == 0
+    assert shard.pending() == shard.pending("sink") == {}
+    shard.link.close()
+
+
+def test_a_registered_group_that_the_shard_lacks_keeps_entries(shard):
+    lease = shard.acquire("a")
+    ids = shard.add(3)
+    shard.read()
+    shard.client.hset(shard.keys.state, "group:coming", 1)
+
+    shard.settle(lease, ids)
+
+    assert shard.client.xlen(shard.keys.stream) == 3
+
+
+def test_a_group_that_nobody_registered_keeps_nothing(shard):
+    lease = shard.acquire("a")
+    shard.client.xgroup_create(shard.keys.stream, "by-hand", "0")
+    ids = shard.add(3)
+    shard.read()
+
+    shard.settle(lease, ids)
+
+    assert shard.client.xlen(shard.keys.stream) == 0
+
+
+# --- crash counts and dead letters -------------------------------------------------------------------------------
+
+
+def test_a_crash_is_counted_once_per_token(shard):
+    ids = shard.add(2)
+    shard.read()
+    notes = shard.keys.notes(GROUP)
+    lease = shard.acquire("a")
+    assert [lease.charge(shard.link, ids[:1]) for _ in range(3)] == [1, 0, 0]
+    assert Note.parse(shard.client.hget(notes, ids[0])).crashes == 1
+    lease.release(shard.link)
+    lease = shard.acquire("b")
+    assert lease.charge(shard.link, ids) == 2
+    assert [Note.parse(shard.client.hget(notes, one)).crashes for one in ids] == [2, 1]
+    assert lease.charge(shard.link, ["5-5"]) == 0, "it is not pending"
+
+
+def test_a_charge_keeps_attempts_and_due_time(shard):
+    (entry_id,) = shard.add(1)
+    shard.read()
+    lease = shard.acquire("a")
+    notes = shard.keys.notes(GROUP)
+    shard.client.hset(notes, entry_id, Note(attempt=3, due_ms=99, crashes=1, mark=7).format())
+
+    lease.charge(shard.link, [entry_id])
+
+    note = Note.parse(shard.client.hget(notes, entry_id))
+    assert (note.attempt, note.due_ms, note.crashes, note.mark) == (3, 99, 2, 0)
+
+
+def test_a_dead_letter_is_whole_and_there_once(shard):
+    ids = shard.add(2)
+    shard.read()
+    lease = shard.acquire("a")
+    (_, fields), _ = shard.client.xrange(shard.keys.stream)
+    keys, args = fenced_calls(shard, ids, shard.keys.delayed)["dead_letter"]
+
+    assert [shard.link.run("dead_letter", keys, [lease.token, "a", *args]) for _ in range(2)] == [1, 0]
+
+    ((_, dead),) = shard.client.xrange(shard.keys.dlq)
+    assert dead.items() >= fields.items()
+    assert (dead[b"entry"], dead[b"group"], dead[b"error"]) == (ids[0].encode(), GROUP.encode(), b"{}")
+    assert list(shard.pending()) == ids[1:]
+    assert shard.client.xlen(shard.keys.stream) == 1
+
+
+# --- shared streams ----------------------------------------------------------------------------------------------
+
+
+def test_joining_twice_answers_the_same_token(shard):
+    assert (
+        join_shared(shard.link, shard.keys, GROUP, "a", 60_000).token
+        == join_shared(shard.link, shard.keys, GROUP, "a", 60_000).token
+    )
+    assert join_shared(shard.link, shard.keys, GROUP, "b", 60_000).token > 0
+
+
+def consumers(shard):
+    return sorted(one["name"].decode() for one in shard.client.xinfo_consumers(shard.keys.stream, GROUP))
+
+
+def test_a_consumer_with_a_lease_is_left_alone(shard):
+    join_shared(shard.link, shard.keys, GROUP, "a", 60_000)
+    join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    shard.add(3)
+    shard.read(consumer="a")
+    before = shard.everything()
+
+    assert not reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=False)
+
+    assert shard.everything() == before
+
+
+def test_a_consumer_whose_lease_expired_is_removed_and_its_entries_are_offered(shard):
+    stale = join_shared(shard.link, shard.keys, GROUP, "a", LEASE)
+    live = join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    ids = shard.add(2500)
+    shard.read(consumer="a")
+    wait_until(lambda: reap(shard.link, shard.keys, GROUP, "a", LEASE, gone=False), timeout=3)
+
+    assert set(shard.pending().values()) == {"b"}
+    assert consumers(shard) == ["b"]
+    with pytest.raises(LeaseLost):
+        stale.renew(shard.link)
+    taken = []
+    while batch := take(shard, live, 300):
+        taken += batch
+    assert taken == ids
+    assert shard.settle(stale, ids[:1]) == Code.LEASE_LOST
+    assert shard.settle(live, ids[:200]) == 200
+
+
+def take(shard, lease, count):
+    answer = shard.link.run(
+        "take_requeued",
+        [lease.key, shard.keys.requeued, shard.keys.stream],
+        [lease.token, lease.incarnation, GROUP, count],
+    )
+    return [entry_id.decode() for entry_id, _ in answer]
+
+
+@pytest.mark.xfail(reason="requeued entries of one millisecond are ordered as text, 7-10 before 7-2")
+def test_entries_of_one_millisecond_are_offered_in_their_order(shard):
+    join_shared(shard.link, shard.keys, GROUP, "a", LEASE)
+    live = join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    ids = [f"7-{n}" for n in range(1, 25)]
+    for entry_id in ids:
+        shard.client.xadd(shard.keys.stream, {"m": "x"}, id=entry_id)
+    shard.read(consumer="a")
+
+    assert reap(shard.link, shard.keys, GROUP, "a", LEASE, gone=True)
+
+    assert take(shard, live, 5) + take(shard, live, 100) == ids
+
+
+def test_nothing_is_lost_where_nobody_else_lives(shard):
+    join_shared(shard.link, shard.keys, GROUP, "a", 60_000)
+    ids = shard.add(3)
+    shard.read(consumer="a")
+
+    assert not reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=True)
+    assert shard.pending() == dict.fromkeys(ids, "a")
+
+    # whoever comes next need not wait for the lease of one that is known to be gone
+    live = join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    assert reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=False)
+    assert take(shard, live, 10) == ids
+
+
+def test_an_empty_consumer_goes_though_nobody_else_lives(shard):
+    join_shared(shard.link, shard.keys, GROUP, "a", 60_000)
+    shard.client.xgroup_createconsumer(shard.keys.stream, GROUP, "a")
+
+    assert reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=True)
+    assert consumers(shard) == []
+
+
+def test_entries_that_were_deleted_under_a_consumer_do_not_keep_it(shard):
+    join_shared(shard.link, shard.keys, GROUP, "a", 60_000)
+    live = join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    ids = shard.add(4)
+    shard.read(consumer="a")
+    shard.client.xdel(shard.keys.stream, ids[1], ids[2])
+
+    assert reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=True)
+
+    assert consumers(shard) == ["b"]
+    assert take(shard, live, 10) == [ids[0], ids[3]]
+    assert list(shard.pending()) == [ids[0], ids[3]]
+
+
+# --- out of memory -----------------------------------------------------------------------------------------------
+
+
+def exhaust(server):
+    client = server.client()
+    for n in range(200):
+        client.set(f"filler{n}", b"x" * 10_000)
+    server.config_set(maxmemory=int(client.info("memory")["used_memory"]) - 1_000_000)
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        client.set("probe", "x")
+
+
+refused_above_maxmemory = pytest.mark.xfail(
+    reason="the first write of renew, renew_shared, acquire, join_shared and heartbeat is one that Redis refuses above "
+    "maxmemory: leases run out, and nobody can drain a full Redis"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[refused_above_maxmemory] if name == "renew" else [])
+        for name in FENCED
+        if name != "claim_ids"
+    ],
+)
+def test_scripts_that_settle_work_above_maxmemory(redis_server_all, name):
+    shard = Shard(redis_server_all)
+    lease = shard.acquire("a")
+    ids = world(shard)
+    for one in by_sha().values():  # a load would be refused
+        shard.link.command("SCRIPT", "LOAD", one.source)
+    exhaust(redis_server_all)
+    before = shard.everything()
+
+    keys, args = fenced_calls(shard, ids, shard.keys.delayed)[name]
+    assert shard.link.run(name, keys, [lease.token, "a", *args]) != Code.LEASE_LOST
+
+    assert shard.everything() != before
+    shard.link.close()
+
+
+@refused_above_maxmemory
+def test_messages_are_read_and_settled_until_there_is_memory_again(redis_server_all):
+    """What drains a full Redis: reading, settling, holding the lease, taking over, being alive."""
+    shard = Shard(redis_server_all)
+    ids = shard.add(5000)
+    first = shard.acquire("a", LEASE)
+    one = membership(shard, 60_000)
+    exhaust(redis_server_all)
+
+    one.beat(shard.link, {"a": {}})
+    first.renew(shard.link)
+    wait_until(lambda: isinstance(second := shard.acquire("b"), Lease) and second)
+    second = shard.acquire("b")
+    while batch := shard.read(200):
+        assert shard.settle(second, batch) == len(batch)
+    assert shard.client.xlen(shard.keys.stream) == 0
+    assert second.token > first.token
+    assert ids
+    shard.link.close()
+
+
+@refused_above_maxmemory
+def test_shared_streams_drain_above_maxmemory(redis_server_all):
+    shard = Shard(redis_server_all)
+    gone = join_shared(shard.link, shard.keys, GROUP, "a", 60_000)
+    live = join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    ids = shard.add(10)
+    shard.read(consumer="a")
+    exhaust(redis_server_all)
+
+    live.renew(shard.link)
+    join_shared(shard.link, shard.keys, GROUP, "c", 60_000)
+    assert reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=True)
+    assert take(shard, live, 10) == ids
+    assert shard.settle(live, ids) == 10
+    assert gone.token
+    shard.link.close()
