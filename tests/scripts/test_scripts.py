@@ -497,7 +497,7 @@ def world(shard, count=3):
     """A shard with pending, delayed and requeued messages."""
     ids = shard.add(count)
     shard.read()
-    member = "%016d" % 1 + "m" + "x"
+    member = f"{1:016}mx"
     shard.client.zadd(shard.keys.delayed, {member: 1})
     shard.client.zadd(shard.keys.requeued, {ids[0]: 1000})
     return ids
