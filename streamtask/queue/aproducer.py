@@ -10,6 +10,7 @@ import asyncio
 import weakref
 from typing import Any
 
+from ..clock import mono_s
 from ..errors import BrokerUnavailable, QueueFull
 from ..redis.aio import Pipe
 from ..redis.connection import Broker, ReplyError
@@ -38,6 +39,7 @@ class AsyncProducer:
     async def send(self, call: Call, timeout_s: float | None = None) -> bool:
         """As ``Producer.send``."""
         producer = self._producer
+        started = mono_s()
         waiting = None
         packed: bytes | None = None
         while True:
@@ -58,7 +60,7 @@ class AsyncProducer:
             except (BrokerUnavailable, QueueFull) as exc:
                 error = exc
             if waiting is None:
-                waiting = producer.waiting(timeout_s)
+                waiting = producer.waiting(timeout_s, started)
             await asyncio.sleep(waiting.pause(error))
 
     async def _answer(self, packed: bytes) -> Any:

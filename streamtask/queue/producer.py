@@ -194,10 +194,9 @@ class Waiting:
 
     __slots__ = ("_deadline", "_delays", "_full_deadline")
 
-    def __init__(self, timeout_s: float, full_timeout_s: float) -> None:
-        now = mono_s()
-        self._deadline = now + timeout_s
-        self._full_deadline = now + full_timeout_s
+    def __init__(self, timeout_s: float, full_timeout_s: float, started: float) -> None:
+        self._deadline = started + timeout_s
+        self._full_deadline = started + full_timeout_s
         self._delays: Iterator[float] = delays(0.01, 0.5)
 
     def pause(self, error: StreamTaskError) -> float:
@@ -241,6 +240,7 @@ class Producer:
         ``timeout_s``: how long to wait for Redis and for room. Raises ``QueueFull``, ``BrokerOutOfMemory``,
         ``BrokerUnavailable``.
         """
+        started = mono_s()
         waiting: Waiting | None = None
         packed: bytes | None = None
         while True:
@@ -263,13 +263,14 @@ class Producer:
             except (BrokerUnavailable, QueueFull) as exc:
                 error = exc
             if waiting is None:
-                waiting = self.waiting(timeout_s)
+                waiting = self.waiting(timeout_s, started)
             time.sleep(waiting.pause(error))
 
-    def waiting(self, timeout_s: float | None) -> Waiting:
+    def waiting(self, timeout_s: float | None, started: float) -> Waiting:
+        """``started``: when the call began, also where the first try has taken a while to fail."""
         if timeout_s is not None:
-            return Waiting(timeout_s, timeout_s)
-        return Waiting(self.settings.timeout_s, self.full_timeout_s)
+            return Waiting(timeout_s, timeout_s, started)
+        return Waiting(self.settings.timeout_s, self.full_timeout_s, started)
 
     def refusal(self, queue: Queue, shard: int | str, answer: Any) -> StreamTaskError | None:
         """What a script's refusal means: an error that may pass, or None where the cause is mended already."""
@@ -319,7 +320,7 @@ class Producer:
                 size = len(envelope)
             sizes[shard] = size
             batches[-1].append(index)
-        Bulk(self, queue, messages, runs, self.waiting(timeout_s)).run()
+        Bulk(self, queue, messages, runs, self.waiting(timeout_s, mono_s())).run()
 
     def _call(self, node: str, packed: bytes, queue: Queue, key: str) -> Any:
         link = self.take_link(node, queue, key)

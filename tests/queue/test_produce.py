@@ -247,7 +247,7 @@ def test_a_call_whose_reply_never_comes_says_so_and_adds_at_most_one(redis_serve
 
 def test_a_broker_that_swallows_everything_is_given_up_in_time(redis_server, proxy, make):
     through = proxy(redis_server)
-    app = make(through, redis_timeout=0.3)
+    app = make(through, redis_timeout=0.8)
     app.tasks["keyed"].delay(user=42, n=0)
 
     through.blackhole()
@@ -255,7 +255,7 @@ def test_a_broker_that_swallows_everything_is_given_up_in_time(redis_server, pro
     with pytest.raises(BrokerUnavailable):
         app.tasks["keyed"].apply_async(kwargs={"user": 42, "n": 1}, timeout=0.5)
 
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 1.4, "the first try's wait for a reply counts"
     through.blackhole(False)
     app.tasks["keyed"].delay(user=42, n=2)
 
