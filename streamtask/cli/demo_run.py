@@ -32,6 +32,7 @@ WINDOW = 4000
 """Most messages that wait while the sender goes at full speed: as many as a healthy system has, not as many as fit."""
 CHUNK = 500
 CHUNK_BYTES = 2 << 20
+WAVE_BYTES = 8 << 20
 AT_REST = 200
 AT_REST_EVERY_S = 0.01
 START_TIMEOUT_S = 60.0
@@ -389,10 +390,11 @@ class Demo:
         task = self._app.tasks["event" if self.plan.events else "notify"]
         field_name, content_name = ("key", "line") if self.plan.events else ("user_id", "text")
         unkeyed = self._app.tasks["event_without_key"]
-        kill_at = self._loaded // 2 if self.plan.kill else -1
         # Small runs, too, are sent in several chunks, so that there is a middle.
-        size_limit = max(1, min(CHUNK, self._loaded // 8))
-        chunk: list[tuple[int, Row]] = []
+        chunk_size = max(1, min(CHUNK, self._loaded // 8))
+        # The kill falls into a wave that keeps all processes busy.
+        wave_size = max(1, min(WINDOW, self._loaded // 4))
+        chunk: list[Row] = []
         size = 0
         self.state.phase = "sending"
         for key, content in self.plan.source():
@@ -401,18 +403,20 @@ class Demo:
             if key is not None:
                 call[field_name] = key
             if n >= self._loaded:
-                if n == self._loaded:
-                    self._send_chunk(chunk, task, unkeyed)
-                    chunk = []
                 self._send_at_rest(call, unkeyed if key is None else task)
             else:
-                chunk.append((n, call))
+                chunk.append(call)
                 size += len(content)
-                if len(chunk) >= size_limit or size >= CHUNK_BYTES or n == self._loaded - 1:
+                wave = self.plan.kill and self._kill is None and self.state.sent >= (self._loaded - wave_size) // 2
+                full = len(chunk) >= (wave_size if wave else chunk_size) or size >= (
+                    WAVE_BYTES if wave else CHUNK_BYTES
+                )
+                if full or n == self._loaded - 1:
+                    victim = self._choose_victim() if wave else None
                     self._send_chunk(chunk, task, unkeyed)
+                    if victim is not None:
+                        self._kill_now(victim)
                     chunk, size = [], 0
-            if 0 <= kill_at <= self.state.sent and self._kill is None:
-                self._kill_one()
             if self._stopping.is_set():
                 return
 
@@ -420,17 +424,15 @@ class Demo:
         shard = NO_SHARD if key is None else shard_of(canonical(key), self.plan.shards)
         return self.sent.add(key_hash(key), content_hash(content), shard)
 
-    def _send_chunk(self, chunk: list[tuple[int, Row]], task: Any, unkeyed: Any) -> None:
-        if not chunk:
-            return
-        while self.state.sent - self.state.run > WINDOW and not self._stopping.is_set():
+    def _send_chunk(self, chunk: list[Row], task: Any, unkeyed: Any) -> None:
+        while self.state.sent - self.state.run + len(chunk) > WINDOW + CHUNK and not self._stopping.is_set():
             time.sleep(0.002)
         produced = time.monotonic_ns()
-        for _, call in chunk:
+        for call in chunk:
             call["produced"] = produced
         name = "key" if self.plan.events else "user_id"
-        keyed = [call for _, call in chunk if name in call]
-        rest = [call for _, call in chunk if name not in call]
+        keyed = [call for call in chunk if name in call]
+        rest = [call for call in chunk if name not in call]
         if keyed:
             task.send_many(keyed)
         if rest:
@@ -448,20 +450,22 @@ class Demo:
         task.delay(**call)
         self.state.sent += 1
 
-    def _kill_one(self) -> None:
-        """Kills the process that owns the most shards; messages of these shards have just been sent."""
-        assert self._worker is not None
+    def _choose_victim(self) -> Row:
+        """The process that owns the most shards."""
         with Inspector(self._app) as inspector:
             workers = inspector.status(QUEUE, 0)[QUEUE]["workers"]
-        victim = max(workers, key=lambda worker: len(worker["shards"]))
-        pid = victim["pid"]
-        if os.getsid(pid) != self._worker.pid:
-            raise DemoFailed(f"process {pid} is none of the demo's worker processes")
+        victim: Row = max(workers, key=lambda worker: len(worker["shards"]))
+        assert self._worker is not None
+        if os.getsid(victim["pid"]) != self._worker.pid:
+            raise DemoFailed(f"process {victim['pid']} is none of the demo's worker processes")
+        return victim
+
+    def _kill_now(self, victim: Row) -> None:
         shards = [shard for shard in victim["shards"] if isinstance(shard, int)]
-        kill = Kill(time.monotonic_ns(), pid, victim["id"], shards)
-        os.kill(pid, signal.SIGKILL)
+        kill = Kill(time.monotonic_ns(), victim["pid"], victim["id"], shards)
+        os.kill(victim["pid"], signal.SIGKILL)
         self._kill = kill
-        self.view.event(f"killed -9 process {pid}, the owner of {_shards(shards)}", bad=True)
+        self.view.event(f"killed -9 process {kill.pid}, the owner of {_shards(shards)}", bad=True)
 
     # Watching
 
@@ -477,7 +481,7 @@ class Demo:
             if journal.read() or state.sent - state.run == 0:
                 progress = now
             elif now - progress > STALL_TIMEOUT_S:
-                self.view.event(f"no message has started for {STALL_TIMEOUT_S:g} s: giving up", bad=True)
+                self._give_up(inspector)
                 return
             taking_over = self._kill is not None and self._kill.taken_over_s is None
             if taking_over or now - last_look >= 0.25:
@@ -490,6 +494,19 @@ class Demo:
                 sampled, sampled_run = now, state.run
             self.view.refresh(state)
             time.sleep(0.002 if taking_over else 0.02)
+
+    def _give_up(self, inspector: Inspector) -> None:
+        """Says what is known of messages that do not start."""
+        self._look(inspector)
+        pids = {worker["id"]: worker["pid"] for worker in self.state.workers}
+        self.view.event(f"no message has started for {STALL_TIMEOUT_S:g} s: giving up", bad=True)
+        for row in self.state.shards:
+            if row["lag"] or row["pending"]:
+                owner = f"process {pids.get(row['owner'], '(gone)')}" if row["owner"] else "nobody"
+                self.view.event(
+                    f"shard {row['shard']} of {owner}: lag {row['lag']}, pending {row['pending']}{self._log_tail()}",
+                    bad=True,
+                )
 
     def _see_takeover(self) -> None:
         kill = self._kill

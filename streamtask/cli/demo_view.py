@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..clock import mono_s
 from ..redis.keys import SHARED
+from .common import printable
 from .demo_run import AT_REST_EVERY_S, WINDOW, Latency, Plan, Report, State, View
 
 if TYPE_CHECKING:
@@ -23,17 +24,18 @@ SPARKS = "▁▂▃▄▅▆▇█"
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "bright_red", "bright_cyan", "bright_magenta")
 
 
-def headline(plan: Plan) -> str:
-    """What the run is about, in one line."""
-    parts = [f"{plan.messages:,} {plan.kind}"]
+def headline(plan: Plan) -> list[str]:
+    """What the run is about."""
+    first = f"{plan.messages:,} {plan.kind}"
+    parts = []
     if plan.events is not None:
-        parts[0] += f" of {plan.events.path.name}"
-        parts.append(f"{plan.keys:,} keys" + (f", {plan.without_key:,} without" if plan.without_key else ""))
+        first += f" of {printable(plan.events.path.name)}"
+        parts.append(f"{plan.keys:,} keys" + (f", {plan.without_key:,} without key" if plan.without_key else ""))
     else:
-        parts[0] += f" for {plan.users:,} users"
+        first += f" for {plan.users:,} users"
     parts.append(f"{plan.shards} shard{'s' if plan.shards > 1 else ''}")
     parts.append(f"{plan.processes} worker process{'es' if plan.processes > 1 else ''}")
-    return " · ".join(parts)
+    return [first, " · ".join(parts)]
 
 
 class Lines(View):
@@ -42,7 +44,9 @@ class Lines(View):
     def __init__(self, plan: Plan, out: TextIO) -> None:
         self._out = out
         self._start = self._last = mono_s()
-        self._write(f"streamtask demo: {headline(plan)}")
+        first, second = headline(plan)
+        self._write(f"streamtask demo: {first}")
+        self._write(second)
 
     def _write(self, text: str) -> None:
         print(f"{mono_s() - self._start:6.2f} s  {text}", file=self._out, flush=True)
@@ -71,7 +75,10 @@ class Screen(View):
         self._colours: dict[str, str] = {}
 
     def __enter__(self) -> View:
-        self._console.print(Text.assemble(("streamtask demo", "bold"), f"  {headline(self._plan)}\n"))
+        first, second = headline(self._plan)
+        self._console.print(
+            Text.assemble(("streamtask demo  ", "bold"), f"{first}\n", (f"{' ' * 17}{second}\n", "dim"))
+        )
         self._live.start()
         return self
 
@@ -178,13 +185,16 @@ def end_table(report: Report) -> Table:
     table.add_section()
     rate = "-" if report.tasks_per_s is None else f"{report.tasks_per_s:,.0f}"
     beside = f"{plan.processes} process{'es' if plan.processes > 1 else ''}"
-    row("tasks per second", rate, f"{beside} and the sender on one machine")
+    row("tasks per second", rate, f"{beside}, bodies that only note their start")
     row("latency under load p50/p99", _pair(report.loaded), f"produce to start, up to {WINDOW:,} waiting")
     every = f"produce to start, one message every {AT_REST_EVERY_S * 1000:.0f} ms"
     row("latency at rest p50/p99", _pair(report.at_rest), every)
     table.add_section()
     if kill is not None:
-        note = f"its waiting messages went on after {_seconds(kill.resumed_s)}" if kill.resumed_s is not None else ""
+        waited = kill.resumed_s is not None
+        note = (
+            f"messages that waited ran on after {_seconds(kill.resumed_s)}" if waited else "none of its messages waited"
+        )
         row("takeover after kill -9", _seconds(kill.taken_over_s), note)
     stale = report.registered - report.alive
     row(
@@ -202,7 +212,7 @@ def _pair(latency: Latency) -> str:
 
 def _twice_note(report: Report) -> str:
     if report.verdict.run_twice == 0:
-        return "none was finished but unacknowledged at the kill" if report.kill else ""
+        return "none was unacknowledged at the kill" if report.kill else ""
     if report.kill is None:
         return "nothing was killed: should be 0"
     return "finished but unacknowledged at the kill"
