@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -61,6 +60,21 @@ def body(key, n, ms, fail):
 @app.task(name="put", shard_key="k", retry_backoff=0.02, retry_jitter=False)
 def put(k, n, ms=0, fail=0):
     body(k, n, ms, fail)
+
+@app.task(name="gated", shard_key="k", retry_backoff=0.02, retry_jitter=False)
+def gated(k, n):
+    # Waits for a file of the test, for this process or for any; its text is the outcome.
+    note("S", k, n)
+    gates = [f"gate-{n}-{os.getpid()}", f"gate-{n}"]
+    while not (there := [gate for gate in gates if os.path.exists(gate)]):
+        time.sleep(0.005)
+    with open(there[0]) as file:
+        outcome = file.read()
+    note("E" if outcome == "ok" else "F", k, n)
+    if outcome == "fail":
+        raise ValueError("as the gate says")
+    if outcome == "reject":
+        raise Reject("as the gate says")
 
 @app.task(name="free", retry_backoff=0.02, retry_jitter=False)
 def free(n, ms=0, fail=0):
@@ -183,6 +197,18 @@ class Site:
         else:
             self.task("put").send_many([{"k": key, "n": n, **more} for n in numbers])
         self.produced[key] += numbers
+
+    def send_gated(self, key: str, n: int) -> None:
+        """Sends ``gated``, whose body runs until ``open_gate``."""
+        self.task("gated").delay(k=key, n=n)
+        self.produced[key].append(n)
+
+    def open_gate(self, n: int, pid: int | None = None, outcome: str = "ok") -> None:
+        """Ends the bodies of ``gated`` number n, in one process or in all: ``ok``, ``fail`` or ``reject``."""
+        gate = self.folder / (f"gate-{n}" if pid is None else f"gate-{n}-{pid}")
+        written = self.folder / "gate-being-written"
+        written.write_text(outcome)
+        written.rename(gate)
 
     # Pods
 
@@ -358,6 +384,4 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
             made += 1
             return Site(server, tmp_path, source, stack, made, **settings)
 
-        # Workers that a failing test has stopped can't be ended by their group's SIGKILL alone on every system.
         yield make
-        sys.stdout.flush()
