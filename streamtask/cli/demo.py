@@ -83,7 +83,7 @@ def demo(
         print_json(report.as_dict())
     else:
         screen.print()
-        screen.print(end_table(report))
+        screen.print(end_table(report, screen.width))
         screen.print(closing_line(report))
     ctx.exit(0 if report.verdict.good else 1)
 

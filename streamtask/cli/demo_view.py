@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_EVERY_S = 1.0
+NOTED_WIDTH = 80
 SPARKS = "▁▂▃▄▅▆▇█"
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "bright_red", "bright_cyan", "bright_magenta")
 
@@ -160,16 +161,18 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
 
 
-def end_table(report: Report) -> Table:
-    """The table at the end: what, how much, and what it means."""
+def end_table(report: Report, width: int) -> Table:
+    """The table at the end: what, how much, and, where there is room, what it means."""
     plan, verdict, kill = report.plan, report.verdict, report.kill
     table = Table(box=box.ROUNDED, show_header=False, padding=(0, 1))
     table.add_column("what", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("note", style="dim", overflow="fold")
+    noted = width >= NOTED_WIDTH
+    if noted:
+        table.add_column("note", style="dim", overflow="fold")
 
     def row(name: str, value: str, note: str = "", style: str = "") -> None:
-        table.add_row(name, Text(value, style), Text(note))
+        table.add_row(name, Text(value, style), *([Text(note)] if noted else []))
 
     def must_be_zero(name: str, value: int, note: str) -> None:
         row(name, f"{value:,}", note, "bold green" if value == 0 else "bold red")
