@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import importlib
 import os
@@ -26,6 +27,7 @@ from .redis.connection import Broker, pack
 from .results import AsyncResult, ResultStore
 from .settings import Settings
 from .task import Task, TaskOptions
+from .version import installed
 from .worker.ports import WorkerSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -148,6 +150,9 @@ class StreamTask:
         **options: Any,
     ) -> AsyncResult:
         """Stores one message; ``task.delay`` and ``apply_async`` are the ways to call it."""
+        queue = self.queue(task.options.queue)
+        if not queue.declared:
+            self.producer.declare(queue, timeout)
         call, outgoing = self._call(task, key, args, kwargs, dedupe_id=dedupe_id, task_id=task_id, **options)
         stored = self.producer.send(call, timeout)
         return self._sent(call, outgoing, stored)
@@ -166,10 +171,8 @@ class StreamTask:
         if self._async_producer is None:
             self._async_producer = AsyncProducer(self.producer, self.broker)
         queue = self.queue(task.options.queue)
-        if queue._shape is None:
-            import asyncio
-
-            await asyncio.to_thread(queue.shape)
+        if not queue.declared:
+            await asyncio.to_thread(self.producer.declare, queue, timeout)
         call, outgoing = self._call(task, key, args, kwargs, **options)
         stored = await self._async_producer.send(call, timeout)
         return self._sent(call, outgoing, stored)
@@ -194,7 +197,7 @@ class StreamTask:
         message_id: bytes | str = produce_id
         dedupe = None
         if dedupe_id is not None:
-            message_id = dedupe = dedupe_hash(key, dedupe_id)
+            message_id = dedupe = dedupe_hash(options.queue, key, dedupe_id)
         if task_id is not None:
             message_id = wire.id_bytes(task_id)
         due_ms: int | None = None
@@ -258,7 +261,7 @@ class StreamTask:
     ) -> list[AsyncResult]:
         """Stores many messages of one task; ``task.send_many`` is the way to call it."""
         queue = self.queue(task.options.queue)
-        queue.shape()
+        self.producer.declare(queue, timeout)
         messages: list[tuple[int | str, bytes, bytes]] = []
         results: list[AsyncResult] = []
         outgoing: list[Outgoing] = []
@@ -342,6 +345,7 @@ class StreamTask:
                 deduped=deduped,
                 dedupe_all_ms=dedupe_all_ms,
             ),
+            version=installed(),
             lease_ms=int(s.lease * 1000),
             handover_timeout_s=s.handover_timeout,
             ack_interval_s=0.0 if each else s.ack_interval,
@@ -482,6 +486,8 @@ def find_app(name: str) -> StreamTask:
                 "install it"
             ) from None
         raise ConfigError(f"the module {module_name!r} (-A {name}) can't be imported: {exc}") from exc
+    except ConfigError:
+        raise
     except Exception as exc:
         raise ConfigError(f"the module {module_name!r} (-A {name}) raised while it was imported: {exc!r}") from exc
     if attribute:

@@ -6,6 +6,7 @@ Durations are in seconds, sizes in bytes. Unknown names are refused.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,8 @@ class Settings:
             self, "shards", "max_message_bytes", "send_timeout", "produce_ttl", "dedupe_ttl", "lease", "result_ttl"
         )
         _positive(self, "ack_batch", "prefetch", "redis_timeout", "max_dedupe_ids")
+        if not isinstance(self.namespace, str) or not re.fullmatch(r"[A-Za-z0-9_.:-]+", self.namespace):
+            raise ConfigError(f"namespace must be made of letters, digits and _ . : -, not {self.namespace!r}")
         _one_of(self, "ack", "batch", "each")
         _one_of(self, "on_dead", "continue", "hold")
         _one_of(self, "on_expired", "drop", "dead")

@@ -304,6 +304,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="X.Y",
         help="test with this redis-server version only (may be repeated)",
     )
+    parser.addoption("--protocol-examples", type=int, default=40, help="runs of the property-based shard protocol test")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

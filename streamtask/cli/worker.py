@@ -68,15 +68,8 @@ def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: 
 
 
 def _banner(app: StreamTask, settings: WorkerSettings, processes: int, version: tuple[int, ...]) -> str:
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        own = installed("streamtask")
-    except PackageNotFoundError:
-        own = "(not installed)"
     lines = [
-        f" -- streamtask {own} -- {os.uname().nodename}, pid {os.getpid()}",
+        f" -- streamtask {settings.version} -- {os.uname().nodename}, pid {os.getpid()}",
         f"    app        {app.name}",
         f"    broker     {app.broker.safe_url} (Redis {'.'.join(map(str, version))})",
         f"    results    {app.results.broker.safe_url if app.results else 'not kept'}",

@@ -41,9 +41,18 @@ class Queue:
                 shape = self._shape or self.declare()
         return shape
 
+    @property
+    def declared(self) -> bool:
+        """Whether this process knows the queue's shape."""
+        return self._shape is not None
+
     def forget(self) -> None:
         """Declares again at the next use: after a flush, or when a shard is sealed."""
         self._shape = None
+
+    def after_fork(self) -> None:
+        # Another thread of the parent may have held it.
+        self._lock = threading.Lock()
 
     def declare(self, groups: tuple[str, ...] = ()) -> Shape:
         """Records the queue and opens its shards, unless that is done; adds groups to all of them, from the beginning.

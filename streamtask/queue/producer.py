@@ -148,7 +148,9 @@ class Target:
             ),
         )
 
-    def pack_deduped(self, field: bytes, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool) -> bytes:
+    def pack_deduped(
+        self, field: bytes, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool, produce_id: bytes
+    ) -> bytes:
         keys, settings = self.keys, self._settings
         return script("produce_deduped").pack(
             (keys.state, keys.stream, keys.delayed, keys.wake, *generation_keys(keys, "d", self.layout, id16)),
@@ -163,6 +165,8 @@ class Target:
                 1 if relative else 0,
                 self.layout,
                 settings.max_dedupe_ids,
+                # Two bytes in the id's hash; a wrong match only matters to a call that is repeated.
+                int.from_bytes(produce_id[:2], "big") & 0x7FFF,
             ),
         )
 
@@ -183,7 +187,9 @@ class Call:
 
     def pack(self, target: Target) -> bytes:
         if self.dedupe is not None:
-            return target.pack_deduped(self.field, self.dedupe, self.envelope, self.due_ms, self.relative)
+            return target.pack_deduped(
+                self.field, self.dedupe, self.envelope, self.due_ms, self.relative, self.produce_id
+            )
         if self.due_ms is not None:
             return target.pack_delayed(self.field, self.produce_id, self.envelope, self.due_ms, self.relative)
         return target.pack_append(self.field, self.produce_id, self.envelope)
@@ -224,6 +230,8 @@ class Producer:
 
     def after_fork(self) -> None:
         # The child must not write on its parent's sockets; they close with the parent's objects.
+        for queue, _ in self._targets:
+            queue.after_fork()
         self._targets = {}
         self._idle = {}
         self._lock = threading.Lock()
@@ -265,6 +273,15 @@ class Producer:
             if waiting is None:
                 waiting = self.waiting(timeout_s, started)
             time.sleep(waiting.pause(error))
+
+    def declare(self, queue: Queue, timeout_s: float | None = None) -> None:
+        """Declares a queue that this process has not used yet; waits for Redis as ``send`` does."""
+        waiting = self.waiting(timeout_s, mono_s())
+        while not queue.declared:
+            try:
+                queue.shape()
+            except (BrokerUnavailable, QueueFull) as exc:
+                time.sleep(waiting.pause(exc))
 
     def waiting(self, timeout_s: float | None, started: float) -> Waiting:
         """``started``: when the call began, also where the first try has taken a while to fail."""

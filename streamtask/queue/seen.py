@@ -39,9 +39,10 @@ class Pages:
         return True
 
 
-def dedupe_hash(key: bytes | None, dedupe_id: str) -> bytes:
+def dedupe_hash(queue: str, key: bytes | None, dedupe_id: str) -> bytes:
     """16 bytes for a dedupe id, which is unique per queue and shard key: BLAKE2b-128, keyed by nothing."""
     digest = hashlib.blake2b(digest_size=16)
+    digest.update(b"%d:" % len(queue.encode()) + queue.encode())
     digest.update(b"-" if key is None else b"%d:" % len(key) + key)
     digest.update(dedupe_id.encode("utf-8", "surrogatepass"))
     return digest.digest()

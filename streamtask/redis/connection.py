@@ -76,7 +76,9 @@ def translate(exc: Exception, where: str) -> StreamTaskError:
     if isinstance(exc, rexc.NoScriptError):
         return ReplyError(f"NOSCRIPT {text}")
     if isinstance(exc, rexc.ConnectionError | rexc.TimeoutError | rexc.RedisClusterException | OSError):
-        return BrokerUnavailable(f"Redis at {where} can't be reached: {text}. Is it running, and is the URL right?")
+        return BrokerUnavailable(
+            f"Redis at {where} can't be reached: {text.rstrip('.')}. Is it running, and is the URL right?"
+        )
     return ReplyError(text)
 
 

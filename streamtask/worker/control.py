@@ -511,12 +511,15 @@ class Control:
         self._hand_out()
         self._send_fetch_or_unblock()
         for owned in list(self._owned.values()):
-            try:
-                self._write(owned)
-            except LeaseLost:
-                self._suspect(owned)
-            except ReplyError as exc:
-                self._refused(owned, exc)
+            self._write_guarded(owned)
+
+    def _write_guarded(self, owned: Owned, settle: bool = False) -> None:
+        try:
+            self._write(owned, settle)
+        except LeaseLost:
+            self._suspect(owned)
+        except ReplyError as exc:
+            self._refused(owned, exc)
 
     def _refused(self, owned: Owned, exc: ReplyError) -> None:
         if exc.code == "NOGROUP":
@@ -552,6 +555,7 @@ class Control:
         room = executor.capacity - len(executor.out)
         if room <= 0:
             return
+        limit = self._batch_limit()
         # Whoever was served goes to the end of the line.
         order = [o for o in self._turn_order if o.number in self._owned and self._owned[o.number] is o]
         order += [o for o in self._owned.values() if o not in order]
@@ -566,9 +570,10 @@ class Control:
                 continue
             try:
                 if self._parallel:
-                    batches = consumer.take_free(self._link, max(1, room // 2) if len(order) > 1 else room)
+                    share = max(1, room // 2) if len(order) > 1 else room
+                    batches = consumer.take_free(self._link, min(share, limit))
                 else:
-                    batch = consumer.take(self._link, self._settings.consumer.ack_batch)
+                    batch = consumer.take(self._link, limit)
                     batches = [batch] if batch else []
             except LeaseLost:
                 self._suspect(owned)
@@ -580,6 +585,23 @@ class Control:
                 served.append(owned)
                 self._progress_at = mono_s() + self._settings.ack_interval_s
         self._turn_order = [o for o in order if o not in served] + served
+
+    def _batch_limit(self) -> int:
+        """How many messages to hand out: no more than ``ack_batch`` may have ended and not be acknowledged, should this
+        process die now. What has ended is acknowledged first where it leaves too little room."""
+        most = self._settings.consumer.ack_batch
+        executor = self.executor
+        assert executor is not None
+        out = sum(len(batch.deliveries) - batch.collected for batch in executor.out)
+        ended = sum(len(owned.consumer.finished) for owned in self._owned.values())
+        if ended and most - out - ended < most // 2:
+            for owned in list(self._owned.values()):
+                self._write_guarded(owned, settle=True)
+            ended = sum(len(owned.consumer.finished) for owned in self._owned.values())
+        room = most - out - ended
+        if not self._parallel:
+            room = min(room, most // executor.capacity)
+        return max(1, room)
 
     def _send_fetch_or_unblock(self) -> None:
         if self._fetching is not None and self._blocked:
@@ -594,7 +616,7 @@ class Control:
                 self._unblock()
         self._send_fetch()
 
-    def _write(self, owned: Owned) -> None:
+    def _write(self, owned: Owned, settle: bool) -> None:
         consumer = owned.consumer
         if owned.quiet_until > mono_s() or owned.takeover:
             if consumer.closing and owned.takeover:
@@ -604,7 +626,7 @@ class Control:
             self._store_results()
         if consumer.has_writes():
             consumer.flush(self._link)
-        if consumer.finished and self._settle_now(consumer):
+        if consumer.finished and (settle or self._settle_now(consumer)):
             consumer.settle(self._link)
         if consumer.closing and consumer.idle() and (self._fetching is None or owned not in self._fetching):
             self._handed_over(owned)

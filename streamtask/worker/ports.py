@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..queue.consumer import ConsumerSettings, Outcome
@@ -66,4 +66,4 @@ class WorkerSettings:
     concurrency: int = 1
     result_broker: Broker | None = None
     has_time_limits: bool = False
-    tags: dict[str, str] = field(default_factory=dict)
+    version: str = ""

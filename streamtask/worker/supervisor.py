@@ -72,6 +72,7 @@ class Child:
     wire: Wire
     memory: SharedMemory
     started: float
+    started_wall: float
     ready: bool = False
     stopped: bool = False  # by SIGSTOP
     stopping: bool = False
@@ -264,7 +265,7 @@ class Supervisor:
         memory = SharedMemory(memory_fd, self.settings.concurrency)
         os.close(memory_fd)
         ours.setblocking(True)
-        child = Child(index, uuid.uuid4().hex[:16], process, Wire(ours), memory, mono_s())
+        child = Child(index, uuid.uuid4().hex[:16], process, Wire(ours), memory, mono_s(), wall_ms() / 1000)
         self._children.append(child)
         self._selector.register(ours, selectors.EVENT_READ, child)
         log.info("started a worker process pid=%d process=%d id=%s", process.pid, index, child.incarnation)
@@ -445,6 +446,8 @@ class Supervisor:
     def _info(self, child: Child) -> Mapping[str, Any]:
         return {
             "host": self._host,
+            "started": child.started_wall,
+            "version": self.settings.version,
             "pid": child.process.pid,
             "supervisor": os.getpid(),
             "process": child.index,

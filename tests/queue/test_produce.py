@@ -439,10 +439,10 @@ def fill_ids(app, count):
     target = app.producer.target(queue, 0)
     link = app.broker.link()
     # 20,000 round trips of the whole API are too slow for a test; these are the same calls, prepared by the same code.
-    left = [dedupe_hash(b"42", f"id{n}") for n in range(count)]
+    left = [dedupe_hash("default", b"42", f"id{n}") for n in range(count)]
     while left:
         batch, left = left[:200], left[200:]
-        answers = link.pipeline([target.pack_deduped(b"m", one, b"x", None, False) for one in batch])
+        answers = link.pipeline([target.pack_deduped(b"m", one, b"x", None, False, one) for one in batch])
         for one, answer in zip(batch, answers, strict=True):
             if isinstance(answer, list):
                 assert answer[0] == Code.SEEN_LAYOUT

@@ -46,17 +46,7 @@ def used(body, what):
     return numbers, bool(re.search(rf"{what}\[[^\]]*[a-z#]|#{what}|unpack\({what}", body))
 
 
-HEADS = [
-    pytest.param(
-        name,
-        what,
-        marks=[pytest.mark.xfail(reason="KEYS[4...] has no line of its own")]
-        if (name, what) == ("replay", "KEYS")
-        else [],
-    )
-    for name in NAMES
-    for what in ("KEYS", "ARGV")
-]
+HEADS = [pytest.param(name, what) for name in NAMES for what in ("KEYS", "ARGV")]
 
 
 @pytest.mark.parametrize("name,what", HEADS)
@@ -744,7 +734,6 @@ def take(shard, lease, count):
     return [entry_id.decode() for entry_id, _ in answer]
 
 
-@pytest.mark.xfail(reason="requeued entries of one millisecond are ordered as text, 7-10 before 7-2")
 def test_entries_of_one_millisecond_are_offered_in_their_order(shard):
     join_shared(shard.link, shard.keys, GROUP, "a", LEASE)
     live = join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
@@ -806,19 +795,9 @@ def exhaust(server):
         client.set("probe", "x")
 
 
-refused_above_maxmemory = pytest.mark.xfail(
-    reason="the first write of renew, renew_shared, acquire, join_shared and heartbeat is one that Redis refuses above "
-    "maxmemory: leases run out, and nobody can drain a full Redis"
-)
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[refused_above_maxmemory] if name == "renew" else [])
-        for name in FENCED
-        if name != "claim_ids"
-    ],
+    [name for name in FENCED if name != "claim_ids"],
 )
 def test_scripts_that_settle_work_above_maxmemory(redis_server_all, name):
     shard = Shard(redis_server_all)
@@ -836,7 +815,6 @@ def test_scripts_that_settle_work_above_maxmemory(redis_server_all, name):
     shard.link.close()
 
 
-@refused_above_maxmemory
 def test_messages_are_read_and_settled_until_there_is_memory_again(redis_server_all):
     """What drains a full Redis: reading, settling, holding the lease, taking over, being alive."""
     shard = Shard(redis_server_all)
@@ -857,7 +835,6 @@ def test_messages_are_read_and_settled_until_there_is_memory_again(redis_server_
     shard.link.close()
 
 
-@refused_above_maxmemory
 def test_shared_streams_drain_above_maxmemory(redis_server_all):
     shard = Shard(redis_server_all)
     gone = join_shared(shard.link, shard.keys, GROUP, "a", 60_000)

@@ -99,7 +99,7 @@ def test_what_is_refused(vector):
 def test_dedupe_hashes(vector):
     key = None if vector["shard_key_hex"] is None else bytes.fromhex(vector["shard_key_hex"])
 
-    assert dedupe_hash(key, vector["dedupe_id"]).hex() == vector["hash_hex"]
+    assert dedupe_hash(vector["queue"], key, vector["dedupe_id"]).hex() == vector["hash_hex"]
 
 
 # --- a producer that has read docs/protocol.md and nothing else ---

@@ -10,6 +10,8 @@
 -- A lease that expired while the caller itself was cut off from Redis stays its last owner's for one more lease time:
 -- an outage that silences everybody moves no shard.
 --- @include now
+-- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
+redis.call('HDEL', KEYS[1], '')
 local now = now_ms()
 local lease_ms = tonumber(ARGV[2])
 local record = redis.call('HMGET', KEYS[1], 'owner', 'token', 'expires_at', 'how')

@@ -17,6 +17,8 @@
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
+-- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
+redis.call('HDEL', KEYS[2], '')
 local ttl = tonumber(ARGV[4])
 local layout, held = seen_layout(KEYS[2], ARGV[3], now_ms(), ttl)
 if layout ~= ARGV[5] then

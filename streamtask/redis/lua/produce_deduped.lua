@@ -14,6 +14,7 @@
 -- ARGV[8] 1 if the due time counts from now
 -- ARGV[9] the layout of generations that the keys were made from
 -- ARGV[10] most ids to remember
+-- ARGV[11] a small number that stands for this call
 -- Returns: the entry id or 1 if stored, 0 if stored already, a code, or {SEEN_LAYOUT, layout}: call again with that.
 --- @include codes
 --- @include admit
@@ -30,8 +31,10 @@ if layout ~= ARGV[9] then
   return { SEEN_LAYOUT, layout }
 end
 for i = 5, #KEYS do
-  if redis.call('HEXISTS', KEYS[i], ARGV[2]) == 1 then
-    return STORED_ALREADY
+  local by = redis.call('HGET', KEYS[i], ARGV[2])
+  if by then
+    -- The same call, repeated after a lost reply, is told that it stored the message.
+    return by == ARGV[11] and 1 or STORED_ALREADY
   end
 end
 local admitted = admit(KEYS[1], KEYS[2], KEYS[3], ARGV[1], tonumber(ARGV[4]))
@@ -41,7 +44,7 @@ end
 if held >= tonumber(ARGV[10]) then
   return IDS_FULL
 end
-seen_add(KEYS[1], 'seen', KEYS[5], ARGV[2], 1, ttl)
+seen_add(KEYS[1], 'seen', KEYS[5], ARGV[2], ARGV[11], ttl)
 if ARGV[7] == '' then
   return redis.call('XADD', KEYS[2], '*', ARGV[5], ARGV[6])
 end

@@ -39,6 +39,7 @@ if #pending > 0 then
   if not heir then
     if ARGV[3] == '1' then
       -- Known to be gone: whoever comes next need not wait for the lease to expire.
+      redis.call('ZREM', KEYS[2], ARGV[2])
       redis.call('ZADD', KEYS[2], 0, ARGV[2])
     end
     return { 0, 0 }
@@ -48,7 +49,9 @@ if #pending > 0 then
     -- XCLAIM first: Redis allows it above maxmemory, and with it the ZADD.
     local claimed = redis.call('XCLAIM', KEYS[3], ARGV[1], heir, 0, id, 'JUSTID')
     if #claimed > 0 then
-      redis.call('ZADD', KEYS[4], id:match('^(%d+)'), id)
+      local ms, seq = id:match('^(%d+)-(%d+)$')
+      -- A double holds the milliseconds and twelve bits more, for the order within one.
+      redis.call('ZADD', KEYS[4], string.format('%.12f', tonumber(ms) + math.min(tonumber(seq), 4095) / 4096), id)
       moved = moved + 1
     else
       -- The entry was deleted under the consumer; on Redis 6.2 its PEL slot stays until it is acknowledged.

