@@ -592,7 +592,7 @@ class Control:
         most = self._settings.consumer.ack_batch
         executor = self.executor
         assert executor is not None
-        out = sum(len(batch.deliveries) - batch.collected for batch in executor.out)
+        out: int = sum(len(batch.deliveries) - batch.collected for batch in executor.out)
         ended = sum(len(owned.consumer.finished) for owned in self._owned.values())
         if ended and most - out - ended < most // 2:
             for owned in list(self._owned.values()):
