@@ -32,7 +32,7 @@ from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
 from ..coordination.membership import Membership
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
 from ..queue.declare import Queue
-from ..redis.connection import Link, pack
+from ..redis.connection import Link, ReplyError, pack
 from ..redis.keys import SHARED
 from .child import ENV_FDS
 from .ports import WorkerSettings
@@ -170,9 +170,11 @@ class Supervisor:
             self._end_handovers(now)
         except BrokerUnavailable as exc:
             self._outage(exc)
-        except QueueFull as exc:
+        except (QueueFull, ReplyError) as exc:
             log.error("%s", exc)
             self._next_beat = mono_s() + 0.2
+            for watch in self._watches:
+                watch.look_at = max(watch.look_at, self._next_beat)
 
     def _timeout_s(self) -> float:
         wake = self._next_beat
@@ -302,6 +304,8 @@ class Supervisor:
         except BrokerUnavailable as exc:
             # The lease runs out by itself.
             self._outage(exc)
+        except (QueueFull, ReplyError) as exc:
+            log.error("a lease was not given back; it runs out: %s", exc)
         self._look_soon(held.queue)
         if child.stopping and not child.held:
             self._stop_child(child)
@@ -359,6 +363,8 @@ class Supervisor:
             self._settle_estate(child, running)
         except BrokerUnavailable as exc:
             self._outage(exc)
+        except (QueueFull, ReplyError) as exc:
+            log.error("what a process left was not settled; its leases run out: %s", exc)
         if code == EXIT_CHILD_UNUSABLE and not child.ready:
             self._exit_status = EXIT_FAILED
             self._stop_signals += 1

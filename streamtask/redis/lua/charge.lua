@@ -10,12 +10,13 @@
 -- Returns: how many were charged, or LEASE_LOST
 --- @include codes
 --- @include fence
+--- @include pending
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
 local charged = 0
 for i = 4, #ARGV do
-  if #redis.call('XPENDING', KEYS[2], ARGV[3], ARGV[i], ARGV[i], 1) > 0 then
+  if is_pending(KEYS[2], ARGV[3], ARGV[i]) then
     local note = redis.call('HGET', KEYS[3], ARGV[i]) or '0 0 0 0 0 0'
     local attempt, due, crashes, mark, by, held = note:match('^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
     if by ~= ARGV[1] then

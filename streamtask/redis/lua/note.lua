@@ -9,12 +9,13 @@
 -- Returns: how many were still pending, or LEASE_LOST
 --- @include codes
 --- @include fence
+--- @include pending
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
 local written = 0
 for i = 4, #ARGV, 2 do
-  if #redis.call('XPENDING', KEYS[2], ARGV[3], ARGV[i], ARGV[i], 1) > 0 then
+  if is_pending(KEYS[2], ARGV[3], ARGV[i]) then
     -- HDEL first: a write that Redis allows above maxmemory lets the next one through.
     redis.call('HDEL', KEYS[3], ARGV[i])
     redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 1])

@@ -13,6 +13,7 @@
 -- ARGV[6] most entries to move in this call
 -- Returns: {1 if the consumer is gone now else 0, how many entries moved}
 --- @include now
+--- @include pending
 local now = now_ms()
 local score = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[2]) or '0')
 if ARGV[3] ~= '1' and score > 0 then
@@ -26,7 +27,7 @@ if ARGV[3] ~= '1' and score > 0 then
 end
 local moved = 0
 local limit = tonumber(ARGV[6])
-local pending = redis.call('XPENDING', KEYS[3], ARGV[1], '-', '+', limit, ARGV[2])
+local pending = pending_of(KEYS[3], ARGV[1], '-', '+', limit, ARGV[2])
 if #pending > 0 then
   local heir
   local live = redis.call('ZRANGEBYSCORE', KEYS[2], now, '+inf')
@@ -60,10 +61,10 @@ if #pending > 0 then
   end
   redis.call('XADD', KEYS[5], 'MAXLEN', '1', '*', 'w', 'requeued')
 end
-if #redis.call('XPENDING', KEYS[3], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
+if #pending_of(KEYS[3], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
   return { 0, moved }
 end
-redis.call('XGROUP', 'DELCONSUMER', KEYS[3], ARGV[1], ARGV[2])
+redis.pcall('XGROUP', 'DELCONSUMER', KEYS[3], ARGV[1], ARGV[2])
 redis.call('ZREM', KEYS[2], ARGV[2])
 redis.call('DEL', KEYS[1])
 return { 1, moved }

@@ -5,6 +5,7 @@
 -- KEYS[4...] notes of the group of each dead letter
 -- ARGV[1...] ids of dead letters
 -- Returns: how many were there
+--- @include pending
 --- @include dead
 local done = 0
 for i = 1, #ARGV do

@@ -9,6 +9,7 @@
 -- Returns: entries {{id, fields}, ...}, or LEASE_LOST
 --- @include codes
 --- @include fence
+--- @include pending
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
@@ -16,7 +17,7 @@ local entries = {}
 local ids = redis.call('ZRANGE', KEYS[2], 0, tonumber(ARGV[4]) - 1)
 for i = 1, #ids do
   redis.call('ZREM', KEYS[2], ids[i])
-  if #redis.call('XPENDING', KEYS[3], ARGV[3], ids[i], ids[i], 1) > 0 then
+  if is_pending(KEYS[3], ARGV[3], ids[i]) then
     local entry = redis.call('XRANGE', KEYS[3], ids[i], ids[i])[1]
     if entry then
       redis.call('XCLAIM', KEYS[3], ARGV[3], ARGV[2], 0, ids[i], 'JUSTID')

@@ -1,4 +1,5 @@
 -- Reads a dead letter. Its first four pairs are ours (error, entry, group, held); what follows is the message as it was.
+-- needs: pending
 -- Returns the message's fields without the mark of an earlier replay, and the entry that the lane is held by, or nil.
 local function read_dead(stream, entry)
   local fields = entry[2]
@@ -12,10 +13,5 @@ local function read_dead(stream, entry)
   if fields[8] ~= '1' then
     return message, nil
   end
-  -- A group that is gone holds nothing.
-  local pending = redis.pcall('XPENDING', stream, fields[6], fields[4], fields[4], 1)
-  if pending.err or #pending == 0 then
-    return message, nil
-  end
-  return message, fields[4]
+  return message, is_pending(stream, fields[6], fields[4]) and fields[4] or nil
 end
