@@ -103,6 +103,7 @@ class ShardConsumer:
         self.handed: dict[int, Batch] = {}
         self.finished: list[bytes] = []
         self.finished_since = 0.0
+        self.settling: list[bytes] = []  # sent to be acknowledged, and not answered yet
         self.halted = False
         self.closing = False
         self.last_id = "0-0"
@@ -392,6 +393,7 @@ class ShardConsumer:
         for batch in self.handed.values():
             held.update(delivery.entry_id for delivery in batch.deliveries)
         held.update(self.finished)
+        held.update(self.settling)
         for item, _, _ in self._dead:
             held.add(item if isinstance(item, bytes) else item.entry_id)
         return held
@@ -676,21 +678,40 @@ class ShardConsumer:
         return answer
 
     def settle(self, link: Link) -> int:
-        """Acknowledges and removes what is finished, at most ``ack_batch`` messages a call. Returns how many.
-
-        What was sent stays in ``finished`` until the answer is there, so that a lost reply repeats it first.
-        """
+        """Acknowledges and removes what is finished, at most ``ack_batch`` messages a call. Returns how many."""
         count = 0
         while self.finished:
-            if not self._in_order:
-                self.finished.sort(key=id_order)
-                self._in_order = True
-            ids = self.finished[: self.settings.ack_batch]
-            self._owned(link.call(self.pack_settle(ids)))
-            del self.finished[: len(ids)]
-            count += len(ids)
-        self.finished_since = mono_s()
+            packed = self.begin_settle()
+            count += len(self.settling)
+            try:
+                self.end_settle(link.call(packed))
+            except BaseException:
+                self.settle_lost()
+                raise
         return count
+
+    def begin_settle(self) -> bytes:
+        """The call that settles the first of what is finished; to be answered by ``end_settle`` or ``settle_lost`` before
+        another begins."""
+        if not self._in_order:
+            self.finished.sort(key=id_order)
+            self._in_order = True
+        self.settling = self.finished[: self.settings.ack_batch]
+        self.finished = self.finished[len(self.settling) :]
+        self.finished_since = mono_s()
+        return self.pack_settle(self.settling)
+
+    def end_settle(self, answer: Any) -> None:
+        """Takes the answer. Raises ``LeaseLost``."""
+        self._owned(answer)
+        self.settling = []
+
+    def settle_lost(self) -> None:
+        """No answer came: what was sent is sent again, before anything later."""
+        if self.settling:
+            self.finished = self.settling + self.finished
+            self.settling = []
+            self._in_order = False
 
     def pack_settle(self, ids: Sequence[bytes]) -> bytes:
         return script("settle").pack(
@@ -804,7 +825,7 @@ class ShardConsumer:
 
     def idle(self) -> bool:
         """Nothing is handed out and nothing is left to write."""
-        return not self.handed and not self.finished and not self.has_writes()
+        return not (self.handed or self.finished or self.settling or self.has_writes())
 
 
 def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, Any]]:

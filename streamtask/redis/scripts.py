@@ -48,6 +48,11 @@ class Script:
         packed: bytes = pack_command((*self._head, len(keys), *keys, *args))  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
         return packed
 
+    def pack_load(self) -> bytes:
+        """The command that makes the server know the script."""
+        packed: bytes = pack_command(("SCRIPT", "LOAD", self.source))  # type: ignore[arg-type]
+        return packed
+
     def __repr__(self) -> str:
         return f"<Script {self.name}>"
 

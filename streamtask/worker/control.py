@@ -2,7 +2,8 @@
 
 Each turn: take what has arrived (orders of the supervisor, a fetch's reply, ended deliveries), hand out what can run,
 send the next fetch, then write (results, notes, dead letters, acknowledgements). Executors and the supervisor only post
-to it. Two connections: one on which a fetch is always on its way or blocked, one for everything else.
+to it. Three connections: one on which a fetch is always on its way or blocked, one for acknowledgements, whose answers are
+taken when they come, and one for everything else, whose answers are waited for.
 
 A fetch is one write: ``[XREAD BLOCK] MULTI XREADGROUP... EXEC WATCH guards HMGET leases``. The WATCH of one fetch guards
 the next, so the fence costs no round trip; XREAD wakes an idle process from the last delivered id, never from ``$``.
@@ -14,6 +15,7 @@ import logging
 import os
 import select
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ from ..queue.declare import Queue
 from ..queue.lanes import Delivery
 from ..redis import wire
 from ..redis.connection import Link, ReplyError, pack
+from ..redis.scripts import script
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory
 
@@ -42,6 +45,7 @@ class Executor(Protocol):
     capacity: int
     ended: Any
     out: Any
+    quick: bool
 
     def submit(self, batch: Batch) -> None: ...
     def position(self, batch: Batch) -> int: ...
@@ -92,6 +96,9 @@ class Control:
         broker = settings.broker
         self._link = broker.link()
         self._fetch = broker.link(timeout_s=BLOCK_MS / 1000 + broker.timeout_s)
+        self._settle = broker.link()
+        self._settling: deque[Owned] = deque()  # whose calls are on their way, in order
+        self._settle_fd = -1
         self._results: Link | None = settings.result_broker.link() if settings.result_broker else None
         self._pending_results: list[bytes] = []
         self._fetch_id = 0
@@ -149,6 +156,8 @@ class Control:
                     self._orders[order.pop("op")](**order)
             elif fd == self._fetch_fd:
                 self._guarded(self._take_fetch)
+            elif fd == self._settle_fd:
+                self._guarded(self._take_settled)
         self._collect()
         now = mono_s()
         if now >= self._down_until:
@@ -210,6 +219,7 @@ class Control:
             self._down_delays = delays(0.02, 1.0)
             log.warning("%s", exc)
         self._link.close()
+        self._drop_settling()
         self._drop_fetch()
         self._down_until = mono_s() + next(self._down_delays)
 
@@ -224,6 +234,15 @@ class Control:
         self._fetching = None
         self._armed = []
         self._watch_dirty = True
+
+    def _drop_settling(self) -> None:
+        if self._settle_fd != -1:
+            self._poll.unregister(self._settle_fd)
+            self._settle_fd = -1
+        self._settle.close()
+        for owned in self._settling:
+            owned.consumer.settle_lost()
+        self._settling.clear()
 
     # Orders of the supervisor
 
@@ -589,9 +608,12 @@ class Control:
     def _batch_limit(self) -> int:
         """How many messages to hand out: no more than ``ack_batch`` may have ended and not be acknowledged, should this
         process die now. What has ended is acknowledged first where it leaves too little room."""
-        most = self._settings.consumer.ack_batch
         executor = self.executor
         assert executor is not None
+        most = self._settings.consumer.ack_batch
+        if executor.quick:
+            # All that can have ended did so within the last milliseconds.
+            most *= executor.capacity
         out: int = sum(len(batch.deliveries) - batch.collected for batch in executor.out)
         ended = sum(len(owned.consumer.finished) for owned in self._owned.values())
         if ended and most - out - ended < most // 2:
@@ -600,7 +622,7 @@ class Control:
             ended = sum(len(owned.consumer.finished) for owned in self._owned.values())
         room = most - out - ended
         if not self._parallel:
-            room = min(room, most // executor.capacity)
+            room = min(room, most // executor.capacity, self._settings.consumer.ack_batch)
         return max(1, room)
 
     def _send_fetch_or_unblock(self) -> None:
@@ -625,9 +647,12 @@ class Control:
         if self._pending_results:
             self._store_results()
         if consumer.has_writes():
+            while consumer.settling:
+                # A dead letter must not overtake the acknowledgement of what ran before it.
+                self._take_settled()
             consumer.flush(self._link)
-        if consumer.finished and (settle or self._settle_now(consumer)):
-            consumer.settle(self._link)
+        if consumer.finished and not consumer.settling and (settle or self._settle_now(consumer)):
+            self._send_settle(owned)
         if consumer.closing and consumer.idle() and (self._fetching is None or owned not in self._fetching):
             self._handed_over(owned)
 
@@ -638,6 +663,41 @@ class Control:
         if executor is not None and not executor.out:
             return True  # nothing runs that could be acknowledged with it
         return mono_s() >= consumer.finished_since + self._settings.ack_interval_s
+
+    def _send_settle(self, owned: Owned) -> None:
+        packed = owned.consumer.begin_settle()
+        self._settling.append(owned)
+        self._settle.send(packed)
+        if self._settle_fd != self._settle.fileno():
+            if self._settle_fd != -1:
+                self._poll.unregister(self._settle_fd)
+            self._settle_fd = self._settle.fileno()
+            self._poll.register(self._settle_fd, select.POLLIN)
+
+    def _take_settled(self) -> None:
+        """Takes the answers that have come; waits for one."""
+        if not self._settling:
+            raise BrokerUnavailable(f"Redis at {self._settings.broker.safe_url} closed the connection")
+        while self._settling:
+            answer = self._settle.read_quietly()
+            owned = self._settling.popleft()
+            consumer = owned.consumer
+            try:
+                if isinstance(answer, StreamTaskError):
+                    consumer.settle_lost()
+                    if isinstance(answer, ReplyError) and answer.code == "NOSCRIPT":
+                        self._link.call(script("settle").pack_load())
+                    elif isinstance(answer, ReplyError):
+                        self._refused(owned, answer)
+                    else:
+                        raise answer
+                else:
+                    consumer.end_settle(answer)
+            except LeaseLost:
+                consumer.settle_lost()
+                self._suspect(owned)
+            if not self._settle.buffered():
+                return
 
     def _handed_over(self, owned: Owned) -> None:
         self._forget(owned)

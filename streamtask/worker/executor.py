@@ -26,6 +26,7 @@ log = logging.getLogger("streamtask.executor")
 
 SKIPPED = Outcome("skipped")
 UNSTARTED = Outcome("unstarted")
+QUICK_S = 0.002
 CLOSES = frozenset(("retry", "requeue", "dead"))
 """Outcomes after which the message's key waits."""
 
@@ -53,6 +54,7 @@ class SequentialExecutor:
         self.ended: deque[Batch] = deque()
         self.out: deque[Batch] = deque()  # handed over and not ended, in order
         self.signal_after_s = 0.005
+        self.quick = False  # the last batch took less than QUICK_S
 
     def submit(self, batch: Batch) -> None:
         self.out.append(batch)
@@ -88,7 +90,8 @@ class SequentialExecutor:
         plain, enter, outcomes = runner.plain, runner.enter, batch.outcomes
         slot.begin(lease, [delivery.entry_id for delivery in deliveries])
         batch.slot = slot
-        signal_at = mono() + self.signal_after_s
+        began = mono()
+        signal_at = began + self.signal_after_s
         index = 0
         for index, delivery in enumerate(deliveries):
             cells[0] = index
@@ -120,6 +123,7 @@ class SequentialExecutor:
                     failed.add(delivery.lane)
         # In this order: whoever sees that the batch has ended sees all its outcomes.
         slot.end()
+        self.quick = mono() - began < QUICK_S
         self.ended.append(batch)
 
     def _run(self, batch: Batch, delivery: Delivery, place: Place) -> Outcome | None:
@@ -137,6 +141,8 @@ class SequentialExecutor:
 
 class ParallelExecutor:
     """Runs up to ``capacity`` batches of one delivery at once, in threads or on one event loop."""
+
+    quick = False
 
     def __init__(
         self,
