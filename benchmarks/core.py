@@ -98,7 +98,7 @@ worker_app = build(os.environ[ENV_URL]) if ENV_URL in os.environ else None
 
 def consume(port: int) -> None:
     """Reads, decodes, calls and acknowledges in batches, until it is terminated."""
-    client = redis.Redis(port=port)
+    client = redis.Redis(port=port)  # with redis-py's defaults, as whoever writes such a loop has them
     unpack, tasks = msgpack.unpackb, TASKS
     while True:
         reply: Any = client.xreadgroup(GROUP, "one", {STREAM: ">"}, count=FETCH, block=1000)
@@ -142,7 +142,6 @@ class Bench:
         self.sizes = sizes
         self.port = 0
         self.client: Any = None
-        # Its own data is deleted before each part; RESP2 or RESP3 is as redis-py has it by default.
 
     @property
     def url(self) -> str:

@@ -59,6 +59,7 @@ class Runner:
         self._rate_lock = threading.Lock()
         self._watch: SoftLimitWatch | None = None
         self._on_start = on_start
+        self.has_async = any(task.is_async for task in tasks.values())
         self.plain: dict[str, Callable[..., Any]] = {
             name: task.function for name, task in tasks.items() if self._is_plain(task)
         }

@@ -63,13 +63,14 @@ class Queue:
         try:
             if self._shape is None:
                 self.broker.check_version()
+                self.broker.warn_of_eviction()
             shards, epoch = link.run("declare_queue", [self.keys.meta], [self.shards])
             shape = Shape(int(shards), int(epoch))
             if shape.shards != self.shards:
                 raise ShardCountMismatch(
                     f"queue {self.name!r} of app {self.app!r} has {shape.shards} shards in Redis, but this app is "
-                    f"configured with {self.shards}. Set shards={shape.shards}, or change the queue with "
-                    f"'streamtask reshard {self.name} {self.shards}'"
+                    f"configured with {self.shards}. Set shards={shape.shards} (queue_shards for one queue alone), or use a "
+                    "queue of another name"
                 )
             for group in groups:
                 link.run("register_group", [self.keys.meta], [f"group:{group}"])

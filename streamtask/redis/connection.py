@@ -8,6 +8,7 @@ several times what the round trip does. All of redis-py's errors end here: calle
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import threading
@@ -23,6 +24,8 @@ from redis import exceptions as rexc
 
 from ..errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, StreamTaskError, UnsupportedServer
 from .scripts import Script, by_sha, script
+
+log = logging.getLogger("streamtask.redis")
 
 MIN_VERSION = (6, 2)
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
@@ -199,6 +202,7 @@ class Broker:
         self._lock = threading.Lock()
         self._client: Any = None
         self._embedded: Any = None
+        self._eviction_checked = False
         scheme = url.partition("://")[0] if "://" in url else ""
         if scheme not in SCHEMES:
             raise ConfigError(
@@ -379,6 +383,24 @@ class Broker:
                 f"Redis at {self.safe_url} is version {text}: streamtask needs 6.2 or later (or Valkey). Upgrade the server"
             )
         return version
+
+    def warn_of_eviction(self) -> None:
+        """Says loudly, once per broker, if the server may evict keys: messages among them."""
+        if self._eviction_checked or self.scheme == "memory":
+            return
+        self._eviction_checked = True
+        with wrapped(self.safe_url):
+            info = self.client().info("memory")
+            if self.is_cluster and "maxmemory" not in info:
+                info = next(iter(info.values()))
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction" and int(info.get("maxmemory", 0)) > 0:
+            log.critical(
+                "data loss ahead: Redis evicts keys when its memory is full (maxmemory-policy %s), and messages lie in keys; "
+                "set maxmemory-policy noeviction broker=%s",
+                policy,
+                self.safe_url,
+            )
 
     def close(self) -> None:
         with self._lock:

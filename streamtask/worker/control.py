@@ -271,7 +271,7 @@ class Control:
         self._owned[number] = owned
         self._numbers[consumer] = number
         self._watch_dirty = True
-        log.info("owns queue=%s shard=%s token=%d", queue, shard, token)
+        log.debug("owns queue=%s shard=%s token=%d", queue, shard, token)
 
     def _release(self, *, number: int) -> None:
         owned = self._owned.get(number)

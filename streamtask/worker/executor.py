@@ -140,7 +140,7 @@ class SequentialExecutor:
 
 
 class ParallelExecutor:
-    """Runs up to ``capacity`` batches of one delivery at once, in threads or on one event loop."""
+    """Runs up to ``concurrency`` batches of one delivery at once, in threads or on one event loop."""
 
     quick = False
 
@@ -152,7 +152,9 @@ class ParallelExecutor:
         lease_of: Callable[[ShardConsumer], int],
         wake: Callable[[], None],
     ) -> None:
-        self.capacity = concurrency
+        # Threads find their next delivery waiting; coroutines start as soon as they are handed over.
+        self.capacity = concurrency if runner.has_async else 2 * concurrency
+        self._concurrency = concurrency
         self._runner = runner
         self._memory = memory
         self._lease_of = lease_of
@@ -174,7 +176,7 @@ class ParallelExecutor:
         if self._runner.is_async(batch.deliveries[0].task):
             self._event_loop().call_soon_threadsafe(self._start_async, batch)
             return
-        if len(self._threads) < self.capacity and self._inbox.qsize() >= self._idle:
+        if len(self._threads) < self._concurrency and self._inbox.qsize() >= self._idle:
             thread = threading.Thread(target=self._run_thread, name=f"streamtask-{len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()

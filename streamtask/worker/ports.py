@@ -30,6 +30,9 @@ class TaskRunner(Protocol):
     plain: dict[str, Callable[..., Any]]
     """Tasks that need neither context, limits, middleware nor results: an executor may call them directly."""
 
+    has_async: bool
+    """Whether any task is a coroutine function."""
+
     def is_async(self, task: str) -> bool: ...
 
     def run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]: ...

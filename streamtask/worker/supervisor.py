@@ -21,7 +21,7 @@ import signal
 import socket
 import subprocess
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,7 @@ class QueueWatch:
         self.seen_owner: set[int | str] = set()  # shards whose lease record was there once
         self.missed_ms: dict[int | str, int] = {}
         self.revoked: list[str] = []
+        self.said: list[Any] = []
 
 
 class Supervisor:
@@ -127,7 +128,6 @@ class Supervisor:
         self._exit_status = EXIT_OK
         self._wake_read, self._wake_write = socket.socketpair()
         self._host = socket.gethostname()
-        self.on_change: Callable[[], None] = lambda: None
 
     # The loop
 
@@ -566,6 +566,22 @@ class Supervisor:
                 # The record names a process of ours that does not know of it: a lost reply. Taking it again is the same.
                 self._take(watch, mine[member], shard, now)
 
+        self._say_owned(watch)
+
+    def _say_owned(self, watch: QueueWatch) -> None:
+        """One line on who owns what here, whenever that has changed."""
+        owned = [
+            (child.index, sorted(h.shard for h in child.held.values() if h.queue is watch.queue and h.shard != SHARED))
+            for child in sorted(self._children, key=lambda child: child.index)
+        ]
+        if owned != watch.said and any(child.ready for child in self._children):
+            watch.said = owned
+            log.info(
+                "shards owned here queue=%s: %s",
+                watch.queue.name,
+                "; ".join(f"process {i}: {', '.join(map(str, shards)) or 'none'}" for i, shards in owned) or "none",
+            )
+
     def _take(self, watch: QueueWatch, child: Child, shard: int, now: float) -> None:
         queue = watch.queue
         if child.holding(queue, shard) is not None:
@@ -585,7 +601,6 @@ class Supervisor:
             return
         watch.missed_ms.pop(shard, None)
         self._give(child, queue, shard, answer)
-        self.on_change()
 
     def _begin_handover(self, child: Child, queue: Queue, shard: int, now: float) -> None:
         held = child.holding(queue, shard)
