@@ -651,6 +651,7 @@ class Control:
                 # A dead letter must not overtake the acknowledgement of what ran before it.
                 self._take_settled()
             consumer.flush(self._link)
+            self._look_at = mono_s()  # a lane may be open now
         if consumer.finished and not consumer.settling and (settle or self._settle_now(consumer)):
             self._send_settle(owned)
         if consumer.closing and consumer.idle() and (self._fetching is None or owned not in self._fetching):

@@ -222,6 +222,9 @@ class Site:
                 env=self._env(url, **options), cwd=self.folder,
             )
         )  # fmt: skip
+        self._stack.callback(
+            lambda: print(f"--- pod {spawned.pid}\n{spawned.stderr}")
+        )  # pytest shows it with a failure
         return Pod(self, spawned)
 
     def ready(self, processes: int, timeout: float = 15) -> dict[str, list[int]]:

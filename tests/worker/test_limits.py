@@ -1,0 +1,177 @@
+"""Time limits, and bodies that never let go of the GIL."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers import wait_until
+from tests.worker.rig import keys_on
+
+LIMITS = """
+app = make_app()
+quick = dict(shard_key="k", retry_backoff=0.02, retry_jitter=False, max_retries=1)
+
+def spin(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+@app.task(name="put", shard_key="k")
+def put(k, n, ms=0):
+    note("S", k, n)
+    time.sleep(ms / 1000)
+    note("E", k, n)
+
+@app.task(name="soft", soft_time_limit=0.3, **quick)
+def soft(k, n, seconds):
+    note("S", k, n)
+    try:
+        spin(seconds)
+    except SoftTimeLimitExceeded:
+        note("L", k, n)
+        raise
+    note("E", k, n)
+
+@app.task(name="cleans", soft_time_limit=0.2, **quick)
+def cleans(k, n):
+    note("S", k, n)
+    try:
+        spin(5)
+    except SoftTimeLimitExceeded:
+        pass
+    note("E", k, n)
+
+@app.task(name="sleeps", soft_time_limit=0.3, **quick)
+async def sleeps(k, n, seconds):
+    note("S", k, n)
+    try:
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:
+        note("L", k, n)
+        raise
+    note("E", k, n)
+
+@app.task(name="edge", soft_time_limit=0.005, shard_key="k", max_retries=0)
+def edge(k, n):
+    # Ends just when its limit does: the exception hits the body or nothing.
+    note("S", k, n)
+    try:
+        spin(0.0048 + n % 40 * 0.00001)
+    except SoftTimeLimitExceeded:
+        note("L", k, n)
+        return
+    note("E", k, n)
+
+@app.task(name="hard", time_limit=0.5, shard_key="k")
+def hard(k, n):
+    note("S", k, n)
+    time.sleep(30)
+
+@app.task(name="hard_async", time_limit=0.5, shard_key="k")
+async def hard_async(k, n):
+    note("S", k, n)
+    time.sleep(30)
+
+@app.task(name="gil", shard_key="k")
+def gil(k, n, seconds):
+    note("S", k, n)
+    if seconds:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # one C call that keeps the GIL
+    note("E", k, n)
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("task", ["soft", "sleeps"])
+def test_a_soft_limit_fails_the_run(redis_server, site, task, concurrency):
+    site = site(redis_server, LIMITS)
+    pod = site.pod(1, concurrency)
+    site.ready(1)
+    children = pod.children()
+    site.task(task).delay(k="a", n=0, seconds=5)
+    site.task(task).delay(k="a", n=1, seconds=0)
+    site.task(task).delay(k="b", n=2, seconds=0)
+    wait_until(lambda: site.ended() == 2, message=lambda: f"{site}\n{pod.log}")
+    site.wait_empty()
+    assert site.started("a") == [0, 0, 1]
+    starts, limits = site.of("S", "a", 0), site.of("L", "a", 0)
+    assert len(limits) == 2
+    for start, limit in zip(starts, limits, strict=True):
+        assert 0.29 <= limit.at - start.at <= 0.9
+    assert [(row["reason"], row["kwargs"]["n"]) for row in site.dead()] == [("exhausted", 0)]
+    assert "SoftTimeLimitExceeded" in site.dead()[0]["message"]
+    assert pod.children() == children
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_body_may_catch_its_soft_limit(redis_server, site, concurrency):
+    site = site(redis_server, LIMITS)
+    site.pod(1, concurrency)
+    site.task("cleans").delay(k="a", n=0)
+    site.task("put").delay(k="a", n=1)
+    wait_until(lambda: site.ended() == 2)
+    site.wait_empty()
+    assert site.started("a") == [0, 1]
+    assert site.dead() == []
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_soft_limit_never_hits_outside_of_its_body(redis_server, site, concurrency):
+    """Bodies that end at the instant of their limit: each ends in one way, and the worker lives."""
+    site = site(redis_server, LIMITS)
+    pod = site.pod(1, concurrency)
+    site.ready(1)
+    children = pod.children()
+    keys = [key for shard in range(4) for key in keys_on(shard, 1)]
+    for key in keys:
+        site.task("edge").send_many([{"k": key, "n": n} for n in range(80)])
+    done = lambda: len(site.of("E")) + len(site.of("L")) + len(site.dead())  # noqa: E731
+    wait_until(lambda: done() >= 320, 20, lambda: f"{done()} of 320\n{pod.log}")
+    site.wait_empty()
+    assert pod.children() == children, pod.log
+    for key in keys:
+        # One that hit between the last line of the body and its end is a failed run, as anywhere in the body.
+        assert [e.n for e in site.of("S", key)] == list(range(80))
+    assert "Traceback" not in pod.log, pod.log
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("task", ["hard", "hard_async"])
+def test_a_time_limit_ends_the_process_and_charges_the_overrunning_message_only(redis_server, site, task, concurrency):
+    site = site(redis_server, LIMITS, max_crashes=1)
+    pod = site.pod(1, concurrency)
+    site.ready(1)
+    children = pod.children()
+    key, *others = keys_on(0, 30)
+    site.task(task).delay(k=key, n=0)
+    site.task("put").delay(k=key, n=1)
+    for i, other in enumerate(others):
+        site.send(other, range(3), ms=200 if i < 3 else 1)
+    site.wait_ended()
+    wait_until(lambda: site.of("E", key, 1))
+    site.wait_empty()
+    starts = site.of("S", key, 0)
+    assert len(starts) == 2
+    assert len({e.pid for e in starts}) == 2
+    assert [(row["reason"], row["kwargs"]["n"], row["key"]) for row in site.dead()] == [("crashed", 0, key.encode())]
+    assert pod.children() != children
+    assert len(pod.children()) == 1
+
+
+def test_a_body_that_holds_the_gil_keeps_its_shard(redis_server_all, site):
+    site = site(redis_server_all, LIMITS, lease=1.0)
+    pods = [site.pod(1), site.pod(1)]
+    site.ready(2)
+    children = [pod.children() for pod in pods]
+    before = site.leases()
+    shard = next(shard for shard in before if site.pid_of(shard) == children[0][0])
+    key = keys_on(shard, 1)[0]
+    site.task("gil").delay(k=key, n=0, seconds=2.5)
+    site.task("gil").delay(k=key, n=1, seconds=0)
+    site.wait_started(key, 0)
+    wait_until(lambda: site.of("E", key, 1))
+    assert site.started(key) == [0, 1]
+    assert site.of("E", key, 0)[0].at - site.of("S", key, 0)[0].at >= 2.4
+    assert site.leases() == before
+    assert [pod.children() for pod in pods] == children
+    site.wait_empty()
