@@ -403,16 +403,17 @@ class ShardConsumer:
     def has_work(self) -> bool:
         return not self.halted and not self.closing and (bool(self.buffer) or self.lanes.has_ready())
 
-    def take(self, link: Link, limit: int) -> Batch | None:
-        """A batch for an executor that runs it in sequence; None if nothing can run now."""
+    def take(self, link: Link, limit: int, *, may_mark: bool = True) -> Batch | None:
+        """A batch for an executor that runs it in sequence; None if nothing can run now. ``may_mark`` False: nothing
+        that needs a start mark, for it would not start at once."""
         if self.halted or self.closing:
             return None
         chosen: list[Delivery] = []
         if self.lanes.has_ready():
-            self._take_from_lanes(link, limit, chosen)
+            self._take_from_lanes(link, limit, chosen, may_mark)
         mixed = bool(chosen)
         if not chosen or (not self._needs_mark(chosen[0]) and len(chosen) < limit):
-            self._take_from_buffer(link, limit, chosen)
+            self._take_from_buffer(link, limit, chosen, may_mark)
         if not chosen:
             return None
         reopened: list[Hashable] = []
@@ -423,7 +424,7 @@ class ShardConsumer:
         batch.mixed = mixed
         return batch
 
-    def _take_from_lanes(self, link: Link, limit: int, chosen: list[Delivery]) -> None:
+    def _take_from_lanes(self, link: Link, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
         oldest_out = min(self.handed, default=self._numbers + 1)
         again: list[Lane] = []
         for lane in self.lanes.ready():
@@ -434,7 +435,7 @@ class ShardConsumer:
             items: list[Delivery | bytes] = []
             while lane.waiting and len(chosen) + len(items) < limit:
                 head = lane.waiting[0]
-                if isinstance(head, Delivery) and self._needs_mark(head) and (items or chosen):
+                if isinstance(head, Delivery) and self._needs_mark(head) and (items or chosen or not may_mark):
                     break
                 items.append(self.lanes.pop(lane))
                 if isinstance(head, Delivery) and self._needs_mark(head):
@@ -448,7 +449,7 @@ class ShardConsumer:
             if not lane.closed:
                 self.lanes.open(lane)
 
-    def _take_from_buffer(self, link: Link, limit: int, chosen: list[Delivery]) -> None:
+    def _take_from_buffer(self, link: Link, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
         buffer = self.buffer
         if not self.lanes.lanes and not self.revoked and not chosen and (not buffer or buffer[0].fresh):
             # The common case: nothing waits, so the batch is the next run of the stream.
@@ -460,7 +461,7 @@ class ShardConsumer:
             return
         while buffer and len(chosen) < limit:
             head = buffer[0]
-            if self._needs_mark(head) and chosen:
+            if self._needs_mark(head) and (chosen or not may_mark):
                 return
             buffer.popleft()
             lane = self.lanes.get(head.lane_key)

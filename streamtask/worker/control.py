@@ -592,7 +592,8 @@ class Control:
                     share = max(1, room // 2) if len(order) > 1 else room
                     batches = consumer.take_free(self._link, min(share, limit))
                 else:
-                    batch = consumer.take(self._link, limit)
+                    # A start mark is written for what starts now, not for what waits behind another batch.
+                    batch = consumer.take(self._link, limit, may_mark=not executor.out)
                     batches = [batch] if batch else []
             except LeaseLost:
                 self._suspect(owned)
