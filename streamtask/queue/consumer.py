@@ -78,7 +78,7 @@ class Outcome:
     """What becomes of a message that did not simply succeed.
 
     ``kind``: ``retry`` (after ``delay_s``, counted as an attempt), ``requeue`` (at once, not counted), ``dead``,
-    ``skipped`` (its lane is closed) or ``unstarted`` (the owner stopped handing out).
+    ``skipped`` (its lane is closed), ``unstarted`` (the owner stopped handing out), ``ignored`` or ``revoked``.
     """
 
     kind: str
@@ -630,6 +630,9 @@ class ShardConsumer:
         kind, key = outcome.kind, delivery.lane_key
         if kind == "ignored":
             self._finish(delivery.entry_id)
+            return
+        if kind == "revoked":
+            self._dead_or_drop_revoked(delivery)
             return
         if kind in ("retry", "requeue", "dead") and delivery.lane is not None:
             self._closed.add(key)

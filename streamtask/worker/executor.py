@@ -26,6 +26,7 @@ log = logging.getLogger("streamtask.executor")
 
 SKIPPED = Outcome("skipped")
 UNSTARTED = Outcome("unstarted")
+REVOKED = Outcome("revoked")
 QUICK_S = 0.002
 CLOSES = frozenset(("retry", "requeue", "dead"))
 """Outcomes after which the message's key waits."""
@@ -106,6 +107,9 @@ class SequentialExecutor:
                 signal_at = now + self.signal_after_s
             if failed and delivery.lane in failed and delivery.lane is not None:
                 outcomes.append((index, SKIPPED))
+                continue
+            if consumer.revoked and delivery.id in consumer.revoked:
+                outcomes.append((index, REVOKED))
                 continue
             body = plain.get(delivery.task)
             if body is not None and delivery.headers is None:
