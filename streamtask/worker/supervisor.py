@@ -420,6 +420,7 @@ class Supervisor:
         live = [child for child in self._children if child.ready and not child.stopped and not child.killed_for]
         members = {child.incarnation: self._info(child) for child in live if not child.stopping}
         leases = [(child, held) for child in live for held in child.held.values()]
+        leases.sort(key=lambda pair: pair[1].lease.token)  # after a flush the token counters grow again in this order
         sent_at, sent_ms = mono_s(), wall_ms()
         packed = [watch.membership.pack_beat(members) for watch in self._watches]
         packed += [held.lease.pack_renew() for _, held in leases]

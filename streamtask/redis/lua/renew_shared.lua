@@ -1,5 +1,5 @@
 -- Prolongs the lease of a consumer of a shared stream, also late, as long as nobody removed it. A record that a flush
--- removed, together with the token counter, is written anew.
+-- removed is written anew: the token counter, never below a token that was handed out, tells it by being gone or lower.
 -- KEYS[1] lease      hash of this consumer
 -- KEYS[2] consumers  sorted set
 -- KEYS[3] token      counter
@@ -13,7 +13,7 @@
 -- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
 redis.call('HDEL', KEYS[1], '')
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
-  if redis.call('EXISTS', KEYS[1]) == 1 or redis.call('EXISTS', KEYS[3]) == 1 then
+  if redis.call('EXISTS', KEYS[1]) == 1 or tonumber(redis.call('GET', KEYS[3]) or '0') >= tonumber(ARGV[1]) then
     return LEASE_LOST
   end
   redis.call('SET', KEYS[3], ARGV[1])
