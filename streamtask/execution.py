@@ -59,6 +59,7 @@ class Runner:
         self._rate_lock = threading.Lock()
         self._watch: SoftLimitWatch | None = None
         self._on_start = on_start
+        self.here = here
         self.has_async = any(task.is_async for task in tasks.values())
         self.plain: dict[str, Callable[..., Any]] = {
             name: task.function for name, task in tasks.items() if self._is_plain(task)
@@ -84,10 +85,6 @@ class Runner:
         found = self._tasks.get(task)
         return found is not None and found.is_async
 
-    def enter(self, delivery: Delivery, place: Place) -> None:
-        here.delivery = delivery
-        here.place = place
-
     # Running
 
     def run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
@@ -95,7 +92,7 @@ class Runner:
         refused = self._refuse(task, delivery)
         if refused is not None or task is None:
             return refused or (None, None)
-        self.enter(delivery, place)
+        here.delivery, here.place = delivery, place
         request = Request(delivery, place)
         result: Any = None
         error: BaseException | None = None

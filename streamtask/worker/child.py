@@ -45,7 +45,8 @@ def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: i
     # The supervisor is told by the terminal, too, and says what is to be done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.setswitchinterval(0.002)
+    # The control thread asks for the GIL at every answer of Redis: quick bodies must not make it wait for milliseconds.
+    sys.setswitchinterval(0.00005 if settings.concurrency == 1 else 0.001)
     memory = SharedMemory(memory_fd, settings.concurrency)
     wire = _SupervisorWire(socket.socket(fileno=sock_fd))
     control = Control(settings, runner, memory, wire)

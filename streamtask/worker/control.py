@@ -336,10 +336,13 @@ class Control:
         if not with_room:
             return
         busy = any(o.full and not o.consumer.has_room() and not o.consumer.needs_audit for o in ready)
-        if busy:
-            if now < self._cold_at:
-                return
+        if busy and now >= self._cold_at:
             self._cold_at = now + self._cold_s
+        elif busy:
+            # Shards that have more are read as soon as they have room, those that had nothing from time to time.
+            with_room = [o for o in with_room if o.full]
+            if not with_room:
+                return
         if self._watch_dirty or any(o not in self._armed for o in with_room):
             self._arm(ready)
             with_room = [o for o in with_room if o in self._armed]

@@ -88,7 +88,8 @@ class SequentialExecutor:
             failed.difference_update(batch.reopened)
         place = Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, True)
         trusted, cells, runner, mono = self._memory.trusted, slot.cells, self._runner, mono_s
-        plain, enter, outcomes = runner.plain, runner.enter, batch.outcomes
+        plain, here, outcomes = runner.plain, runner.here, batch.outcomes
+        here.place = place
         slot.begin(lease, [delivery.entry_id for delivery in deliveries])
         batch.slot = slot
         began = mono()
@@ -113,7 +114,7 @@ class SequentialExecutor:
                 continue
             body = plain.get(delivery.task)
             if body is not None and delivery.headers is None:
-                enter(delivery, place)
+                here.delivery = delivery
                 try:
                     body(*delivery.args, **delivery.kwargs)
                     continue
@@ -216,7 +217,7 @@ class ParallelExecutor:
                 delivery = batch.deliveries[0]
                 body = runner.plain.get(delivery.task)
                 if body is not None and delivery.headers is None:
-                    runner.enter(delivery, place)
+                    runner.here.delivery, runner.here.place = delivery, place
                     try:
                         body(*delivery.args, **delivery.kwargs)
                         outcome = None

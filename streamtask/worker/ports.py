@@ -42,8 +42,9 @@ class TaskRunner(Protocol):
     def failed(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
         """What becomes of a message whose plain body raised."""
 
-    def enter(self, delivery: Delivery, place: Place) -> None:
-        """Called before a plain body: the request that it may ask for."""
+    here: Any
+    """Executors set ``here.delivery`` and ``here.place`` before a plain body: the request that it may ask for. It is
+    local to each thread."""
 
     def revoked(self, delivery: Delivery) -> bytes | None:
         """The packed command that stores a revoked message's result, if it has one."""

@@ -3,8 +3,8 @@
 The supervisor writes until when the child may trust each of its leases; the child writes which entries it runs. So the
 check before a body and the record of a crash cost a store or a load each, no system call.
 
-Layout, in 8-byte cells: ``MAX_LEASES`` floats ``trusted_until``; then for each executor slot ``[index, count, deadline]``
-and up to ``MAX_BATCH`` triples ``(lease, ms, seq)``. A slot runs entry ``index`` while ``index < count``.
+Layout: ``MAX_LEASES`` floats ``trusted_until``; then for each executor slot five 8-byte cells ``[index, count, deadline,
+lease, length]`` and the batch's entry ids as text, parted by spaces. A slot runs entry ``index`` while ``index < count``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Sequence
 
 MAX_LEASES = 1024
-MAX_BATCH = 256
-_HEAD = 3
-_SLOT = _HEAD + 3 * MAX_BATCH
+MAX_BATCH = 200
+_HEAD = 5
+_TEXT = MAX_BATCH * 42  # two 64-bit numbers, a hyphen and a space
+_SLOT = 8 * _HEAD + _TEXT
 
 
 def _size(slots: int) -> int:
-    return 8 * (MAX_LEASES + slots * _SLOT)
+    return 8 * MAX_LEASES + slots * _SLOT
 
 
 def create_file(slots: int) -> int:
@@ -42,51 +43,58 @@ class SharedMemory:
         self._map = mmap.mmap(fd, _size(slots))
         view = memoryview(self._map)
         self.trusted = view[: 8 * MAX_LEASES].cast("d")
-        self._ints = view[8 * MAX_LEASES :].cast("q")
-        self._floats = view[8 * MAX_LEASES :].cast("d")
-        self.slots = slots
+        self._slots = [_slot(view[8 * MAX_LEASES + n * _SLOT :][:_SLOT]) for n in range(slots)]
 
     def slot(self, number: int) -> Slot:
-        start = number * _SLOT
-        return Slot(self._ints[start : start + _SLOT], self._floats[start : start + _SLOT])
+        return self._slots[number]
 
     def running(self) -> list[tuple[int, int, str]]:
         """(slot, lease, entry id) of every body that runs, as its process left it."""
         found = []
-        for number in range(self.slots):
-            cells = self._ints[number * _SLOT : (number + 1) * _SLOT]
-            index, count = cells[0], cells[1]
-            if 0 <= index < count <= MAX_BATCH:
-                lease, ms, seq = cells[_HEAD + 3 * index : _HEAD + 3 * index + 3]
-                found.append((number, lease, f"{ms}-{seq}"))
+        for number, slot in enumerate(self._slots):
+            entry = slot.running()
+            if entry is not None:
+                found.append((number, *entry))
         return found
 
     def overdue(self, now: float) -> list[int]:
         """The slots whose body is past its ``time_limit``."""
-        return [n for n in range(self.slots) if 0.0 < self._floats[n * _SLOT + 2] <= now]
+        return [number for number, slot in enumerate(self._slots) if 0.0 < slot.deadline() <= now]
+
+
+def _slot(view: memoryview[int]) -> Slot:
+    head = view[: 8 * _HEAD]
+    return Slot(head.cast("q"), head.cast("d"), view[8 * _HEAD :])
 
 
 class Slot:
     """One executor's cells. ``cells[0] = i`` says that entry i of the batch runs and those before it have ended."""
 
-    __slots__ = ("_floats", "cells")
+    __slots__ = ("_floats", "_text", "cells")
 
-    def __init__(self, cells: memoryview[int], floats: memoryview[float]) -> None:
+    def __init__(self, cells: memoryview[int], floats: memoryview[float], text: memoryview[int]) -> None:
         self.cells = cells
         self._floats = floats
+        self._text = text
 
     def begin(self, lease: int, entry_ids: Sequence[bytes]) -> None:
         cells = self.cells
+        # Not running while it is written, for a crash in between must not charge what is half there.
         cells[1] = 0
         cells[0] = 0
-        at = _HEAD
-        for entry_id in entry_ids:
-            ms, _, seq = entry_id.partition(b"-")
-            cells[at] = lease
-            cells[at + 1] = int(ms)
-            cells[at + 2] = int(seq)
-            at += 3
+        text = b" ".join(entry_ids)
+        self._text[: len(text)] = text
+        cells[3] = lease
+        cells[4] = len(text)
         cells[1] = len(entry_ids)
+
+    def running(self) -> tuple[int, str] | None:
+        """(lease, entry id) of the body that runs."""
+        index, count, _, lease, length = self.cells
+        if not 0 <= index < count:
+            return None
+        entry_ids = bytes(self._text[:length]).split(b" ")
+        return (lease, entry_ids[index].decode()) if index < len(entry_ids) else None
 
     def end(self) -> None:
         self.cells[0] = self.cells[1]
@@ -97,3 +105,6 @@ class Slot:
     def set_deadline(self, deadline: float) -> None:
         """When (monotonic) the supervisor ends the process for this body; 0 for never."""
         self._floats[2] = deadline
+
+    def deadline(self) -> float:
+        return self._floats[2]
