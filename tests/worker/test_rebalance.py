@@ -1,0 +1,96 @@
+"""Shards over processes and pods that come and go: even, and with no needless move."""
+
+from __future__ import annotations
+
+from tests.helpers import wait_until
+from tests.worker.rig import keys_on
+
+
+def moved(before, after):
+    """Shards that changed their owner."""
+    was = {shard: owner for owner, shards in before.items() for shard in shards}
+    now = {shard: owner for owner, shards in after.items() for shard in shards}
+    return {shard for shard in was if was[shard] != now[shard]}
+
+
+def test_only_what_must_move_moves(redis_server_all, site):
+    site = site(redis_server_all)
+    for shard in range(site.shards):
+        site.send(keys_on(shard, 1)[0], range(400), ms=1)
+    site.send(None, range(400), ms=1)
+    site.pod(1)
+    one = site.ready(1)
+    tokens = site.leases()
+    second = site.pod(1)
+    two = site.ready(2)
+    assert len(moved(one, two)) == 4
+    third = site.pod(1)
+    three = site.ready(3)
+    assert sorted(map(len, three.values())) == [2, 3, 3]
+    assert len(moved(two, three)) == 2
+    third.stop()
+    fewer = site.ready(2)
+    gone = set(three) - set(fewer)
+    assert moved(three, fewer) == {shard for owner in gone for shard in three[owner]}
+    second.stop()
+    site.ready(1)
+    site.wait_ended()
+    assert site.check(killed={}).repeated == 0
+    site.wait_empty()
+    # Whoever never lost a shard kept its token.
+    stayed = [
+        shard for shard in range(site.shards) if all(shard in owned[next(iter(one))] for owned in (one, two, three))
+    ]
+    assert stayed
+    assert all(site.leases()[shard] == tokens[shard] for shard in stayed)
+
+
+def test_processes_of_a_pod_count_like_pods(redis_server, site):
+    site = site(redis_server)
+    site.pod(3)
+    site.ready(3)
+    other = site.pod(2)
+    five = site.ready(5)
+    assert sorted(map(len, five.values())) == [1, 1, 2, 2, 2]
+    other.kill_all()
+    site.ready(3)
+
+
+def test_standbys_step_in(redis_server, site):
+    site = site(redis_server, shards=2)
+    pod = site.pod(4)
+    wait_until(lambda: len(site.members()) == 4)
+    wait_until(lambda: sorted(map(len, site.owned().values())) == [0, 0, 1, 1])
+    site.send("a", range(300), ms=2)
+    site.wait_started("a", 10)
+    before = site.leases()
+    victims = {info["pid"] for one, info in site.members().items() if one in {owner for owner, _ in before.values()}}
+    for pid in victims:
+        pod.kill_child(pid)
+    site.wait_ended()
+    site.check()
+    wait_until(lambda: sorted(map(len, site.owned().values())) == [0, 0, 1, 1], message=lambda: str(site))
+    owners = {owner for owner, _ in site.leases().values()}
+    assert owners.isdisjoint(owner for owner, _ in before.values())
+
+
+def test_a_running_body_keeps_its_shard_where_it_is(redis_server, site):
+    """The move waits for the body, up to handover_timeout; then it is tried later."""
+    site = site(redis_server, handover_timeout=0.5)
+    site.pod(1)
+    site.ready(1)
+    keys = [keys_on(shard, 1)[0] for shard in range(site.shards)]
+    site.send_gated(keys[7], 0)
+    site.wait_started(keys[7], 0)
+    owner = site.leases()[7]
+    for key in keys:
+        site.send(key, range(1, 30))
+    site.pod(1)
+    wait_until(lambda: len(site.members()) == 2)
+    # The seven others run, here or there, though the process that holds shard 7 is busy.
+    site.open_gate(0)
+    site.wait_ended()
+    assert site.check(killed={}).repeated == 0
+    site.ready(2)
+    assert owner is not None
+    site.wait_empty()
