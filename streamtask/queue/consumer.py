@@ -133,6 +133,12 @@ class ShardConsumer:
             "STREAMS", self.keys.stream, ">",
         )  # fmt: skip
 
+    def read_by_script(self, link: Link) -> list[Any]:
+        """As ``read_command``, where Redis is too full for a transaction."""
+        args = [*self._head, self.consumer_name, self.settings.fetch_count]
+        entries: list[Any] = self._run(link, "fetch", [self.lease.key, self.keys.stream], args)
+        return entries
+
     def guard_command(self) -> bytes:
         """What to ask for after WATCH: does this incarnation own the lease?"""
         return pack("HMGET", self.lease.key, "token", "owner")

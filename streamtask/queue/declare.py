@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 
 from ..errors import ShardCountMismatch
-from ..redis.connection import Broker, Link, pack
+from ..redis.connection import Broker, Link, Reply, pack
 from ..redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
 from ..redis.scripts import script
 from ..sharding import shard_of
@@ -79,7 +79,8 @@ class Queue:
             ]
             self._open_shards(link, shape, registered)
             names = app_queues(self.namespace, self.app)
-            self._on(names, link, pack("SADD", names, self.name))
+            if not self._on(names, link, pack("SISMEMBER", names, self.name)):  # no write where Redis is full
+                self._on(names, link, pack("SADD", names, self.name))
         finally:
             link.close()
         self._shape = shape
@@ -91,14 +92,13 @@ class Queue:
             keys = self.shard_keys(shard, shape)
             self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, *groups)))
 
-    def _on(self, key: str, link: Link, packed: bytes) -> None:
+    def _on(self, key: str, link: Link, packed: bytes) -> Reply:
         """Runs a command where its key lies: on a Cluster that may be another server than the link's."""
         if not self.broker.is_cluster:
-            link.call(packed)
-            return
+            return link.call(packed)
         other = self.broker.link(key)
         try:
-            other.call(packed)
+            return other.call(packed)
         finally:
             other.close()
 

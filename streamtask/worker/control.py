@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from ..backoff import delays
 from ..clock import mono_s
-from ..errors import BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
+from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.declare import Queue
 from ..queue.lanes import Delivery
@@ -410,8 +410,7 @@ class Control:
             raise BrokerUnavailable(f"Redis at {self._settings.broker.safe_url} closed the connection")
         fetch, fetching, armed = self._fetch, self._fetching, self._armed
         woken = fetch.read_quietly() if self._blocked else None
-        for _ in range(1 + len(fetching)):
-            fetch.read_quietly()
+        queued = [fetch.read_quietly() for _ in range(1 + len(fetching))]
         try:
             found = fetch.read()
         except ReplyError as exc:
@@ -424,6 +423,9 @@ class Control:
         self._check_owners(armed, answers)
         if isinstance(found, list):
             self._absorb(fetching, found)
+        elif any(isinstance(reply, BrokerOutOfMemory) for reply in queued):
+            self._watch_dirty = True
+            self._fetch_by_script(fetching)
         elif isinstance(found, Exception):
             log.error("a fetch failed: %s", found)
             self._watch_dirty = True
@@ -431,6 +433,24 @@ class Control:
             # EXEC refused: a guard changed. Who owns what has just been read anew.
             for owned in fetching:
                 owned.full = True
+
+    def _fetch_by_script(self, fetching: list[Owned]) -> None:
+        """Above maxmemory, Redis before 8 refuses whatever is queued in a transaction; yet a full Redis must be drained."""
+        found: list[Any] = []
+        for owned in fetching:
+            try:
+                entries = owned.consumer.read_by_script(self._link)
+                found.append([[b"", entries]] if entries else None)
+            except LeaseLost:
+                self._suspect(owned)
+                found.append(None)
+            except ReplyError as exc:
+                found.append(exc)
+            except BrokerUnavailable:
+                for one in fetching:
+                    one.consumer.needs_audit = True
+                raise
+        self._absorb(fetching, found)
 
     def _absorb(self, fetching: list[Owned], found: list[Any]) -> None:
         anything = False
