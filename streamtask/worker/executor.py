@@ -71,6 +71,13 @@ class SequentialExecutor:
     def stop(self) -> None:
         self._inbox.put(None)
 
+    def close(self) -> None:
+        """Ends the event loop, if there was one."""
+        if self._loop is not None:
+            asyncio.set_event_loop(None)
+            self._loop.close()
+            self._loop = None
+
     def run_forever(self) -> None:
         get = self._inbox.get
         while True:
@@ -128,6 +135,7 @@ class SequentialExecutor:
                     failed.add(delivery.lane)
         # In this order: whoever sees that the batch has ended sees all its outcomes.
         slot.end()
+        here.delivery = None
         self.quick = mono() - began < QUICK_S
         self.ended.append(batch)
 
@@ -227,6 +235,7 @@ class ParallelExecutor:
                     outcome, result = runner.run(delivery, place)
                     if result is not None:
                         batch.results.append((delivery, result))
+            runner.here.delivery = None
             self._end(batch, slot, outcome)
 
     def _begin(self, batch: Batch, slot: Slot) -> Place | None:

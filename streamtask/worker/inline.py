@@ -73,6 +73,7 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
     finally:
         for consumer in consumers:
             _give_back(consumer, link, settings)
+        executor.close()
         link.close()
         if results is not None:
             results.close()

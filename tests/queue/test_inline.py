@@ -1,0 +1,167 @@
+"""``run_until_idle`` and the pytest fixture: the real scripts and consumer, in the calling process."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from streamtask import ConfigError, Dedupe, Middleware, Reject, ResultTimeout, StreamTask, TaskError
+
+
+@pytest.fixture(params=["memory", "redis"])
+def make(request):
+    """Makes apps, on fakeredis and on a real server."""
+    apps = []
+
+    def build(**options):
+        if request.param == "memory":
+            url = f"memory://{uuid.uuid4().hex}"
+        else:
+            url = request.getfixturevalue("redis_server").url
+        apps.append(StreamTask("app", broker=url, backend=True, **options))
+        return apps[-1]
+
+    yield build
+    for app in apps:
+        app.close()
+
+
+def test_runs_what_is_queued_in_order_with_retries_and_delays(make):
+    app = make()
+    starts = []
+
+    @app.task(shard_key="user", retry_backoff=0.01)
+    def note(user, n):
+        starts.append((user, n))
+        if n == 1 and starts.count((user, n)) < 3:
+            raise ValueError("not yet")
+        return n * 10
+
+    results = [note.delay("a", n) for n in range(3)]
+    late = note.apply_async(("a", 9), countdown=0.05)
+
+    assert app.run_until_idle() == 4
+    assert starts == [("a", 0), ("a", 1), ("a", 1), ("a", 1), ("a", 2), ("a", 9)]
+    assert [result.get(timeout=1) for result in results] == [0, 10, 20]
+    assert late.get(timeout=1) == 90
+    assert app.run_until_idle() == 0
+
+
+def test_a_dead_letter_fails_fast_and_says_why(make):
+    app = make()
+
+    @app.task
+    def refuse():
+        raise Reject("no")
+
+    result = refuse.delay()
+
+    with pytest.raises(TaskError, match="rejected: no"):
+        app.run_until_idle()
+    with pytest.raises(TaskError, match="rejected: no"):
+        result.get(timeout=1)
+    assert result.failed()
+
+
+def test_unkeyed_and_async_tasks_run(make):
+    app = make()
+
+    @app.task
+    async def double(n):
+        return n * 2
+
+    assert double.delay(4).id
+    result = double.delay(21)
+    assert app.run_until_idle() == 2
+    assert result.get(timeout=1) == 42
+
+
+def test_hooks_run_in_a_stable_order(make):
+    calls = []
+
+    class Recorder(Middleware):
+        def __init__(self, name):
+            self.name = name
+
+        def before_send(self, message):
+            calls.append(f"{self.name}.before_send")
+            message.headers["by"] = self.name
+
+        def after_send(self, message, stored):
+            calls.append(f"{self.name}.after_send")
+
+        def before_run(self, request):
+            calls.append(f"{self.name}.before_run {request.headers['by']}")
+
+        def after_run(self, request, result, error):
+            calls.append(f"{self.name}.after_run {result}")
+
+    app = make(middleware=[Recorder("a"), Recorder("b")])
+    task = app.task(lambda: 7, name="t")
+
+    task.delay()
+    app.run_until_idle()
+
+    assert calls == [
+        "a.before_send",
+        "b.before_send",
+        "b.after_send",
+        "a.after_send",
+        "a.before_run b",
+        "b.before_run b",
+        "b.after_run 7",
+        "a.after_run 7",
+    ]
+
+
+def test_the_request_says_what_runs(make):
+    app = make()
+    seen = {}
+
+    @app.task(bind=True, shard_key="user", retry_backoff=0.01)
+    def look(self, user):
+        request = self.request
+        seen[request.attempt] = (request.id, request.shard_key, request.queue, request.fencing_token > 0)
+        if request.attempt == 0:
+            raise self.retry(countdown=0.01)
+
+    result = look.delay(user=42)
+    app.run_until_idle()
+
+    assert seen == {0: (result.id, "42", "default", True), 1: (result.id, "42", "default", True)}
+    with pytest.raises(ConfigError):
+        _ = look.request
+
+
+def test_dedupe_runs_one_of_two_entries_with_one_id(make):
+    app = make(middleware=[Dedupe(ttl=60)])
+    runs = []
+    task = app.task(runs.append, name="t")
+
+    task.apply_async((1,), task_id="one")
+    task.apply_async((2,), task_id="one")
+    task.apply_async((3,), task_id="two")
+    app.run_until_idle()
+
+    assert runs == [1, 3]
+
+
+def test_a_result_that_does_not_come_times_out(make):
+    app = make()
+    task = app.task(lambda: None, name="t")
+
+    with pytest.raises(ResultTimeout):
+        task.delay().get(timeout=0.05)
+
+
+def test_the_fixture_gives_an_app_of_its_own(own_app):
+    task = own_app.task(lambda n: n + 1, name="plus")
+    result = task.delay(1)
+    assert own_app.run_until_idle() == 1
+    assert result.get(timeout=1) == 2
+
+
+@pytest.fixture
+def own_app(streamtask_app):
+    return streamtask_app
