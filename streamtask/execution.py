@@ -22,7 +22,7 @@ from .queue.lanes import Delivery
 from .redis import wire
 from .request import Request, here, in_coroutine
 from .results import FAILURE, REVOKED, SUCCESS, ResultStore
-from .task import Task
+from .task import FINAL, Task
 from .worker.ports import Place
 
 if TYPE_CHECKING:
@@ -228,6 +228,8 @@ class Runner:
                 return Outcome("requeue")
             return Outcome("dead", reason=REJECTED, message=exc.reason, traceback=_text(exc))
         limit = options.max_retries
+        if exc.__dict__.get(FINAL):
+            limit = 0
         if isinstance(exc, Retry):
             limit = exc.max_retries if exc.max_retries is not None else limit
             cause = exc.exc or exc

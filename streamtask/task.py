@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .results import AsyncResult
 
 F = TypeVar("F", bound=Callable[..., Any])
+FINAL = "_streamtask_final"
+"""Mark on an exception that ``retry`` raised because no retries are left: it is not retried by default either."""
+
 ShardKey = str | Callable[..., Any] | None
 
 
@@ -204,6 +207,7 @@ class Task(Generic[F]):
         limit = self.options.max_retries if max_retries is None else max_retries
         request = current()
         if exc is not None and request is not None and limit is not None and request.attempt >= limit and throw:
+            exc.__dict__[FINAL] = True
             raise exc
         signal = Retry(exc=exc, countdown=countdown, eta=eta, max_retries=max_retries)
         if throw:

@@ -241,8 +241,7 @@ class ShardConsumer:
         ``takeover``: the lease is new, and what is pending was another owner's. Otherwise a reply was lost.
         """
         self._read_clock(link)
-        if takeover:
-            self._read_positions(link)
+        self._read_positions(link, takeover)
         notes = {
             entry: Note.parse(text)
             for entry, text in _pairs(link.command("HGETALL", self.keys.notes(self.settings.group)))
@@ -364,11 +363,13 @@ class ShardConsumer:
         seconds, micros = link.command("TIME")
         self.clock_ms = int(seconds) * 1000 + int(micros) // 1000 - wall_ms()
 
-    def _read_positions(self, link: Link) -> None:
+    def _read_positions(self, link: Link, takeover: bool) -> None:
         for row in link.command("XINFO", "GROUPS", self.keys.stream):
             info = dict(_pairs(row))
             if info[b"name"].decode() == self.settings.group:
                 self.last_id = info[b"last-delivered-id"].decode()
+        if not takeover:
+            return
         newest = link.command("XREVRANGE", self.keys.wake, "+", "-", "COUNT", 1)
         self.wake_id = newest[0][0].decode() if newest else "0-0"
 
@@ -414,14 +415,17 @@ class ShardConsumer:
         that needs a start mark, for it would not start at once."""
         if self.halted or self.closing:
             return None
+        # What talks to Redis comes first, or is undone: an outage in the middle must not lose what was chosen.
+        self._load_heads(link, limit, limit)
         chosen: list[Delivery] = []
         if self.lanes.has_ready():
-            self._take_from_lanes(link, limit, chosen, may_mark)
+            self._take_from_lanes(limit, chosen, may_mark)
         mixed = bool(chosen)
         if not chosen or (not self._needs_mark(chosen[0]) and len(chosen) < limit):
-            self._take_from_buffer(link, limit, chosen, may_mark)
+            self._take_from_buffer(limit, chosen, may_mark)
         if not chosen:
             return None
+        self._mark(link, chosen)
         reopened: list[Hashable] = []
         if self._closed:
             reopened = [d.lane for d in chosen if d.lane in self._closed]
@@ -430,7 +434,7 @@ class ShardConsumer:
         batch.mixed = mixed
         return batch
 
-    def _take_from_lanes(self, link: Link, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
+    def _take_from_lanes(self, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
         oldest_out = min(self.handed, default=self._numbers + 1)
         again: list[Lane] = []
         for lane in self.lanes.ready():
@@ -438,15 +442,18 @@ class ShardConsumer:
                 # A batch that may still hold messages of this key is out: it has to come back first.
                 again.append(lane)
                 continue
-            items: list[Delivery | bytes] = []
-            while lane.waiting and len(chosen) + len(items) < limit:
+            while lane.waiting and len(chosen) < limit and not lane.closed:
                 head = lane.waiting[0]
-                if isinstance(head, Delivery) and self._needs_mark(head) and (items or chosen or not may_mark):
+                if not isinstance(head, Delivery):
+                    break  # its body is read when it is among the first
+                marked = self._needs_mark(head)
+                if marked and (chosen or not may_mark):
                     break
-                items.append(self.lanes.pop(lane))
-                if isinstance(head, Delivery) and self._needs_mark(head):
+                self.lanes.pop(lane)
+                if self._may_run(head):
+                    chosen.append(head)
+                if marked:
                     break
-            chosen += self._runnable(link, self._with_bodies(link, items))
             if lane.waiting:
                 again.append(lane)
             elif not lane.closed:
@@ -455,7 +462,7 @@ class ShardConsumer:
             if not lane.closed:
                 self.lanes.open(lane)
 
-    def _take_from_buffer(self, link: Link, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
+    def _take_from_buffer(self, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
         buffer = self.buffer
         if not self.lanes.lanes and not self.revoked and not chosen and (not buffer or buffer[0].fresh):
             # The common case: nothing waits, so the batch is the next run of the stream.
@@ -474,7 +481,8 @@ class ShardConsumer:
             if lane is not None:
                 self.lanes.add(lane, head)
                 continue
-            chosen += self._runnable(link, [head])
+            if self._may_run(head):
+                chosen.append(head)
             if self._needs_mark(head):
                 return
 
@@ -483,16 +491,19 @@ class ShardConsumer:
         Each closes its lane until it has ended."""
         if self.halted or self.closing:
             return []
-        taken: list[Batch] = []
+        self._load_heads(link, limit, 1)
+        chosen: list[Delivery] = []
         again: list[Lane] = []
         for lane in self.lanes.ready():
-            if len(taken) >= limit:
+            head = lane.waiting[0] if lane.waiting else None
+            if len(chosen) >= limit or isinstance(head, bytes):
                 again.append(lane)
                 continue
-            runs = self._runnable(link, self._with_bodies(link, [self.lanes.pop(lane)])) if lane.waiting else []
-            if runs:
+            if head is not None:
+                self.lanes.pop(lane)
+            if head is not None and self._may_run(head):
                 lane.running = True
-                taken.append(self._hand(runs, []))
+                chosen.append(head)
             elif lane.waiting:
                 again.append(lane)
             elif not lane.closed:
@@ -501,17 +512,17 @@ class ShardConsumer:
             if not lane.closed:
                 self.lanes.open(lane)
         buffer = self.buffer
-        while buffer and len(taken) < limit:
+        while buffer and len(chosen) < limit:
             delivery = buffer.popleft()
             lane_or_none = self.lanes.get(delivery.lane_key)
             if lane_or_none is not None:
                 self.lanes.add(lane_or_none, delivery)
                 continue
-            runs = self._runnable(link, [delivery])
-            if runs:
+            if self._may_run(delivery):
                 self.lanes.start(delivery.lane_key)
-                taken.append(self._hand(runs, []))
-        return taken
+                chosen.append(delivery)
+        self._mark(link, chosen)
+        return [self._hand([delivery], []) for delivery in chosen]
 
     def _hand(self, deliveries: list[Delivery], reopened: list[Hashable]) -> Batch:
         self._numbers += 1
@@ -522,41 +533,66 @@ class ShardConsumer:
     def _needs_mark(self, delivery: Delivery) -> bool:
         return not delivery.fresh and (self.lease.by_expiry or self.lease.shared)
 
-    def _runnable(self, link: Link, deliveries: list[Delivery]) -> list[Delivery]:
-        """Leaves out what must not run: revoked, or crashed its process too often. Writes the start marks."""
-        runs = []
-        for delivery in deliveries:
-            note = delivery.note
-            if self.revoked and delivery.id in self.revoked:
-                log.info(
-                    "left out a revoked message queue=%s shard=%s id=%s",
-                    self.queue,
-                    self.shard,
-                    wire.id_text(delivery.id),
-                )
-                self._dead_or_drop_revoked(delivery)
-                continue
-            if note is not None and note.crashes > self.settings.max_crashes:
-                self._dead.append(
-                    (
-                        delivery,
-                        [],
-                        Outcome(
-                            "dead",
-                            reason="crashed",
-                            message=f"its process died {note.crashes} times while the body ran (max_crashes is "
-                            f"{self.settings.max_crashes})",
-                        ),
-                    )
-                )
-                self.lanes.close(delivery.lane_key, None, None, self._numbers)
-                continue
-            if self._needs_mark(delivery):
-                delivery.note = note = note or Note()
-                note.mark = self.lease.token
-                self._write_notes(link, [(delivery.entry_id, note)])
-            runs.append(delivery)
-        return runs
+    def _may_run(self, delivery: Delivery) -> bool:
+        """False for what must not run: revoked, or crashed its process too often. What becomes of it is seen to."""
+        if self.revoked and delivery.id in self.revoked:
+            log.info(
+                "left out a revoked message queue=%s shard=%s id=%s", self.queue, self.shard, wire.id_text(delivery.id)
+            )
+            self._dead_or_drop_revoked(delivery)
+            return False
+        note = delivery.note
+        if note is not None and note.crashes > self.settings.max_crashes:
+            message = (
+                f"its process died {note.crashes} times while the body ran (max_crashes is {self.settings.max_crashes})"
+            )
+            self._dead.append((delivery, [], Outcome("dead", reason="crashed", message=message)))
+            self.lanes.close(delivery.lane_key, None, None, self._numbers)
+            return False
+        return True
+
+    def _mark(self, link: Link, chosen: list[Delivery]) -> None:
+        """Writes down that bodies start, where that is needed; where it fails, all of them go back."""
+        marked = [delivery for delivery in chosen if self._needs_mark(delivery)]
+        if not marked:
+            return
+        for delivery in marked:
+            delivery.note = delivery.note or Note()
+            delivery.note.mark = self.lease.token
+        try:
+            self._write_notes(link, [(d.entry_id, d.note) for d in marked if d.note is not None])
+        except BaseException:
+            for delivery in chosen:
+                self._give_back(delivery)
+            raise
+
+    def _load_heads(self, link: Link, limit: int, per_lane: int) -> None:
+        """Reads the bodies that the first messages of open lanes lack, in one round trip, into their places."""
+        wanted: dict[bytes, None] = {}
+        lanes = []
+        for lane in self.lanes.peek_ready():
+            lacking = [item for item, _ in zip(lane.waiting, range(per_lane), strict=False) if isinstance(item, bytes)]
+            if lacking and len(wanted) < limit:
+                lanes.append(lane)
+                wanted.update(dict.fromkeys(lacking[: limit - len(wanted)]))
+        if not wanted:
+            return
+        replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in wanted])
+        entries = [reply[0] for reply in replies if isinstance(reply, list) and reply]
+        found = {entry_id for entry_id, _ in entries}
+        bodies = {delivery.entry_id: delivery for delivery in self._decode(entries)}
+        for entry_id in wanted:
+            if entry_id not in found:
+                log.warning(
+                    "a waiting entry is gone from the stream queue=%s shard=%s entry=%s",
+                    self.queue, self.shard, entry_id.decode(),
+                )  # fmt: skip
+                self._finish(entry_id)
+        for lane in lanes:
+            items = list(lane.waiting)
+            kept = [bodies.get(item) if isinstance(item, bytes) and item in wanted else item for item in items]
+            lane.waiting = deque(item for item in kept if item is not None)
+            self.lanes.waiting -= len(items) - len(lane.waiting)
 
     def _dead_or_drop_revoked(self, delivery: Delivery) -> None:
         self._finish(delivery.entry_id)
@@ -567,32 +603,6 @@ class ShardConsumer:
 
     def on_dead(self, consumer: ShardConsumer, delivery: Delivery, outcome: Outcome) -> None:
         """Told of each dead letter once it is stored; the worker sets this."""
-
-    def _with_bodies(self, link: Link, items: Sequence[Delivery | bytes]) -> list[Delivery]:
-        missing = [item for item in items if isinstance(item, bytes)]
-        bodies: dict[bytes, Delivery] = {}
-        if missing:
-            replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in missing])
-            entries = [reply[0] for reply in replies if isinstance(reply, list) and reply]
-            for delivery in self._decode(entries):
-                bodies[delivery.entry_id] = delivery
-            dead = {item for item, _, _ in self._dead if isinstance(item, bytes)}
-            for entry_id in missing:
-                if entry_id not in bodies and entry_id not in dead:
-                    log.warning(
-                        "a waiting entry is gone from the stream queue=%s shard=%s entry=%s",
-                        self.queue,
-                        self.shard,
-                        entry_id.decode(),
-                    )
-                    self._finish(entry_id)
-        found = []
-        for item in items:
-            if isinstance(item, Delivery):
-                found.append(item)
-            elif item in bodies:
-                found.append(bodies[item])
-        return found
 
     # Outcomes
 

@@ -176,6 +176,11 @@ class LaneSet:
             if self.lanes.get(lane.key) is lane and not lane.running and not lane.closed and lane.due is None:
                 yield lane
 
+    def peek_ready(self) -> list[Lane]:
+        """The lanes that ``ready`` would show, which stay in their places."""
+        lanes = dict.fromkeys(lane for lane in self._ready if self.lanes.get(lane.key) is lane)
+        return [lane for lane in lanes if not lane.running and not lane.closed and lane.due is None]
+
     def pop(self, lane: Lane) -> Delivery | bytes:
         self.waiting -= 1
         return lane.waiting.popleft()
