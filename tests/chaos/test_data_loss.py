@@ -18,8 +18,8 @@ def said(pod, text):
     return text in pod.log.lower()
 
 
-def test_script_flush_loses_nothing(redis_server_all, site):
-    site = site(redis_server_all)
+def test_script_flush_loses_nothing(redis_server, site):
+    site = site(redis_server)
     pod = site.pod(2, 2)
     site.ready(2)
     for i in range(10):

@@ -84,9 +84,12 @@ def run(site, kinds, processes, concurrency, rounds):
     assert report.ended > 100
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
-def test_worker_processes_die(own_server_all, site, concurrency):
-    run(site(own_server_all, max_crashes=50), ["process"], 2, concurrency, 8)
+def test_worker_processes_die(own_server_all, site):
+    run(site(own_server_all, max_crashes=50), ["process"], 2, 4, 6)
+
+
+def test_worker_processes_die_at_concurrency_1(own_server, site):
+    run(site(own_server, max_crashes=50), ["process"], 2, 1, 6)
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

@@ -50,8 +50,8 @@ def test_a_lone_process_is_replaced(own_server, site):
     site.check()
 
 
-def test_a_sibling_takes_over(own_server_all, site):
-    site = site(own_server_all, lease=10.0)
+def test_a_sibling_takes_over(own_server, site):
+    site = site(own_server, lease=10.0)
     pod = site.pod(2)
     site.ready(2)
     victim = pod.children()[0]

@@ -39,8 +39,8 @@ def test_over_restart_and_expiry(own_server, site):
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
-def test_over_flushall(own_server_all, site, running):
-    site = site(own_server_all, lease=1.0)
+def test_over_flushall(own_server, site, running):
+    site = site(own_server, lease=1.0)
     pod = site.pod(2)
     before = run_some(site, 0)
     if not running:

@@ -79,9 +79,9 @@ def test_a_nearer_message_is_not_kept_waiting_by_a_far_one(redis_server, site):
     assert sum("1 delayed" in text for text in site.left().values()) == 2
 
 
-def test_takeover_in_the_meantime(redis_server_all, site):
+def test_takeover_in_the_meantime(redis_server, site):
     """The owner is killed, then joined by another, then its pod vanishes; everything is on time or as soon as owned."""
-    site = site(redis_server_all, DELAYED, lease=1.0)
+    site = site(redis_server, DELAYED, lease=1.0)
     pod = site.pod(1)
     site.ready(1)
     for shard in range(site.shards):
@@ -115,8 +115,8 @@ def test_due_while_nobody_works_and_in_the_order_of_due_times(redis_server, site
     site.wait_empty()
 
 
-def test_messages_due_in_one_millisecond_keep_the_order_of_their_calls(redis_server_all, site):
-    site = site(redis_server_all, DELAYED)
+def test_messages_due_in_one_millisecond_keep_the_order_of_their_calls(redis_server, site):
+    site = site(redis_server, DELAYED)
     site.pod(1)
     site.ready(1)
     due = dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=0.8)

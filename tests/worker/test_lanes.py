@@ -59,8 +59,8 @@ def test_a_lane_with_large_bodies_keeps_few_of_them(redis_server, site):
     assert grown < 15_000  # of 30,000 kB; one read is 200 bodies
 
 
-def test_a_held_head_does_not_keep_what_was_acknowledged_behind_it(redis_server_all, site):
-    site = site(redis_server_all)
+def test_a_held_head_does_not_keep_what_was_acknowledged_behind_it(redis_server, site):
+    site = site(redis_server)
     site.pod(1, 2)
     site.ready(1)
     key, *others = keys_on(0, 40)
@@ -80,9 +80,9 @@ def test_a_held_head_does_not_keep_what_was_acknowledged_behind_it(redis_server_
     site.wait_empty()
 
 
-def test_the_followers_run_in_order_when_the_lane_opens(redis_server_all, site):
+def test_the_followers_run_in_order_when_the_lane_opens(redis_server, site):
     """Beyond what is kept in memory they are read again, also by another owner."""
-    site = site(redis_server_all, TASKS.replace("retry_backoff=0.02", "retry_backoff=1.0"))
+    site = site(redis_server, TASKS.replace("retry_backoff=0.02", "retry_backoff=1.0"))
     pod = site.pod(1)
     site.ready(1)
     key, other = keys_on(0, 2)

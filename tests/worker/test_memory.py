@@ -42,19 +42,19 @@ def test_workers_drain_a_full_redis(own_server_all, site):
     site.wait_ended()
 
 
-def test_a_full_redis_stays_full_for_producers_and_a_dead_letter_still_fits(own_server_all, site):
-    site = site(own_server_all, send_timeout=0.3)
+def test_a_full_redis_stays_full_for_producers_and_a_dead_letter_still_fits(own_server, site):
+    site = site(own_server, send_timeout=0.3)
     key = keys_on(0, 1)[0]
     site.task("put").apply_async(kwargs={"k": key, "n": 0, "ms": 300, "fail": 99})
     site.task("put").delay(k=key, n=1)
     pod = site.pod(1)
     site.wait_started(key, 0)
-    own_server_all.config_set(maxmemory="100kb")
+    own_server.config_set(maxmemory="100kb")
     site.wait_ended(1)
     site.wait_empty()
     with pytest.raises(BrokerOutOfMemory):
         site.task("free").delay(n=1)
-    own_server_all.config_set(maxmemory="0")
+    own_server.config_set(maxmemory="0")
     assert [row["reason"] for row in site.dead()] == ["exhausted"]
     assert site.started(key) == [0, 0, 0, 0, 1]
     assert pod.children(), pod.log

@@ -13,8 +13,8 @@ def moved(before, after):
     return {shard for shard in was if was[shard] != now[shard]}
 
 
-def test_only_what_must_move_moves(redis_server_all, site):
-    site = site(redis_server_all)
+def test_only_what_must_move_moves(redis_server, site):
+    site = site(redis_server)
     for shard in range(site.shards):
         site.send(keys_on(shard, 1)[0], range(400), ms=1)
     site.send(None, range(400), ms=1)

@@ -56,8 +56,8 @@ def slow(k, n):
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_what_a_caller_gets(redis_server_all, site, concurrency):
-    site = site(redis_server_all, RESULTS, max_crashes=1)
+def test_what_a_caller_gets(redis_server, site, concurrency):
+    site = site(redis_server, RESULTS, max_crashes=1)
     site.pod(1, concurrency)
     add = site.task("add").delay("a", 1, 2)
     assert add.get(timeout=10) == 3
@@ -141,8 +141,8 @@ def test_revoked_while_it_waits_behind_another(redis_server, site):
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
-def test_get_waits_across_a_restart_of_redis(own_server_all, site, kill):
-    site = site(own_server_all, RESULTS)
+def test_get_waits_across_a_restart_of_redis(own_server, site, kill):
+    site = site(own_server, RESULTS)
     pod = site.pod(1)
     results = [site.task("slow").delay(f"k{n}", n) for n in (1, 2)]
     site.wait_started("k1", 1)
@@ -151,11 +151,11 @@ def test_get_waits_across_a_restart_of_redis(own_server_all, site, kill):
     for thread in threads:
         thread.start()
     time.sleep(0.2)
-    own_server_all.kill() if kill else own_server_all.stop()
+    own_server.kill() if kill else own_server.stop()
     site.open_gate(1)
     site.open_gate(2)
     time.sleep(0.5)
-    own_server_all.start()
+    own_server.start()
     for thread in threads:
         thread.join()
     assert sorted(got) == [1, 2]

@@ -13,8 +13,8 @@ from tests.worker.rig import keys_on
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_a_warm_stop_ends_what_runs_and_hands_the_rest_over_at_once(redis_server_all, site, concurrency):
-    site = site(redis_server_all, lease=10.0)
+def test_a_warm_stop_ends_what_runs_and_hands_the_rest_over_at_once(redis_server, site, concurrency):
+    site = site(redis_server, lease=10.0)
     first = site.pod(1, concurrency)
     site.ready(1)
     key, other = keys_on(0, 2)
@@ -103,8 +103,8 @@ def test_ctrl_c_stops_the_whole_group_warmly(redis_server, site):
     assert site.check(killed={}).repeated == 0
 
 
-def test_a_rolling_restart_under_load_repeats_nothing(redis_server_all, site):
-    rolling_restart(site(redis_server_all, lease=5.0), 4)
+def test_a_rolling_restart_under_load_repeats_nothing(redis_server, site):
+    rolling_restart(site(redis_server, lease=5.0), 4)
 
 
 def test_a_rolling_restart_at_concurrency_1(redis_server, site):
