@@ -117,6 +117,15 @@ def consume(port: int) -> None:
 # --- what runs beside us
 
 
+stopped: list[int] = []
+
+
+def stop(signum: int, frame: object) -> None:
+    """Ends the run by an exception, so that what was started is ended."""
+    stopped.append(signum)
+    sys.exit(128 + signum)
+
+
 class BenchmarkFailed(Exception):
     """Something did not start, ended early or was too slow: the figures would be wrong."""
 
@@ -211,6 +220,9 @@ class Bench:
                 preexec_fn=_die_with_parent if _prctl is not None else None,
             )
         try:
+            # An exception that a signal raises in the hooks around a fork is dropped by Python: ask again.
+            if stopped:
+                sys.exit(128 + signal.SIGTERM)
             yield process
         finally:
             process.terminate()
@@ -665,8 +677,7 @@ def main() -> int:
     except EmbeddedServerError as error:
         parser.error(str(error))
     sizes = QUICK if options.quick else Sizes()
-    # Turned into an exception, so that what was started is ended.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, stop)
     folder = Path(tempfile.mkdtemp(prefix="streamtask-bench-"))
     bench = Bench(folder, sizes)
     try:
