@@ -8,6 +8,7 @@ import datetime as dt
 import logging
 import signal
 import threading
+import time
 import traceback as tb
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -345,41 +346,46 @@ def soft_limit_by_signal(seconds: float) -> Iterator[None]:
 
 
 class SoftLimitWatch:
-    """Raises ``SoftTimeLimitExceeded`` in other threads at their next bytecode (``PyThreadState_SetAsyncExc``)."""
+    """Raises ``SoftTimeLimitExceeded`` in other threads at their next bytecode (``PyThreadState_SetAsyncExc``).
+
+    There is no lock that the exception could leave held: whoever takes a thread's entry out of the dict, in one step,
+    decides whether it is raised.
+    """
+
+    PERIOD_S = 0.02
 
     def __init__(self) -> None:
-        self._lock = threading.Condition()
         self._limits: dict[int, float] = {}
+        self._raised: set[int] = set()
         threading.Thread(target=self._run, name="streamtask-soft-limits", daemon=True).start()
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
         me = threading.get_ident()
-        with self._lock:
-            self._limits[me] = mono_s() + seconds
-            self._lock.notify()
         try:
+            self._limits[me] = mono_s() + seconds
             yield
         finally:
-            # Raised between the body's end and here, the exception would hit this very block: it is caught, and one
-            # that is still to come is taken back, under the lock that the watch holds when it raises.
+            # Between the body's end and here the exception would hit this very block: it is caught; and one that is
+            # still to come is waited for and taken back.
             while True:
                 try:
-                    with self._lock:
-                        self._limits.pop(me, None)
+                    if self._limits.pop(me, None) is None:
+                        while me not in self._raised:
+                            time.sleep(0.0005)
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), None)
+                        self._raised.discard(me)
                     break
                 except SoftTimeLimitExceeded:
                     continue
 
     def _run(self) -> None:
         while True:
-            with self._lock:
-                now = mono_s()
-                for thread, at in list(self._limits.items()):
-                    if at <= now:
-                        del self._limits[thread]
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                            ctypes.c_ulong(thread), ctypes.py_object(SoftTimeLimitExceeded)
-                        )
-                self._lock.wait(min(self._limits.values()) - now if self._limits else None)
+            time.sleep(self.PERIOD_S)
+            now = mono_s()
+            for thread, at in list(self._limits.items()):
+                if at <= now and self._limits.pop(thread, None) is not None:
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(thread), ctypes.py_object(SoftTimeLimitExceeded)
+                    )
+                    self._raised.add(thread)

@@ -115,10 +115,7 @@ def test_a_body_may_catch_its_soft_limit(redis_server, site, concurrency):
     assert site.dead() == []
 
 
-IN_THREADS = pytest.mark.xfail(strict=False, reason="a limit that hits while its lock is taken leaves it taken")
-
-
-@pytest.mark.parametrize("concurrency", [1, pytest.param(4, marks=IN_THREADS)])
+@pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_soft_limit_never_hits_outside_of_its_body(redis_server, site, concurrency):
     """Bodies that end at the instant of their limit: each ends in one way, and the worker lives."""
     site = site(redis_server, LIMITS)
