@@ -10,9 +10,8 @@ import signal
 import threading
 import time
 import traceback as tb
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .backoff import retry_delay_s
 from .clock import mono_s, wall_ms
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 log = logging.getLogger("streamtask.task")
+
+R = TypeVar("R")
 
 UNKNOWN_TASK = "unknown-task"
 EXHAUSTED = "exhausted"
@@ -100,8 +101,7 @@ class Runner:
         try:
             for hook in self._before_run:
                 hook(request)
-            with self._limits(task, place):
-                result = task(*delivery.args, **delivery.kwargs)
+            result = self._call(task, delivery, place)
         except BaseException as exc:
             error = exc
         return self._ended(task, delivery, place, request, result, error)
@@ -161,22 +161,29 @@ class Runner:
             self._next_start[name] = now + 1 / rate
             return 0.0
 
-    @contextmanager
-    def _limits(self, task: Task[Any], place: Place) -> Iterator[None]:
+    def _call(self, task: Task[Any], delivery: Delivery, place: Place) -> Any:
+        """Runs the body within its limits.
+
+        No generator-based context managers here: an exception that a soft limit raises while such a block is being
+        entered or left would leave the generator suspended, and what it has to put back undone.
+        """
         options = task.options
+        if not (options.soft_time_limit or options.time_limit):
+            return task(*delivery.args, **delivery.kwargs)
         if options.time_limit:
             place.set_deadline(mono_s() + options.time_limit)
         try:
-            if options.soft_time_limit and place.in_main_thread:
-                with soft_limit_by_signal(options.soft_time_limit):
-                    yield
-            elif options.soft_time_limit:
-                if self._watch is None:
-                    self._watch = SoftLimitWatch()
-                with self._watch.limit(options.soft_time_limit):
-                    yield
-            else:
-                yield
+            if not options.soft_time_limit:
+                return task(*delivery.args, **delivery.kwargs)
+
+            def body() -> Any:
+                return task(*delivery.args, **delivery.kwargs)
+
+            if place.in_main_thread:
+                return call_with_alarm(options.soft_time_limit, body)
+            if self._watch is None:
+                self._watch = SoftLimitWatch()
+            return self._watch.call(options.soft_time_limit, body)
         finally:
             if options.time_limit:
                 place.set_deadline(0.0)
@@ -323,11 +330,10 @@ def _quietly(hook: Callable[..., None], *args: Any) -> None:
         log.exception("a middleware's hook raised: %r", hook)
 
 
-@contextmanager
-def soft_limit_by_signal(seconds: float) -> Iterator[None]:
-    """Raises ``SoftTimeLimitExceeded`` in the block when its time is over: SIGALRM, main thread only.
+def call_with_alarm(seconds: float, body: Callable[[], R]) -> R:
+    """Calls ``body``; raises ``SoftTimeLimitExceeded`` in it when its time is over. By SIGALRM: main thread only.
 
-    The handler raises only while the block runs, so that the exception can't escape into what comes after it.
+    The timer fires once, so that the exception can come once, and never after this function has returned.
     """
     inside = True
 
@@ -336,13 +342,22 @@ def soft_limit_by_signal(seconds: float) -> Iterator[None]:
             raise SoftTimeLimitExceeded(f"soft_time_limit of {seconds} s")
 
     before = signal.signal(signal.SIGALRM, raise_here)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
+        nonlocal inside
         inside = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        return body()
+    finally:
+        try:
+            put_back()
+        except SoftTimeLimitExceeded:
+            put_back()
+            raise
 
 
 class SoftLimitWatch:
@@ -359,12 +374,11 @@ class SoftLimitWatch:
         self._raised: set[int] = set()
         threading.Thread(target=self._run, name="streamtask-soft-limits", daemon=True).start()
 
-    @contextmanager
-    def limit(self, seconds: float) -> Iterator[None]:
+    def call(self, seconds: float, body: Callable[[], R]) -> R:
         me = threading.get_ident()
         try:
             self._limits[me] = mono_s() + seconds
-            yield
+            return body()
         finally:
             # Between the body's end and here the exception would hit this very block: it is caught; and one that is
             # still to come is waited for and taken back.

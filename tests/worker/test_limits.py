@@ -139,9 +139,6 @@ def test_a_soft_limit_never_hits_outside_of_its_body(redis_server, site, concurr
         assert starts == sorted(set(starts))
 
 
-@pytest.mark.xfail(
-    strict=False, reason="a limit that hits while the block around the body is left leaves it unfinished"
-)
 def test_a_soft_limit_that_hits_at_the_end_leaves_nothing_behind(redis_server, site):
     site = site(redis_server, LIMITS)
     pod = site.pod(1)

@@ -196,7 +196,6 @@ def test_what_a_body_may_say(redis_server, site):
     assert len({e.pid for e in site.events()}) == 1, "a body's exception ended its process"
 
 
-@pytest.mark.xfail(reason="retry() raises exc beyond its own limit, and the task's limit then retries that")
 def test_retry_with_an_exception_and_a_limit_of_its_own(redis_server, site):
     """``self.retry(exc=..., max_retries=1)``: after one retry the message is dead, with the exception."""
     site = site(redis_server, SAYS)
