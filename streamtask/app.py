@@ -23,7 +23,8 @@ from .queue.declare import Queue
 from .queue.producer import Call, Producer, ProducerSettings, new_id
 from .queue.seen import dedupe_hash
 from .redis import wire
-from .redis.connection import Broker, pack
+from .redis.connection import Broker
+from .redis.link import pack
 from .results import AsyncResult, ResultStore
 from .settings import Settings
 from .task import Task, TaskOptions
@@ -61,12 +62,14 @@ class StreamTask:
         self.middleware = list(middleware)
         self.tasks: dict[str, Task[Any]] = {}
         self._queues: dict[str, Queue] = {}
+        self._revokers: dict[Queue, Callable[[str], None]] = {}
         self._lock = threading.Lock()
         self.results = self._result_store(backend)
         self.producer = Producer(self._producer_settings())
         self._async_producer: AsyncProducer | None = None
         self._before_send = overriding(self.middleware, "before_send")
         self._after_send = overriding(self.middleware, "after_send")[::-1]
+        self._hooks = bool(self._before_send or self._after_send)
         wire.accepted_content.update(_content_types((*self.settings.accept_content, self.settings.serializer)))
 
     def _result_store(self, backend: str | bool | None) -> ResultStore | None:
@@ -137,6 +140,20 @@ class StreamTask:
 
     # Sending
 
+    def send_plain(
+        self, task: Task[Any], key: bytes | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> AsyncResult:
+        """``send`` for a message without options, hooks or headers: what ``task.delay`` nearly always sends."""
+        if self._hooks or not task.is_plain:
+            return self.send(task, key, args, kwargs)
+        queue = self._queues.get(task.options.queue) or self.queue(task.options.queue)
+        if not queue.declared:
+            self.producer.declare(queue)
+        message_id = new_id()
+        envelope = self._encode(task, key, message_id, args, kwargs, None)
+        self.producer.append(queue, queue.shard_for(key), envelope)
+        return AsyncResult(message_id, self.results, self._revokers.get(queue) or self._revoker(queue))
+
     def send(
         self,
         task: Task[Any],
@@ -193,8 +210,8 @@ class StreamTask:
     ) -> tuple[Call, Outgoing | None]:
         options = task.options
         queue = self.queue(options.queue)
-        produce_id = new_id()
-        message_id: bytes | str = produce_id
+        call_id = new_id()
+        message_id: bytes | str = call_id
         dedupe = None
         if dedupe_id is not None:
             message_id = dedupe = dedupe_hash(options.queue, key, dedupe_id)
@@ -213,13 +230,13 @@ class StreamTask:
         if expires is not None:
             head[wire.H_EXPIRES] = _deadline_ms(expires)
         outgoing = None
-        if self._before_send or self._after_send:
+        if self._hooks:
             outgoing = Outgoing(task.name, wire.id_text(message_id), args, kwargs, options.queue, key, head)
             for hook in self._before_send:
                 hook(outgoing)
             head = outgoing.headers
-        field, envelope = self._encode(task, key, message_id, args, kwargs, head or None)
-        call = Call(queue, queue.shard_for(key), field, envelope, produce_id, due_ms, relative, dedupe, message_id)
+        envelope = self._encode(task, key, message_id, args, kwargs, head or None)
+        call = Call(queue, queue.shard_for(key), envelope, due_ms, relative, dedupe, message_id, call_id)
         return call, outgoing
 
     def _encode(
@@ -230,7 +247,7 @@ class StreamTask:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         headers: dict[str, Any] | None,
-    ) -> tuple[bytes, bytes]:
+    ) -> bytes:
         serializer = task.options.serializer or self.settings.serializer
         if serializer == "msgpack":
             envelope = wire.encode(task.name, key, message_id, args, kwargs, headers)
@@ -241,7 +258,7 @@ class StreamTask:
                 f"the message of task {task.name!r} has {len(envelope)} bytes; max_message_bytes is "
                 f"{self.settings.max_message_bytes}. Store the data elsewhere and send where it is"
             )
-        return wire.MSGPACK, envelope
+        return envelope
 
     def _sent(self, call: Call, outgoing: Outgoing | None, stored: bool) -> AsyncResult:
         if outgoing is not None:
@@ -262,26 +279,25 @@ class StreamTask:
         """Stores many messages of one task; ``task.send_many`` is the way to call it."""
         queue = self.queue(task.options.queue)
         self.producer.declare(queue, timeout)
-        messages: list[tuple[int | str, bytes, bytes]] = []
+        messages: list[tuple[int | str, bytes]] = []
         results: list[AsyncResult] = []
         outgoing: list[Outgoing] = []
         revoke = self._revoker(queue)
         expires = task.options.expires
         base_headers = {wire.H_EXPIRES: _deadline_ms(expires)} if expires is not None else None
-        hooks = bool(self._before_send or self._after_send)
         for one in calls:
             args, kwargs = ((), one) if isinstance(one, Mapping) else one
             key = task.shard_key(args, kwargs)
             message_id = new_id()
             headers = base_headers
-            if hooks:
+            if self._hooks:
                 out = Outgoing(task.name, wire.id_text(message_id), args, kwargs, queue.name, key, dict(headers or {}))
                 for hook in self._before_send:
                     hook(out)
                 outgoing.append(out)
                 headers = out.headers or None
-            field, envelope = self._encode(task, key, message_id, args, kwargs, headers)
-            messages.append((queue.shard_for(key), field, envelope))
+            envelope = self._encode(task, key, message_id, args, kwargs, headers)
+            messages.append((queue.shard_for(key), envelope))
             results.append(AsyncResult(message_id, self.results, revoke))
         self.producer.send_many(queue, messages, timeout)
         for out in outgoing:
@@ -296,6 +312,12 @@ class StreamTask:
         return AsyncResult(wire.id_bytes(task_id), self.results, self._revoker(self.queue(queue)))
 
     def _revoker(self, queue: Queue) -> Callable[[str], None]:
+        found = self._revokers.get(queue)
+        if found is None:
+            found = self._revokers[queue] = self._make_revoker(queue)
+        return found
+
+    def _make_revoker(self, queue: Queue) -> Callable[[str], None]:
         def revoke(task_id: str) -> None:
             key = queue.keys.revoked
             link = self.producer.take_link(self.broker.node(key), queue, key)

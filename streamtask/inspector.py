@@ -18,8 +18,9 @@ from .errors import BrokerUnavailable, ConfigError, DecodeError, StreamTaskError
 from .queue.consumer import OWNER
 from .queue.lanes import id_order
 from .redis import wire
-from .redis.connection import MIN_VERSION, Link, ReplyError, pack
+from .redis.connection import MIN_VERSION
 from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
+from .redis.link import Link, ReplyError, pack
 from .redis.scripts import by_sha, script
 
 if TYPE_CHECKING:

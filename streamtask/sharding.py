@@ -20,6 +20,8 @@ def canonical(key: object) -> bytes:
 
     Raises ``ShardKeyError`` for None, bool and any other type, for an empty key, and for text that is not valid Unicode.
     """
+    if type(key) is int:
+        return b"%d" % key
     if type(key) is str:
         text = key
     elif isinstance(key, bool) or key is None:

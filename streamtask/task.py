@@ -87,6 +87,7 @@ class Task(Generic[F]):
         self.name = name
         self.options = options
         self.is_async = inspect.iscoroutinefunction(function)
+        self.is_plain = options.expires is None  # messages have no headers, if their call gives them none
         self._key_of = _compile_key(function, name, options)
         self._fits = _compile_key(function, name, replace(options, shard_key=None))
         functools.update_wrapper(self, function)
@@ -118,7 +119,7 @@ class Task(Generic[F]):
         Raises ``ShardKeyError``, ``EncodeError``, ``MessageTooLarge``, ``QueueFull`` or ``BrokerUnavailable``;
         TypeError if the arguments don't fit the function.
         """
-        return self.app.send(self, self._key_of(*args, **kwargs), args, kwargs)
+        return self.app.send_plain(self, self._key_of(*args, **kwargs), args, kwargs)
 
     def apply_async(
         self,

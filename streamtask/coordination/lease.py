@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 from ..clock import mono_s
 from ..errors import LeaseLost
-from ..redis.connection import Link
 from ..redis.keys import ShardKeys
+from ..redis.link import Link
 from ..redis.scripts import Code, script
 
 MARGIN = 0.1

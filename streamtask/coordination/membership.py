@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..clock import wall_ms
-from ..redis.connection import Link, pack
 from ..redis.keys import QueueKeys
+from ..redis.link import Link, pack
 from ..redis.scripts import script
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, QueueFull
 from ..redis.aio import Pipe
-from ..redis.connection import Broker, ReplyError
+from ..redis.connection import Broker
+from ..redis.link import ReplyError
 from ..redis.scripts import Code, by_sha
 from .producer import Call, Producer
 

@@ -19,7 +19,7 @@ from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease
 from ..errors import DecodeError, LeaseLost
 from ..redis import wire
-from ..redis.connection import Link, ReplyError, pack
+from ..redis.link import Link, ReplyError, pack
 from ..redis.scripts import Code, script
 from .lanes import MAX_WAITING, Delivery, Lane, LaneSet, Note, id_order
 from .seen import generation_keys

@@ -6,8 +6,9 @@ import threading
 from dataclasses import dataclass
 
 from ..errors import ShardCountMismatch
-from ..redis.connection import Broker, Link, Reply, pack
+from ..redis.connection import Broker
 from ..redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
+from ..redis.link import Link, Reply, pack
 from ..redis.scripts import script
 from ..sharding import shard_of
 

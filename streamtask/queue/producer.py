@@ -18,11 +18,12 @@ from typing import Any
 from ..backoff import delays
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, StreamTaskError
-from ..redis.connection import Link, ReplyError
+from ..redis import wire
 from ..redis.keys import SHARED, ShardKeys
+from ..redis.link import Link, ReplyError
 from ..redis.scripts import Code, script
 from .declare import Queue
-from .seen import Pages, generation_keys
+from .seen import PAGE, Pages, generation_keys
 
 BATCH = 250
 """Messages of one shard that ``send_many`` appends with one script call."""
@@ -41,31 +42,11 @@ class ProducerSettings:
     timeout_s: float = 30.0
 
 
-class IdSource:
-    """Random 16-byte ids, drawn from the system 256 at a time; a forked child begins anew."""
-
-    __slots__ = ("__weakref__", "_pool")
-
-    def __init__(self) -> None:
-        self._pool: deque[bytes] = deque()
-        _reset_after_fork.add(self)
-
-    def __call__(self) -> bytes:
-        try:
-            return self._pool.pop()
-        except IndexError:
-            block = os.urandom(16 * 256)
-            self._pool.extend(block[i : i + 16] for i in range(16, len(block), 16))
-            return block[:16]
-
-    def after_fork(self) -> None:
-        self._pool.clear()
-
-
 _reset_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
+    _ids.clear()
     for one in list(_reset_after_fork):
         one.after_fork()
 
@@ -73,7 +54,17 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-new_id = IdSource()
+_ids: deque[bytes] = deque()
+
+
+def new_id() -> bytes:
+    """A random 16-byte id. They are drawn from the system 256 at a time; a forked child begins anew."""
+    try:
+        return _ids.pop()
+    except IndexError:
+        block = os.urandom(16 * 256)
+        _ids.extend(block[i : i + 16] for i in range(16, len(block), 16))
+        return block[:16]
 
 
 def _bulk(*parts: str | bytes | int) -> bytes:
@@ -81,76 +72,90 @@ def _bulk(*parts: str | bytes | int) -> bytes:
     return b"".join(b"$%d\r\n%b\r\n" % (len(p), p) for p in raw)
 
 
+_NUMBERS = [_bulk(number) for number in range(PAGE)]
+
+
 class Target:
-    """One shard as a producer sees it: its keys, its page of produce ids, and the prepared start of the next call."""
+    """One shard as a producer sees it: its keys, its produce ids, and what of its next calls is prepared."""
 
-    __slots__ = ("_head", "_settings", "epoch", "keys", "layout", "node", "pages")
+    __slots__ = (
+        "_page",
+        "_settings",
+        "_single",
+        "_tail",
+        "batches",
+        "calls",
+        "epoch",
+        "keys",
+        "layout",
+        "links",
+        "node",
+    )
 
-    def __init__(self, queue: Queue, shard: int | str, settings: ProducerSettings) -> None:
+    def __init__(
+        self, queue: Queue, shard: int | str, settings: ProducerSettings, idle: dict[str, list[Link]] | None = None
+    ) -> None:
         self.keys: ShardKeys = queue.shard_keys(shard)
         self.epoch = queue.shape().epoch
         self.node = queue.broker.node(self.keys.stream)
-        self.pages = Pages(self.keys)
+        self.links = ({} if idle is None else idle).setdefault(
+            self.node, []
+        )  # idle ones, shared with others of the node
+        self.calls = Pages(self.keys, "p")
+        self.batches = Pages(self.keys, "b")
         self.layout = ""  # of the generations of dedupe ids, as Redis last told it
         self._settings = settings
-        self._head = b""
+        self._single = self.calls.number
+        self._page = (-1, b"")  # a page's number, and the start of its calls
+        self._tail = _bulk(settings.produce_ttl_ms, settings.max_backlog, wire.MSGPACK)
 
-    def pack_append(self, field: bytes, produce_id: bytes, envelope: bytes) -> bytes:
-        """``produce.lua`` as bytes: all but the id and the envelope is prepared once per page."""
-        head = self._head
-        # An empty one: another thread has taken the first page, and not prepared it yet.
-        if self.pages.take() or not head:
-            keys = self.keys
-            head = self._head = (
-                b"*13\r\n"
-                + _bulk("EVALSHA", script("produce").sha, 4, keys.state, self.pages.page, keys.stream, keys.delayed)
-                + _bulk(self.epoch)
-                + b"$16\r\n"
-            )
-        settings = self._settings
-        return b"%b%b\r\n$%d\r\n%d\r\n$%d\r\n%d\r\n$1\r\n%b\r\n$%d\r\n%b\r\n" % (
-            head,
-            produce_id,
-            len(str(settings.produce_ttl_ms)),
-            settings.produce_ttl_ms,
-            len(str(settings.max_backlog)),
-            settings.max_backlog,
-            field,
-            len(envelope),
-            envelope,
-        )
+    def pack_append(self, envelope: bytes) -> bytes:
+        """``produce.lua`` as bytes, with a produce id of its own: all but id and envelope is prepared once per page."""
+        page, number = divmod(self._single(), PAGE)
+        prepared, head = self._page
+        if prepared != page:
+            head = self._prepare(page)
+        return b"%b%b%b$%d\r\n%b\r\n" % (head, _NUMBERS[number], self._tail, len(envelope), envelope)
 
-    def pack_many(self, batch_id: bytes, messages: Sequence[tuple[bytes, bytes]]) -> bytes:
-        self.pages.take()
+    def _prepare(self, page: int) -> bytes:
+        keys = self.keys
+        called = _bulk("EVALSHA", script("produce").sha, 4, keys.state, self.calls.key(page), keys.stream, keys.delayed)
+        head = b"*13\r\n" + called + _bulk(self.epoch)
+        # In one step: another thread may be at another page.
+        self._page = (page, head)
+        return head
+
+    def pack_many(self, envelopes: Sequence[bytes]) -> bytes:
+        """``produce_many.lua``, with a produce id for the whole batch."""
+        page, number = self.batches.take()
         keys, settings = self.keys, self._settings
-        flat: list[bytes] = []
-        for message in messages:
-            flat.extend(message)
+        flat: list[bytes] = [wire.MSGPACK] * (2 * len(envelopes))
+        flat[1::2] = envelopes
         return script("produce_many").pack(
-            (keys.state, self.pages.page, keys.stream, keys.delayed),
-            (self.epoch, batch_id, settings.produce_ttl_ms, settings.max_backlog, *flat),
+            (keys.state, page, keys.stream, keys.delayed),
+            (self.epoch, number, settings.produce_ttl_ms, settings.max_backlog, *flat),
         )
 
-    def pack_delayed(self, field: bytes, produce_id: bytes, envelope: bytes, due_ms: int, relative: bool) -> bytes:
-        self.pages.take()
+    def pack_delayed(self, envelope: bytes, due_ms: int, relative: bool) -> bytes:
+        """``produce_delayed.lua``, with a produce id of its own."""
+        page, number = self.calls.take()
         keys, settings = self.keys, self._settings
         return script("produce_delayed").pack(
-            (keys.state, self.pages.page, keys.stream, keys.delayed, keys.wake),
+            (keys.state, page, keys.stream, keys.delayed, keys.wake),
             (
                 self.epoch,
-                produce_id,
+                number,
                 settings.produce_ttl_ms,
                 settings.max_backlog,
-                field,
+                wire.MSGPACK,
                 envelope,
                 due_ms,
                 1 if relative else 0,
             ),
         )
 
-    def pack_deduped(
-        self, field: bytes, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool, produce_id: bytes
-    ) -> bytes:
+    def pack_deduped(self, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool, call_id: bytes) -> bytes:
+        """``produce_deduped.lua``. ``call_id``: random bytes that stand for this call and its repetitions."""
         keys, settings = self.keys, self._settings
         return script("produce_deduped").pack(
             (keys.state, keys.stream, keys.delayed, keys.wake, *generation_keys(keys, "d", self.layout, id16)),
@@ -159,14 +164,14 @@ class Target:
                 id16,
                 settings.dedupe_ttl_ms,
                 settings.max_backlog,
-                field,
+                wire.MSGPACK,
                 envelope,
                 "" if due_ms is None else due_ms,
                 1 if relative else 0,
                 self.layout,
                 settings.max_dedupe_ids,
                 # Two bytes in the id's hash; a wrong match only matters to a call that is repeated.
-                int.from_bytes(produce_id[:2], "big") & 0x7FFF,
+                int.from_bytes(call_id[:2], "big") & 0x7FFF,
             ),
         )
 
@@ -177,22 +182,19 @@ class Call:
 
     queue: Queue
     shard: int | str
-    field: bytes
     envelope: bytes
-    produce_id: bytes
     due_ms: int | None = None
     relative: bool = False
     dedupe: bytes | None = None
     message_id: bytes | str = b""
+    call_id: bytes = b""  # where there is a dedupe id
 
     def pack(self, target: Target) -> bytes:
         if self.dedupe is not None:
-            return target.pack_deduped(
-                self.field, self.dedupe, self.envelope, self.due_ms, self.relative, self.produce_id
-            )
+            return target.pack_deduped(self.dedupe, self.envelope, self.due_ms, self.relative, self.call_id)
         if self.due_ms is not None:
-            return target.pack_delayed(self.field, self.produce_id, self.envelope, self.due_ms, self.relative)
-        return target.pack_append(self.field, self.produce_id, self.envelope)
+            return target.pack_delayed(self.envelope, self.due_ms, self.relative)
+        return target.pack_append(self.envelope)
 
 
 class Waiting:
@@ -239,25 +241,39 @@ class Producer:
     def target(self, queue: Queue, shard: int | str) -> Target:
         found = self._targets.get((queue, shard))
         if found is None:
-            found = self._targets.setdefault((queue, shard), Target(queue, shard, self.settings))
+            found = self._targets.setdefault((queue, shard), Target(queue, shard, self.settings, self._idle))
         return found
 
-    def send(self, call: Call, timeout_s: float | None = None) -> bool:
+    def append(self, queue: Queue, shard: int | str, envelope: bytes) -> None:
+        """Stores one message, now and with no dedupe id: ``send`` for what is nearly always sent."""
+        started = mono_s()
+        target = self._targets.get((queue, shard)) or self.target(queue, shard)
+        packed = target.pack_append(envelope)
+        try:
+            if type(self._call(target, packed, queue)) is bytes:
+                return
+        except (BrokerUnavailable, QueueFull):
+            pass
+        self.send(Call(queue, shard, envelope), started=started, packed=packed)
+
+    def send(
+        self, call: Call, timeout_s: float | None = None, *, started: float | None = None, packed: bytes | None = None
+    ) -> bool:
         """Stores one message. True if it is new, False if its dedupe id was stored before.
 
-        ``timeout_s``: how long to wait for Redis and for room. Raises ``QueueFull``, ``BrokerOutOfMemory``,
-        ``BrokerUnavailable``.
+        ``timeout_s``: how long to wait for Redis and for room, from ``started`` on. ``packed``: the call as it was sent
+        before, in vain or with its reply lost. Raises ``QueueFull``, ``BrokerOutOfMemory``, ``BrokerUnavailable``.
         """
-        started = mono_s()
+        if started is None:
+            started = mono_s()
         waiting: Waiting | None = None
-        packed: bytes | None = None
         while True:
             try:
                 target = self.target(call.queue, call.shard)
                 if packed is None or call.dedupe is not None:
                     # One page per call: the repetition must look where the first try may have left the id.
                     packed = call.pack(target)
-                answer = self._call(target.node, packed, call.queue, target.keys.stream)
+                answer = self._call(target, packed, call.queue)
                 # An entry id, 1, or STORED_ALREADY, which for a produce id is the answer to a repeated call.
                 if type(answer) is bytes or answer == 1:
                     return True
@@ -319,17 +335,15 @@ class Producer:
             )
         raise ReplyError(f"unexpected answer of a produce script: {answer!r}")
 
-    def send_many(
-        self, queue: Queue, messages: Sequence[tuple[int | str, bytes, bytes]], timeout_s: float | None
-    ) -> None:
-        """Stores messages ``(shard, field, envelope)``; within a shard in their order.
+    def send_many(self, queue: Queue, messages: Sequence[tuple[int | str, bytes]], timeout_s: float | None) -> None:
+        """Stores messages ``(shard, envelope)``; within a shard in their order.
 
         One script call for some hundreds of messages of one shard, one call in flight per shard. Raises
         ``BulkSendError`` saying which are stored.
         """
         runs: dict[int | str, deque[list[int]]] = {}
         sizes: dict[int | str, int] = {}
-        for index, (shard, _, envelope) in enumerate(messages):
+        for index, (shard, envelope) in enumerate(messages):
             batches = runs.setdefault(shard, deque())
             size = sizes.get(shard, 0) + len(envelope)
             if not batches or len(batches[-1]) >= BATCH or size > BATCH_BYTES:
@@ -339,20 +353,16 @@ class Producer:
             batches[-1].append(index)
         Bulk(self, queue, messages, runs, self.waiting(timeout_s, mono_s())).run()
 
-    def _call(self, node: str, packed: bytes, queue: Queue, key: str) -> Any:
-        link = self.take_link(node, queue, key)
+    def _call(self, target: Target, packed: bytes, queue: Queue) -> Any:
+        links = target.links
         try:
-            answer = link.call(packed)
-        except BrokerUnavailable:
-            link.close()
-            raise
-        except BaseException as exc:
-            if not isinstance(exc, StreamTaskError):
-                link.close()  # interrupted between request and reply: the next user must not read it
-            raise
+            link = links.pop()
+        except IndexError:
+            link = queue.broker.link(target.keys.stream)
+        try:
+            return link.call(packed)
         finally:
-            self._idle.setdefault(node, []).append(link)
-        return answer
+            links.append(link)  # one that failed or was interrupted is closed, and connects anew
 
     def take_link(self, node: str, queue: Queue, key: str) -> Link:
         try:
@@ -365,6 +375,7 @@ class Producer:
 
     def close(self) -> None:
         idle, self._idle = self._idle, {}
+        self._targets = {}
         for links in idle.values():
             for link in links:
                 link.close()
@@ -377,7 +388,7 @@ class Bulk:
         self,
         producer: Producer,
         queue: Queue,
-        messages: Sequence[tuple[int | str, bytes, bytes]],
+        messages: Sequence[tuple[int | str, bytes]],
         runs: dict[int | str, deque[list[int]]],
         waiting: Waiting,
     ) -> None:
@@ -417,9 +428,7 @@ class Bulk:
         for shard in shards:
             if shard not in self.prepared:
                 batch = self.runs[shard][0]
-                body = self.producer.target(self.queue, shard).pack_many(
-                    new_id(), [self.messages[i][1:] for i in batch]
-                )
+                body = self.producer.target(self.queue, shard).pack_many([self.messages[i][1] for i in batch])
                 self.prepared[shard] = (batch, body)
             packed.append(self.prepared[shard][1])
         key = self.producer.target(self.queue, shards[0]).keys.stream
@@ -427,13 +436,8 @@ class Bulk:
         try:
             answers = link.pipeline(packed)
         except BrokerUnavailable:
-            link.close()
             for shard in shards:
                 self.unknown.update(self.prepared[shard][0])
-            raise
-        except BaseException as exc:
-            if not isinstance(exc, StreamTaskError):
-                link.close()  # interrupted between request and reply: the next user must not read it
             raise
         finally:
             self.producer.give_link(node, link)

@@ -1,42 +1,41 @@
-"""Which small hash an id lies in (``lua/include/seen.lua`` has the set itself).
+"""How Redis remembers which messages it has stored (``lua/include/seen.lua`` has the set of dedupe ids).
 
-Two kinds of ids are remembered. *Produce ids* guard one call against its own repetition: only the caller looks them up,
-so it fills pages of 64 ids one after the other and names the same page again when it repeats the call. *Dedupe ids* must
-be found by whoever sends them: they lie in generations of 2^bits small hashes, chosen by the id's first bytes.
+Two kinds of ids. A *produce id* guards one call against its own repetition: only the caller looks it up, so it is a page,
+whose name is random, and the number of the call in it; a page is a bitmap, and an id costs one bit and its share of the
+page's key. *Dedupe ids* must be found by whoever sends them: 16 bytes each, in generations of 2^bits small hashes, chosen
+by the id's first bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import secrets
 from itertools import count
 
 from ..redis.keys import ShardKeys
 
-PAGE = 64
+PAGE = 512
+"""Calls of one page."""
 
 
 class Pages:
-    """Pages of produce ids for one shard and one process. Threads may share it: a page then holds a few more."""
+    """Produce ids for one shard and one process; threads may share it."""
 
-    __slots__ = ("_keys", "_left", "_name", "_numbers", "page")
+    __slots__ = ("_keys", "_name", "number")
 
-    def __init__(self, keys: ShardKeys) -> None:
+    def __init__(self, keys: ShardKeys, kind: str) -> None:
         self._keys = keys
-        self._name = os.urandom(6).hex()
-        self._numbers = count()
-        self._left = 0
-        self.page = ""
+        self._name = f"{kind}{secrets.token_urlsafe(9)}"
+        # The number of the next call. One step, so that no two threads get one number.
+        self.number = count().__next__
 
-    def take(self) -> bool:
-        """Makes room for one id; True if ``page`` is now another."""
-        self._left -= 1
-        if self._left > 0:
-            return False
-        # The page first: another thread that sees room left must find where.
-        self.page = self._keys.seen(f"p{self._name}.{next(self._numbers):x}")
-        self._left = PAGE
-        return True
+    def key(self, page: int) -> str:
+        return self._keys.seen(f"{self._name}.{page:x}")
+
+    def take(self) -> tuple[str, int]:
+        """A new id: the page's key and the number in it."""
+        page, number = divmod(self.number(), PAGE)
+        return self.key(page), number
 
 
 def dedupe_hash(queue: str, key: bytes | None, dedupe_id: str) -> bytes:

@@ -8,7 +8,8 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from ..errors import BrokerUnavailable, StreamTaskError
-from .connection import Broker, translate
+from .connection import Broker
+from .link import translate
 
 
 class Pipe:

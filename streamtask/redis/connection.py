@@ -1,46 +1,29 @@
 """From a broker URL to clients and links.
 
 A ``Broker`` knows where Redis is. ``Broker.client()`` gives redis-py's client, for what happens seldom. ``Broker.link()``
-gives a ``Link``: one connection that sends prepared bytes, for the path of the messages; redis-py's command layer costs
-several times what the round trip does. All of redis-py's errors end here: callers see ``BrokerUnavailable``,
-``BrokerOutOfMemory`` or ``ReplyError``.
+gives a ``Link``: one connection that sends prepared bytes, for the path of the messages.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import redis
 import redis.asyncio
-from hiredis import pack_command
-from redis import exceptions as rexc
 
-from ..errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, StreamTaskError, UnsupportedServer
-from .scripts import Script, by_sha, script
+from ..errors import ConfigError, UnsupportedServer
+from .link import ERRORS, Link, open_link, translate
 
 log = logging.getLogger("streamtask.redis")
 
 MIN_VERSION = (6, 2)
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
-_ERRORS = (rexc.RedisError, rexc.RedisClusterException, OSError)  # the cluster's is no RedisError
-Reply = Any
-Part = str | bytes | int | float
-
-
-class ReplyError(StreamTaskError):
-    """Redis answered with an error. ``code`` is its first word, as NOGROUP or WRONGTYPE."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        found = re.search(r"(?:^|[-\s])([A-Z]{3,})(?= )", message)
-        self.code = found[1] if found else "ERR"
 
 
 def safe_url(url: str) -> str:
@@ -56,135 +39,6 @@ def safe_url(url: str) -> str:
     user = re.split(r"[:/?#@]", userinfo, maxsplit=1)[0] + ":" if ":" in userinfo else ""
     rest = re.sub(r"(?i)([?&][^=&]*(?:password|secret|token)[^=&]*)=[^&]*", r"\1=***", rest)
     return f"{head}://{user if user != ':' else ''}***@{rest}" if at else f"{head}://{rest}"
-
-
-def pack(*parts: Part) -> bytes:
-    """One command as bytes for the wire."""
-    packed: bytes = pack_command(parts)  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
-    return packed
-
-
-def translate(exc: Exception, where: str) -> StreamTaskError:
-    """redis-py's error as one of ours."""
-    text = str(exc)
-    if isinstance(exc, rexc.OutOfMemoryError) or "OOM command not allowed" in text:
-        return BrokerOutOfMemory(
-            f"Redis at {where} refuses writes: its memory limit (maxmemory) is reached and nothing was stored. "
-            "Raise maxmemory, or let workers drain the queues"
-        )
-    if isinstance(exc, rexc.AuthenticationError | rexc.NoPermissionError) or "NOAUTH" in text or "WRONGPASS" in text:
-        return ConfigError(f"Redis at {where} refused the user or password: {text}")
-    if isinstance(exc, rexc.BusyLoadingError | rexc.ReadOnlyError | rexc.ClusterDownError | rexc.TryAgainError):
-        return BrokerUnavailable(f"Redis at {where} is not ready: {text}")
-    if isinstance(exc, rexc.NoScriptError):
-        return ReplyError(f"NOSCRIPT {text}")
-    if isinstance(exc, rexc.ConnectionError | rexc.TimeoutError | rexc.RedisClusterException | OSError):
-        return BrokerUnavailable(
-            f"Redis at {where} can't be reached: {text.rstrip('.')}. Is it running, and is the URL right?"
-        )
-    return ReplyError(text)
-
-
-class Link:
-    """One connection to Redis for prepared commands; used by one thread at a time.
-
-    A link that failed is closed and connects anew at its next use. ``send`` and ``read`` raise ``BrokerUnavailable``.
-    """
-
-    __slots__ = ("_conn", "_where", "connects")
-
-    def __init__(self, conn: Any, where: str) -> None:
-        self._conn = conn
-        self._where = where
-        self.connects = 0
-
-    def connect(self) -> None:
-        """Connects, if that is not done. Raises ``BrokerUnavailable`` or ``ConfigError``."""
-        if self._conn._sock is None:
-            try:
-                self._conn.connect()
-            except _ERRORS as exc:
-                raise translate(exc, self._where) from None
-            self.connects += 1
-
-    @property
-    def connected(self) -> bool:
-        return self._conn._sock is not None
-
-    def fileno(self) -> int:
-        """The socket's number, for a selector; -1 when not connected."""
-        sock: socket.socket | None = self._conn._sock
-        return -1 if sock is None else sock.fileno()
-
-    def send(self, packed: bytes) -> None:
-        """Sends prepared bytes."""
-        try:
-            if self._conn._sock is None:
-                self._conn.connect()
-                self.connects += 1
-            self._conn.send_packed_command((packed,), check_health=False)
-        except _ERRORS as exc:
-            raise translate(exc, self._where) from None
-
-    def read(self) -> Reply:
-        """Reads one reply. An error reply raises; an error nested in a list stays in it as an exception."""
-        try:
-            return self._conn.read_response(disable_decoding=True)
-        except _ERRORS as exc:
-            raise translate(exc, self._where) from None
-
-    def buffered(self) -> bool:
-        """Whether a reply has been received that was not read yet."""
-        reader = getattr(self._conn._parser, "_reader", None)
-        return reader is not None and bool(reader.has_data())
-
-    def call(self, packed: bytes) -> Reply:
-        """Sends one prepared command and reads its reply; an unknown script is loaded and called again."""
-        self.send(packed)
-        try:
-            return self.read()
-        except ReplyError as exc:
-            if exc.code != "NOSCRIPT":
-                raise
-        self.load_script_of(packed)
-        self.send(packed)
-        return self.read()
-
-    def command(self, *parts: Part) -> Reply:
-        """Packs, sends and reads one command."""
-        return self.call(pack(*parts))
-
-    def run(self, name: str, keys: Sequence[str | bytes], args: Sequence[Part]) -> Reply:
-        """Calls the script ``lua/NAME.lua``."""
-        return self.call(script(name).pack(tuple(keys), tuple(args)))
-
-    def pipeline(self, packed: Sequence[bytes]) -> list[Reply]:
-        """Sends many prepared commands at once; errors stay in the list as exceptions. Unknown scripts are loaded and
-        their calls repeated, so calls that are sent together must not depend on each other's order then."""
-        self.send(b"".join(packed))
-        replies = [self.read_quietly() for _ in packed]
-        for i, reply in enumerate(replies):
-            if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
-                try:
-                    replies[i] = self.call(packed[i])
-                except ReplyError as exc:
-                    replies[i] = exc
-        return replies
-
-    def read_quietly(self) -> Reply:
-        """As ``read``, but an error reply is returned."""
-        try:
-            return self.read()
-        except (ReplyError, BrokerOutOfMemory, ConfigError) as exc:
-            return exc
-
-    def load_script_of(self, packed: bytes) -> None:
-        """Loads the script that a packed EVALSHA names."""
-        sha = packed.split(b"\r\n", 5)[4]
-        self.command("SCRIPT", "LOAD", by_sha()[sha].source)
-
-    def close(self) -> None:
-        self._conn.disconnect()
 
 
 class Broker:
@@ -270,7 +124,7 @@ class Broker:
             if self._client is None:
                 try:
                     self._client = self._open()
-                except _ERRORS as exc:
+                except ERRORS as exc:
                     raise translate(exc, self.safe_url) from None
                 except (ValueError, TypeError) as exc:
                     raise ConfigError(f"the broker URL {self.safe_url!r} can't be used: {exc}") from None
@@ -349,10 +203,7 @@ class Broker:
                 client = client.get_node_from_key(key).redis_connection or client.get_redis_connection(
                     client.get_node_from_key(key)
                 )
-            conn = client.connection_pool.make_connection()
-        if timeout_s is not None:
-            conn.socket_timeout = timeout_s
-        return Link(conn, self.safe_url)
+            return open_link(client, self.safe_url, timeout_s=timeout_s, memory=self.scheme == "memory")
 
     def async_client(self) -> Any:
         """redis-py's asyncio client; make one per event loop."""
@@ -423,7 +274,7 @@ def wrapped(where: str) -> Iterator[None]:
     """Turns redis-py's errors inside the block into ours."""
     try:
         yield
-    except _ERRORS as exc:
+    except ERRORS as exc:
         raise translate(exc, where) from None
 
 
@@ -444,6 +295,3 @@ def _memory_server(url: str) -> Any:
     if url not in _memory_servers:
         _memory_servers[url] = fakeredis.FakeServer(version=(7, 0))
     return _memory_servers[url]
-
-
-__all__ = ["Broker", "Link", "Reply", "ReplyError", "Script", "pack", "safe_url", "translate", "wrapped"]

@@ -80,9 +80,19 @@ def _hashable_hook(code: int, data: bytes) -> object:
     return frozenset(value) if isinstance(value, set) else value
 
 
+_packers: list[msgpack.Packer] = []
+"""Those that nobody uses now: making one costs more than packing a message. Taking and giving back are one step each, so
+threads, a packing inside a packing (a set) and signal handlers never share one."""
+
+
 def pack_body(value: object) -> bytes:
     """msgpack with the extension types. Raises TypeError, ValueError or OverflowError."""
-    packed: bytes = msgpack.packb(value, default=_default)
+    try:
+        packer = _packers.pop()
+    except IndexError:
+        packer = msgpack.Packer(default=_default)
+    packed: bytes = packer.pack(value)
+    _packers.append(packer)
     return packed
 
 

@@ -26,7 +26,7 @@ from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.declare import Queue
 from ..queue.lanes import Delivery
 from ..redis import wire
-from ..redis.connection import Link, ReplyError, pack
+from ..redis.link import Link, ReplyError, pack
 from ..redis.scripts import script
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory

@@ -16,8 +16,8 @@ from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
 from ..errors import ConfigError, TaskError
 from ..queue.consumer import Outcome, ShardConsumer
 from ..queue.lanes import Delivery
-from ..redis.connection import Link
 from ..redis.keys import SHARED
+from ..redis.link import Link
 from .executor import SequentialExecutor
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory, create_file

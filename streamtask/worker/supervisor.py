@@ -32,8 +32,8 @@ from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
 from ..coordination.membership import Membership
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
 from ..queue.declare import Queue
-from ..redis.connection import Link, ReplyError, pack
 from ..redis.keys import SHARED
+from ..redis.link import Link, ReplyError, pack
 from .child import ENV_FDS
 from .ports import WorkerSettings
 from .shared import MAX_LEASES, SharedMemory, create_file

@@ -16,7 +16,7 @@ from streamtask.coordination import lease as leases
 from streamtask.coordination.membership import Membership
 from streamtask.inspector import Inspector
 from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
-from streamtask.redis.connection import Link
+from streamtask.redis.link import Link
 from tests.fix_redis import RedisServer
 
 ONE, TWO = "1" * 32, "2" * 32

@@ -68,7 +68,7 @@ class ShardMachine(RuleBasedStateMachine):
     def produce(self, key: bytes, repeat: bool) -> None:
         number = self.produced[key]
         envelope = wire.encode("t", key, new_id(), [number], {})
-        call = Call(self.queue, 0, b"m", envelope, new_id())
+        call = Call(self.queue, 0, envelope)
         target = self.producer.target(self.queue, 0)
         packed = call.pack(target)
         assert isinstance(self.link.call(packed), bytes)

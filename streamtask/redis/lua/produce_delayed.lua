@@ -1,12 +1,12 @@
--- Stores one message that falls due later, unless its produce id was stored before.
+-- Stores one message that falls due later, unless this call stored it before.
 -- KEYS[1] state    hash
--- KEYS[2] seen     hash of produce ids
+-- KEYS[2] seen     page of a producer's call numbers, a bit for each
 -- KEYS[3] stream   stream
 -- KEYS[4] delayed  sorted set by due time, ms
 -- KEYS[5] wake     stream
 -- ARGV[1] epoch
--- ARGV[2] produce id, 16 bytes
--- ARGV[3] life of the id, ms
+-- ARGV[2] number of the call in its page, from 0
+-- ARGV[3] how long the call may be repeated, ms
 -- ARGV[4] max_backlog, 0 for none
 -- ARGV[5] field of the entry
 -- ARGV[6] envelope
@@ -19,7 +19,7 @@
 --- @include schedule
 local admitted = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
 if admitted ~= 1 then
-  if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
+  if redis.call('GETBIT', KEYS[2], ARGV[2]) == 1 then
     return STORED_ALREADY
   end
   return admitted
@@ -28,7 +28,7 @@ local due = tonumber(ARGV[7])
 if ARGV[8] == '1' then
   due = due + now_ms()
 end
-if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 0 then
+if redis.call('SETBIT', KEYS[2], ARGV[2], 1) == 1 then
   return STORED_ALREADY
 end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])

@@ -1,11 +1,11 @@
--- Appends messages to a shard, in order, unless this batch was stored before: one id stands for the whole batch.
+-- Appends messages to a shard, in order, unless this call stored them before.
 -- KEYS[1] state    hash
--- KEYS[2] seen     hash of produce ids
+-- KEYS[2] seen     page of a producer's call numbers: a hash, how many messages each has stored
 -- KEYS[3] stream   stream
 -- KEYS[4] delayed  sorted set
 -- ARGV[1] epoch
--- ARGV[2] id of the batch, 16 bytes
--- ARGV[3] life of the id, ms
+-- ARGV[2] number of the call in its page
+-- ARGV[3] how long the call may be repeated, ms
 -- ARGV[4] max_backlog, 0 for none
 -- ARGV[5...] field, envelope of each message
 -- Returns: how many of the first messages are stored, or a code where none is. Fewer than all: the shard is full.

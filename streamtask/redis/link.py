@@ -1,0 +1,297 @@
+"""One connection for prepared commands: the path of the messages.
+
+redis-py connects (authentication, TLS, Sentinel, the handshake); from then on the link writes to the socket and parses
+with hiredis itself, for redis-py's command layer costs several times what the round trip does. All errors of the
+connection end here: callers see ``BrokerUnavailable``, ``BrokerOutOfMemory``, ``ConfigError`` or ``ReplyError``.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import hiredis
+import redis
+from hiredis import pack_command
+from redis import exceptions as rexc
+
+from ..errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, StreamTaskError
+from .scripts import by_sha, script
+
+Reply = Any
+Part = str | bytes | int | float
+ERRORS = (rexc.RedisError, rexc.RedisClusterException, OSError)  # the cluster's is no RedisError
+BUFFER = 1 << 18
+"""Bytes that one read takes at most: more than a fetch of a full batch of small messages."""
+
+
+class ReplyError(StreamTaskError):
+    """Redis answered with an error. ``code`` is its first word, as NOGROUP or WRONGTYPE."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        found = re.search(r"(?:^|[-\s])([A-Z]{3,})(?= )", message)
+        self.code = found[1] if found else "ERR"
+
+
+def pack(*parts: Part) -> bytes:
+    """One command as bytes for the wire."""
+    packed: bytes = pack_command(parts)  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
+    return packed
+
+
+def translate(exc: Exception, where: str) -> StreamTaskError:
+    """An error of redis-py or of the socket as one of ours."""
+    if isinstance(exc, StreamTaskError):
+        return exc
+    text = str(exc)
+    if isinstance(exc, rexc.OutOfMemoryError) or "OOM command not allowed" in text:
+        return BrokerOutOfMemory(
+            f"Redis at {where} refuses writes: its memory limit (maxmemory) is reached and nothing was stored. "
+            "Raise maxmemory, or let workers drain the queues"
+        )
+    if isinstance(exc, rexc.AuthenticationError | rexc.NoPermissionError) or "NOAUTH" in text or "WRONGPASS" in text:
+        return ConfigError(f"Redis at {where} refused the user or password: {text}")
+    if isinstance(exc, rexc.BusyLoadingError | rexc.ReadOnlyError | rexc.ClusterDownError | rexc.TryAgainError):
+        return BrokerUnavailable(f"Redis at {where} is not ready: {text}")
+    if isinstance(exc, rexc.NoScriptError):
+        return ReplyError(f"NOSCRIPT {text}")
+    if isinstance(exc, rexc.ConnectionError | rexc.TimeoutError | rexc.RedisClusterException | OSError):
+        return BrokerUnavailable(
+            f"Redis at {where} can't be reached: {text.rstrip('.')}. Is it running, and is the URL right?"
+        )
+    return ReplyError(text)
+
+
+def translate_reply(text: str, where: str) -> StreamTaskError:
+    """An error reply, as Redis wrote it, as one of our errors."""
+    code = text.partition(" ")[0]
+    if code == "OOM" or "OOM command not allowed" in text:
+        return translate(rexc.OutOfMemoryError(text), where)
+    if code in ("NOAUTH", "WRONGPASS", "NOPERM"):
+        return translate(rexc.AuthenticationError(text), where)
+    if code in ("LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN"):
+        return translate(rexc.BusyLoadingError(text), where)
+    return ReplyError(text)
+
+
+class Link:
+    """One connection to Redis for prepared commands; used by one thread at a time.
+
+    A link that failed is closed and connects anew at its next use. ``send`` and ``read`` raise ``BrokerUnavailable``.
+    ``timeout_s`` bounds the wait for a reply.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_conn",
+        "_feed",
+        "_gets",
+        "_reader",
+        "_recv_into",
+        "_sendall",
+        "_sock",
+        "_where",
+        "connects",
+    )
+
+    def __init__(self, conn: Any, where: str) -> None:
+        self._conn = conn
+        self._where = where
+        self._sock: Any = None
+        self._buffer = bytearray(BUFFER)
+        self.connects = 0
+
+    def connect(self) -> None:
+        """Connects, if that is not done. Raises ``BrokerUnavailable`` or ``ConfigError``."""
+        if self._sock is not None:
+            return
+        try:
+            self._conn.connect()
+        except ERRORS as exc:
+            raise translate(exc, self._where) from None
+        self.connects += 1
+        sock = self._conn._sock
+        self._reader = hiredis.Reader(
+            protocolError=rexc.InvalidResponse, replyError=lambda text: translate_reply(text, self._where)
+        )
+        self._gets = self._reader.gets
+        self._feed: Any = self._reader.feed  # its stub knows bytes only
+        timeout = sock.gettimeout()
+        if timeout is not None and type(sock) is socket.socket:
+            # The kernel's own time limit: Python's takes a poll() before every read and write.
+            limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1_000_000))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            sock.settimeout(None)
+        self._sendall, self._recv_into = sock.sendall, sock.recv_into
+        self._sock = sock
+
+    @property
+    def connected(self) -> bool:
+        return self._sock is not None
+
+    def fileno(self) -> int:
+        """The socket's number, for a selector; -1 when not connected."""
+        return -1 if self._sock is None else int(self._sock.fileno())
+
+    def send(self, packed: bytes) -> None:
+        """Sends prepared bytes."""
+        if self._sock is None:
+            self.connect()
+        try:
+            self._sendall(packed)
+        except BaseException as exc:
+            raise self._failed(exc) from None
+
+    def read(self) -> Reply:
+        """Reads one reply. An error reply raises; an error nested in a list stays in it as an exception."""
+        if self._sock is None:
+            raise self._failed(ConnectionError("the connection is closed"))
+        gets = self._gets
+        try:
+            reply = gets()
+            while reply is False:
+                count = self._recv_into(self._buffer)
+                if not count:
+                    raise ConnectionError("the server closed the connection")
+                self._feed(self._buffer, 0, count)
+                reply = gets()
+        except BaseException as exc:
+            raise self._failed(exc) from None
+        if isinstance(reply, Exception):
+            raise self._refused(reply)
+        return reply
+
+    def _refused(self, error: Exception) -> Exception:
+        """Of an error reply: a server that is not ready, or no longer the master, is to be connected to anew."""
+        if isinstance(error, BrokerUnavailable):
+            self.close()
+        return error
+
+    def _failed(self, exc: BaseException) -> BaseException:
+        """Closes: after an error, or an interruption, nobody knows which reply is whose."""
+        self.close()
+        if isinstance(exc, BlockingIOError | socket.timeout):
+            exc = TimeoutError("no answer within the time limit")
+        return translate(exc, self._where) if isinstance(exc, ERRORS) else exc
+
+    def buffered(self) -> bool:
+        """Whether a reply, or a part of it, has been received that was not read yet."""
+        sock = self._sock
+        return sock is not None and (
+            self._reader.has_data() or (type(sock) is not socket.socket and sock.pending() > 0)
+        )
+
+    def call(self, packed: bytes) -> Reply:
+        """Sends one prepared command and reads its reply; an unknown script is loaded and called again."""
+        if self._sock is None:
+            self.connect()
+        try:
+            self._sendall(packed)
+            reply: Reply = False
+            while reply is False:
+                count = self._recv_into(self._buffer)
+                if not count:
+                    raise ConnectionError("the server closed the connection")
+                self._feed(self._buffer, 0, count)
+                reply = self._gets()
+        except BaseException as exc:
+            raise self._failed(exc) from None
+        if isinstance(reply, Exception):
+            if not (isinstance(reply, ReplyError) and reply.code == "NOSCRIPT"):
+                raise self._refused(reply)
+            self.load_script_of(packed)
+            self.send(packed)
+            return self.read()
+        return reply
+
+    def command(self, *parts: Part) -> Reply:
+        """Packs, sends and reads one command."""
+        return self.call(pack(*parts))
+
+    def run(self, name: str, keys: Sequence[str | bytes], args: Sequence[Part]) -> Reply:
+        """Calls the script ``lua/NAME.lua``."""
+        return self.call(script(name).pack(tuple(keys), tuple(args)))
+
+    def pipeline(self, packed: Sequence[bytes]) -> list[Reply]:
+        """Sends many prepared commands at once; errors stay in the list as exceptions. Unknown scripts are loaded and
+        their calls repeated, so calls that are sent together must not depend on each other's order then."""
+        self.send(b"".join(packed))
+        replies = [self.read_quietly() for _ in packed]
+        for i, reply in enumerate(replies):
+            if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
+                try:
+                    replies[i] = self.call(packed[i])
+                except ReplyError as exc:
+                    replies[i] = exc
+        return replies
+
+    def read_quietly(self) -> Reply:
+        """As ``read``, but an error reply is returned."""
+        try:
+            return self.read()
+        except (ReplyError, BrokerOutOfMemory, ConfigError) as exc:
+            return exc
+
+    def load_script_of(self, packed: bytes) -> None:
+        """Loads the script that a packed EVALSHA names."""
+        sha = packed.split(b"\r\n", 5)[4]
+        self.command("SCRIPT", "LOAD", by_sha()[sha].source)
+
+    def close(self) -> None:
+        self._sock = None
+        self._conn.disconnect()
+
+
+class MemoryLink(Link):
+    """A link to fakeredis, which has no socket: everything goes through its connection object."""
+
+    __slots__ = ()
+
+    def connect(self) -> None:
+        if self._sock is None:
+            self._conn.connect()
+            self.connects += 1
+            self._sock = self._conn
+
+    def fileno(self) -> int:
+        return -1
+
+    def send(self, packed: bytes) -> None:
+        self.connect()
+        try:
+            self._conn.send_packed_command((packed,), check_health=False)
+        except ERRORS as exc:
+            raise translate(exc, self._where) from None
+
+    def read(self) -> Reply:
+        try:
+            return self._conn.read_response(disable_decoding=True)
+        except ERRORS as exc:
+            raise translate(exc, self._where) from None
+
+    def buffered(self) -> bool:
+        return False
+
+    def call(self, packed: bytes) -> Reply:
+        self.send(packed)
+        try:
+            return self.read()
+        except ReplyError as exc:
+            if exc.code != "NOSCRIPT":
+                raise
+        self.load_script_of(packed)
+        self.send(packed)
+        return self.read()
+
+
+def open_link(client: Any, where: str, *, timeout_s: float | None = None, memory: bool = False) -> Link:
+    """A new, unconnected link to the server of a redis-py client."""
+    conn: redis.Connection = client.connection_pool.make_connection()
+    if timeout_s is not None:
+        conn.socket_timeout = timeout_s
+    return (MemoryLink if memory else Link)(conn, where)
