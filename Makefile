@@ -37,8 +37,8 @@ lint: $(VENV)/.lint ## Check style, format, types and layers
 check: lint test ## What has to pass before a commit: lint, then test
 
 .PHONY: bench
-bench: $(VENV)/.test ## Measure against a bare redis-py loop (make bench ARGS='--help')
-	$(BIN)/python benchmarks/core.py $(ARGS)
+bench: $(VENV)/.test ## Measure against bare Redis programs (make bench ARGS='--help')
+	$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: clean
 clean: ## Remove .venv, build output and caches
