@@ -27,7 +27,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "sleep10": (("efficiency", "efficiency"), ("rate", "tasks/s")),
     "latency": (("p50_ms", "p50 ms"), ("p99_ms", "p99 ms")),
     "load": (("offered_per_s", "offered /s"), ("p50_ms", "p50 ms"), ("p99_ms", "p99 ms")),
-    "order": (("out_of_order", "pairs out of order"), ("pairs", "of"), ("run", "run")),
+    "order": (("out_of_order", "pairs out of order"), ("pairs", "of"), ("processes", "processes that ran some")),
     "crash": (
         ("lost", "lost"),
         ("run_twice", "run twice"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import Workload, drain, enqueue, latency, memory
+from . import Workload, crash, drain, enqueue, idle, latency, memory, order, scale
 
 WORKLOADS: tuple[Workload, ...] = (
     enqueue.WORKLOAD,
@@ -13,6 +13,11 @@ WORKLOADS: tuple[Workload, ...] = (
     drain.SLEEP10,
     latency.REST,
     latency.LOAD,
+    order.WORKLOAD,
+    crash.WORKLOAD,
+    idle.WORKLOAD,
     memory.MEMORY,
     memory.IDS,
+    scale.SHARDS_WORKLOAD,
+    scale.BACKLOG,
 )

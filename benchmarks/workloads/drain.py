@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from ..bench import START_TIMEOUT_S, Bench, Contestant, Entry, Figures
+from ..bench import START_TIMEOUT_S, Bench, Contestant, Counters, Entry, Figures, Worker
 from ..processes import BenchmarkFailed, cpu_seconds, peak_rss, tree
 from ..server import commands_of, cpu_of
 from . import Workload, called, each, everybody
@@ -23,7 +23,9 @@ class TooQuick(BenchmarkFailed):
     """There were too few tasks to measure anything."""
 
 
-def drain(bench: Bench, entry: Entry, n: int, task: str = "noop", ms: float = 0.0) -> Figures:
+def drain(
+    bench: Bench, entry: Entry, n: int, task: str = "noop", ms: float = 0.0, window: tuple[int, int] | None = None
+) -> Figures:
     bench.clear()
     bench.fill(entry, task, n, ms=ms)
     client = bench.client
@@ -33,6 +35,7 @@ def drain(bench: Bench, entry: Entry, n: int, task: str = "noop", ms: float = 0.
         pids = tree(worker.process.pid)
         cpu, redis_cpu, commands = cpu_seconds(pids), cpu_of(client), commands_of(client)
         looked = counters.total()
+        figures: Figures = _window(counters, *window, worker) if window else {}
         worker.wait_for(counters, n, DRAIN_TIMEOUT_S, POLL_S)
         ended = time.perf_counter()
         redis_cpu, commands = cpu_of(client) - redis_cpu, commands_of(client) - commands - 1
@@ -42,7 +45,7 @@ def drain(bench: Bench, entry: Entry, n: int, task: str = "noop", ms: float = 0.
         runners = [memory.get(pid, 0) for pid in counters.pids()]
         if first >= n:
             raise TooQuick(f"all {n} were run between two looks: take more")
-        figures = {
+        figures |= {
             "rate": (n - first) / (ended - began),
             "startup_s": began - worker.began,
             "n": n,
@@ -58,6 +61,16 @@ def drain(bench: Bench, entry: Entry, n: int, task: str = "noop", ms: float = 0.
                 "commands_per_task": commands / (n - looked),
             }
     return figures
+
+
+def _window(counters: Counters, first: int, last: int, worker: Worker) -> Figures:
+    """The rate between two counts. Looks without a pause: these are some hundredths of a second."""
+    looks = []
+    for count in (first, last):
+        worker.wait_for(counters, count, DRAIN_TIMEOUT_S, poll=0.0002)
+        looks.append((counters.total(), time.perf_counter()))
+    (low, began), (high, ended) = looks
+    return {"window_rate": (high - low) / (ended - began)} if high > low else {}
 
 
 def sized(bench: Bench, entry: Entry) -> int:
