@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .bench import Bench, BenchmarkFailed, Contestant, Entry
-from .contestants import OURS
+from .contestants import OURS, PEERS, peers
 from .processes import ROOT, stop
 from .report import as_text, target_rows, workload_rows
 from .results import Results
@@ -36,7 +36,12 @@ def about(bench: Bench, contestants: Sequence[Contestant]) -> dict[str, dict[str
     for one in contestants:
         with bench.producer(Entry(one, one.name)) as produce:
             answer = produce("about")
-        found[one.name] = {"title": one.title, "versions": answer["versions"], "settings": answer["settings"]}
+        found[one.name] = {
+            "title": one.title,
+            "peer": one.peer,
+            "versions": answer["versions"],
+            "settings": answer["settings"],
+        }
     return found
 
 
@@ -71,6 +76,9 @@ def options_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     )
     names = ",".join(one.name for one in WORKLOADS)
     parser.add_argument("--only", metavar="A,B", help=f"these workloads: {names}")
+    parser.add_argument(
+        "--peers", metavar="A,B", help=f"other frameworks too, 'all' or some of: {','.join(PEERS)}; installs them"
+    )
     parser.add_argument("--rounds", type=int, help="how often all are measured in turn (5; 1 with --smoke)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it works, not how fast it is")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
@@ -78,6 +86,9 @@ def options_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     options = parser.parse_args()
     if options.only and (unknown := set(options.only.split(",")) - {one.name for one in WORKLOADS}):
         parser.error(f"--only: no workload {', '.join(sorted(unknown))}; there are {names}")
+    options.peers = list(PEERS) if options.peers == "all" else options.peers.split(",") if options.peers else []
+    if unknown := set(options.peers) - set(PEERS):
+        parser.error(f"--peers: no adapter for {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
     if options.rounds is None:
         options.rounds = 1 if options.smoke else 5
     if options.rounds < 1:
@@ -99,7 +110,8 @@ def main() -> int:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, stop)
     chosen = [one for one in WORKLOADS if options.only is None or one.name in options.only.split(",")]
-    contestants = list(OURS)
+    others, missing = peers(options.peers, progress)
+    contestants = [*OURS, *others]
     results = Results()
     folder = Path(tempfile.mkdtemp(prefix="streamtask-bench-"))
     began = time.monotonic()
@@ -114,6 +126,7 @@ def main() -> int:
                 "rounds": options.rounds,
                 "smoke": options.smoke,
                 "contestants": about(bench, contestants),
+                "missing": missing,
             }
             measure(bench, results, chosen, contestants, options.rounds)
     except BenchmarkFailed as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import inspect
 import json
 import mmap
 import os
@@ -23,11 +24,15 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+CONCURRENCY = int(os.environ.get("BENCH_CONCURRENCY", "0"))
+"""For workers that are told by their own settings; 0: what suits them best."""
 URL = os.environ.get("BENCH_URL", "redis://127.0.0.1:6379/0")
 FOLDER = os.environ.get("BENCH_FOLDER", ".")
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("BENCH_OPTIONS", "{}"))
@@ -35,7 +40,7 @@ OPTIONS: dict[str, Any] = json.loads(os.environ.get("BENCH_OPTIONS", "{}"))
 USERS = 1000
 PAYLOAD = "x" * 200
 AT_ONCE = 50
-WARM_UP = 20
+FILL = 10_000
 ROW = 5
 """Calls in a row for one user, where the order is looked at."""
 
@@ -189,8 +194,8 @@ class Adapter:
     """For a task's name, what sends one call of it."""
     bulk_sender: Callable[[str], Callable[[Calls], object]] | None = None
     """For a task's name, what sends many calls in the contestant's own way, where it has one."""
-    connect: Callable[[], Awaitable[object]] | None = None
-    """Called once before async_sender and async_bulk_sender, on the loop that runs them."""
+    session: Callable[[], AbstractAsyncContextManager[object]] | None = None
+    """Around all that is sent."""
     async_sender: Callable[[str], Callable[..., Awaitable[object]]] | None = None
     async_bulk_sender: Callable[[str], Callable[[Calls], Awaitable[object]]] | None = None
     prepare: Callable[[str, Calls], Calls] | None = None
@@ -207,16 +212,8 @@ class Producing:
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
-        self._loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self._loop)
-        if adapter.connect is not None:
-            self._loop.run_until_complete(adapter.connect())
 
-    def _prepared(self, task: str, calls: Calls) -> Calls:
-        prepare = self._adapter.prepare
-        return calls if prepare is None else prepare(task, calls)
-
-    def about(self) -> dict[str, Any]:
+    async def about(self) -> dict[str, Any]:
         adapter = self._adapter
         versions = {"python": platform.python_version()}
         for name in adapter.packages:
@@ -231,44 +228,36 @@ class Producing:
         }
         return {"versions": versions, "settings": adapter.settings, "can": can}
 
-    def one(self, task: str, n: int, seconds: float, first: int = 0) -> dict[str, float]:
+    async def one(self, task: str, n: int, seconds: float, first: int = 0) -> dict[str, float]:
         """Sends one call after the other: N of them, fewer if the time is over before."""
         calls = self._prepared(task, arguments(task, first, n))
-        make = self._adapter.sender
-        if make is None:
-            return self._loop.run_until_complete(self._one_async(task, calls, seconds))
-        send, clock = make(task), time.perf_counter
-        sent = 0
-        began = clock()
-        for args in calls:
-            send(*args)
-            sent += 1
-            if clock() - began > seconds:
-                break
+        return await self._one(task, calls, seconds)
+
+    async def _one(self, task: str, calls: Calls, seconds: float) -> dict[str, float]:
+        clock, sent = time.perf_counter, 0
+        if self._adapter.sender is not None:
+            send = self._adapter.sender(task)
+            began = clock()
+            for args in calls:
+                send(*args)
+                sent += 1
+                if clock() - began > seconds:
+                    break
+        else:
+            send_async = self._async_sender(task)
+            began = clock()
+            for args in calls:
+                await send_async(*args)
+                sent += 1
+                if clock() - began > seconds:
+                    break
         return {"n": sent, "seconds": clock() - began}
 
-    async def _one_async(self, task: str, calls: Calls, seconds: float) -> dict[str, float]:
-        assert self._adapter.async_sender is not None
-        send, clock = self._adapter.async_sender(task), time.perf_counter
-        sent = 0
-        began = clock()
-        for args in calls:
-            await send(*args)
-            sent += 1
-            if clock() - began > seconds:
-                break
-        return {"n": sent, "seconds": clock() - began}
-
-    def at_once(self, task: str, n: int, seconds: float, width: int = AT_ONCE) -> dict[str, float]:
+    async def at_once(self, task: str, n: int, seconds: float, width: int = AT_ONCE) -> dict[str, float]:
         """So many asyncio tasks, each of which sends one call after the other."""
-        return self._loop.run_until_complete(self._at_once(task, n, seconds, width))
-
-    async def _at_once(self, task: str, n: int, seconds: float, width: int) -> dict[str, float]:
-        assert self._adapter.async_sender is not None
-        send, clock = self._adapter.async_sender(task), time.perf_counter
+        send, clock = self._async_sender(task), time.perf_counter
         calls = iter(self._prepared(task, arguments(task, 0, n)))
         sent = 0
-        began = clock()
 
         async def sending() -> None:
             nonlocal sent
@@ -278,105 +267,101 @@ class Producing:
                 if clock() - began > seconds:
                     return
 
+        began = clock()
         await asyncio.gather(*(sending() for _ in range(width)))
         return {"n": sent, "seconds": clock() - began}
 
-    def bulk(self, task: str, n: int, first: int = 0, ms: float = 0.0, row: int = 1) -> dict[str, float]:
+    async def bulk(self, task: str, n: int, first: int = 0, ms: float = 0.0, row: int = 1) -> dict[str, float]:
         """Sends many calls in the contestant's own way to do that."""
         calls = self._prepared(task, arguments(task, first, n, ms, row))
         clock = time.perf_counter
-        if (make := self._adapter.bulk_sender) is not None:
-            send = make(task)
+        if self._adapter.bulk_sender is not None:
+            send = self._adapter.bulk_sender(task)
             began = clock()
             send(calls)
-        elif (make_async := self._adapter.async_bulk_sender) is not None:
-            send_async = make_async(task)
-
-            async def run() -> None:
-                await send_async(calls)
-
+        elif self._adapter.async_bulk_sender is not None:
+            send_async = self._adapter.async_bulk_sender(task)
             began = clock()
-            self._loop.run_until_complete(run())
+            await send_async(calls)
         else:
             raise ValueError("this contestant has no bulk call")
         return {"n": n, "seconds": clock() - began}
 
-    def fill(self, task: str, n: int, first: int = 0, ms: float = 0.0, row: int = 1) -> dict[str, float]:
+    async def fill(self, task: str, n: int, first: int = 0, ms: float = 0.0, row: int = 1) -> dict[str, float]:
         """Sends many calls in the fastest way there is, in their order; not for timing."""
-        if self.about()["can"]["bulk"]:
-            size = 10_000
-            for start in range(first, first + n, size):
-                self.bulk(task, min(size, first + n - start), start, ms, row)
+        if self._adapter.bulk_sender is not None or self._adapter.async_bulk_sender is not None:
+            for start in range(first, first + n, FILL):
+                await self.bulk(task, min(FILL, first + n - start), start, ms, row)
         else:
-            calls = self._prepared(task, arguments(task, first, n, ms, row))
-            if (make := self._adapter.sender) is not None:
-                send = make(task)
-                for args in calls:
-                    send(*args)
-            else:
-                self._loop.run_until_complete(self._one_async(task, calls, float("inf")))
+            await self._one(task, self._prepared(task, arguments(task, first, n, ms, row)), float("inf"))
         return {"n": n}
 
-    def pace(self, task: str, n: int, interval: float, first: int = 0) -> dict[str, Any]:
+    async def pace(self, task: str, n: int, interval: float, first: int = 0) -> dict[str, Any]:
         """Sends a call each interval, late ones at once, and answers with the instants before the calls."""
         calls = self._prepared(task, arguments(task, first, n))
-        make = self._adapter.sender
-        if make is None:
-            return {"sent": self._loop.run_until_complete(self._pace_async(task, calls, interval))}
-        send, clock = make(task), time.monotonic
-        sent = []
+        clock, sent = time.monotonic, []
+        send = None if self._adapter.sender is None else self._adapter.sender(task)
+        send_async = None if send is not None else self._async_sender(task)
         began = clock()
         for number, args in enumerate(calls):
             wait = began + number * interval - clock()
             if wait > 0:
-                time.sleep(wait)
-            sent.append(clock())
-            send(*args)
-        return {"sent": sent}
-
-    async def _pace_async(self, task: str, calls: Calls, interval: float) -> list[float]:
-        assert self._adapter.async_sender is not None
-        send, clock = self._adapter.async_sender(task), time.monotonic
-        sent = []
-        began = clock()
-        for number, args in enumerate(calls):
-            wait = began + number * interval - clock()
-            if wait > 0:
-                # A loop's timers are late by up to a millisecond; nothing else is to run on this one.
+                # A loop's timers are late by up to a millisecond, and nothing else is to run on this one.
                 time.sleep(wait)  # noqa: ASYNC251
             sent.append(clock())
-            await send(*args)
-        return sent
+            if send is not None:
+                send(*args)
+            elif send_async is not None:
+                await send_async(*args)
+        return {"sent": sent}
 
-    def serve(self) -> None:
+    def _prepared(self, task: str, calls: Calls) -> Calls:
+        prepare = self._adapter.prepare
+        return calls if prepare is None else prepare(task, calls)
+
+    def _async_sender(self, task: str) -> Callable[..., Awaitable[object]]:
+        if self._adapter.async_sender is None:
+            raise ValueError("this contestant has no asyncio producer")
+        return self._adapter.async_sender(task)
+
+    async def serve(self) -> None:
         """Reads commands until there are no more."""
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a framework prints must not be taken for an answer
-        for line in sys.stdin:
-            command = json.loads(line)
-            name = command.pop("do")
-            run = self._adapter.extra.get(name) or getattr(self, name)
-            try:
-                answer = run(**command)
-            except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+        async with self._adapter.session() if self._adapter.session else nullcontext():
+            for line in sys.stdin:
+                command = json.loads(line)
+                name = command.pop("do")
+                try:
+                    answer = (self._adapter.extra.get(name) or getattr(self, name))(**command)
+                    if inspect.isawaitable(answer):
+                        answer = await answer
+                except Exception as error:
+                    traceback.print_exc()
+                    answer = {"error": f"{type(error).__name__}: {error}"}
+                answers.write(json.dumps(answer) + "\n")
+                answers.flush()
+            # The harness is done with us, and what a framework would tidy up is in nobody's way.
+            os._exit(0)
 
 
 def main(adapter: Adapter) -> None:
     verb, *rest = sys.argv[1:]
     if verb == "produce":
-        Producing(adapter).serve()
-    elif verb == "worker" and adapter.consume is not None:
+        asyncio.run(Producing(adapter).serve())
+        return
+    os.environ["BENCH_CONCURRENCY"] = rest[1]
+    if adapter.consume is not None:
+        # A process for each; the last one is this.
+        for _ in range(int(rest[0]) - 1):
+            if os.fork() == 0:
+                break
         adapter.consume()
-    elif verb == "worker" and adapter.worker is not None:
+    elif adapter.worker is not None:
         *others, last = adapter.worker(int(rest[0]), int(rest[1]))
         for argv in others:
             subprocess.Popen(argv)
         os.execvp(last[0], last)
-    else:
-        sys.exit(f"unknown: {verb}")
 
 
 def tool(name: str) -> str:
