@@ -34,7 +34,7 @@ def async_bulk_sender(task: str) -> Callable[[Calls], Awaitable[object]]:
 
 def worker(processes: int, concurrency: int) -> list[list[str]]:
     argv = [tool("docket"), "worker", "--docket", "bench", "--url", URL, "--tasks", "docket_:tasks"]
-    argv += ["--logging-level", "ERROR", "--concurrency", str(concurrency or 100)]
+    argv += ["--logging-level", "ERROR", "--concurrency", str(concurrency or 50)]
     return [[*argv, "--name", f"worker-{number}"] for number in range(processes)]
 
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
         Adapter(
             packages=("pydocket", "redis", "hiredis"),
             settings={
-                "worker": "--concurrency 100, 16 for the tasks that sleep; a worker for each process",
+                "worker": "--concurrency 50 (100 want more connections than its pool has), 16 for the tasks that sleep; a worker for each process",
                 "bulk": "Docket.add_many",
             },
             worker=worker,

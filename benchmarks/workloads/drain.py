@@ -76,7 +76,7 @@ def _window(counters: Counters, first: int, last: int, worker: Worker) -> Figure
 def sized(bench: Bench, entry: Entry) -> int:
     """How many no-op tasks take as long as a measurement should; small drains tell, the first time."""
     if bench.scale < 1:
-        return int(MOST * bench.scale)
+        return 200 if entry.contestant.peer else int(MOST * bench.scale)
     n = LEAST
     while entry.label not in bench.rates:
         try:
