@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from ardiq import Ardiq
 from common import ASYNC_BODIES, CONCURRENCY, URL, Adapter, Calls, main, tool
 
-app = Ardiq(redis_url=URL, queue_name="bench", concurrency=CONCURRENCY or 100, prefetch=200)
+app = Ardiq(redis_url=URL, queue_name="bench", concurrency=CONCURRENCY or 500, prefetch=1000)
 TASKS = {name: app.task(name=name)(body) for name, body in ASYNC_BODIES.items()}
 
 
@@ -25,8 +25,8 @@ if __name__ == "__main__":
         Adapter(
             packages=("ardiq", "msgpack"),
             settings={
-                "concurrency": "100, 16 for the tasks that sleep",
-                "prefetch": "200",
+                "concurrency": "500, 16 for the tasks that sleep",
+                "prefetch": "1000",
                 "bulk": "Ardiq.enqueue_many",
             },
             worker=worker,

@@ -43,7 +43,8 @@ if __name__ == "__main__":
         Adapter(
             packages=("pydocket", "redis", "hiredis"),
             settings={
-                "worker": "--concurrency 50 (100 want more connections than its pool has), 16 for the tasks that sleep; a worker for each process",
+                "worker": "--concurrency 50 (100 want more connections than its pool has), 16 for the tasks that sleep; "
+                "a worker for each process",
                 "bulk": "Docket.add_many",
             },
             worker=worker,

@@ -28,7 +28,7 @@ def with_context(body: Callable[..., Awaitable[None]]) -> Callable[..., Awaitabl
 settings = {
     "queue": queue,
     "functions": [(name, with_context(body)) for name, body in ASYNC_BODIES.items()],
-    "concurrency": CONCURRENCY or 100,
+    "concurrency": CONCURRENCY or 20,
 }
 
 
@@ -52,7 +52,7 @@ if __name__ == "__main__":
         Adapter(
             packages=("saq", "redis", "hiredis"),
             settings={
-                "concurrency": "100, 16 for the tasks that sleep",
+                "concurrency": "20 (100 is slower), 16 for the tasks that sleep",
                 "ttl": "-1: no result is stored",
             },
             worker=worker,

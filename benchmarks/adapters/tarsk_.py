@@ -11,15 +11,14 @@ TASKS = {name: app.task(name=name)(body) for name, body in BODIES.items()}
 
 def worker(processes: int, concurrency: int) -> list[list[str]]:
     argv = [tool("tarsk"), "worker", "--app", "tarsk_:app", "--broker", URL, "--queues", "default"]
-    slots = ["--slots", str(concurrency)] if concurrency else []
-    return [[*argv, "--children", str(processes), *slots]]
+    return [[*argv, "--children", str(processes), "--slots", str(concurrency or 1000)]]
 
 
 if __name__ == "__main__":
     main(
         Adapter(
             packages=("tarsk-redis", "msgpack"),
-            settings={"worker": "--children PROCESSES, --slots 100 (the default), 16 for the tasks that sleep"},
+            settings={"worker": "--children PROCESSES, --slots 1000, 16 for the tasks that sleep"},
             worker=worker,
             sender=lambda task: TASKS[task].send,
             async_sender=lambda task: TASKS[task].send_async,

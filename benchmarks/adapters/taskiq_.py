@@ -20,7 +20,7 @@ async def session() -> AsyncIterator[None]:
 
 def worker(processes: int, concurrency: int) -> list[list[str]]:
     argv = [tool("taskiq"), "worker", "taskiq_:broker", "--workers", str(processes), "--log-level", "ERROR"]
-    return [[*argv, "--max-async-tasks", str(concurrency or 100), "--max-prefetch", "100"]]
+    return [[*argv, "--max-async-tasks", str(concurrency or 100)]]
 
 
 if __name__ == "__main__":
@@ -29,7 +29,7 @@ if __name__ == "__main__":
             packages=("taskiq", "taskiq-redis", "redis", "hiredis"),
             settings={
                 "broker": "RedisStreamBroker, which reads 100 at a time; no result backend",
-                "worker": "--workers PROCESSES --max-prefetch 100 --max-async-tasks 100, 16 for the tasks that sleep",
+                "worker": "--workers PROCESSES --max-async-tasks 100, 16 for the tasks that sleep",
                 "consumer_id": "0: the group begins with what is queued already",
             },
             worker=worker,
