@@ -16,7 +16,7 @@ unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME
 .PHONY: help
 help: ## Show this list
 	@echo "Usage: make TARGET [ARGS='...'] [PYTHON=python3]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, and watch them
@@ -37,12 +37,16 @@ lint: $(VENV)/.lint ## Check style, format, types and layers
 check: lint test ## What has to pass before a commit: lint, then test
 
 .PHONY: bench
-bench: $(VENV)/.test ## Measure against bare Redis programs (make bench ARGS='--help')
+bench: $(VENV)/.bench ## Measure against bare Redis programs, some minutes (make bench ARGS='--help')
 	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/.bench ## Measure against other task frameworks too, most of an hour; installs them into .bench
+	$(BIN)/python -m benchmarks --peers all $(ARGS)
 
 .PHONY: clean
 clean: ## Remove .venv, build output and caches
-	rm -rf $(VENV) build dist *.egg-info .tox .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .bench build dist *.egg-info .tox .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find streamtask tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp says: this extra is installed as pyproject.toml has it. All installs are editable, so that the source
@@ -54,6 +58,10 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.made
 
 $(VENV)/.test: pyproject.toml $(VENV)/.made
 	$(PIP) --editable '.[test,embedded]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.made
+	$(PIP) --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.made

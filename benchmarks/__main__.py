@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import page
 from .bench import Bench, BenchmarkFailed, Contestant, Entry
 from .contestants import OURS, PEERS, peers
 from .processes import ROOT, stop
@@ -22,7 +23,9 @@ from .results import Results
 from .server import awake_cpus, server
 from .targets import outcomes
 from .workloads import Workload
-from .workloads.all import WORKLOADS
+from .workloads.all import QUICK, WORKLOADS
+
+PAGE = ROOT / "docs" / "benchmarks"
 
 
 def progress(text: str) -> None:
@@ -75,13 +78,16 @@ def options_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         prog="python -m benchmarks", description="Measures streamtask against bare programs and other task frameworks."
     )
     names = ",".join(one.name for one in WORKLOADS)
-    parser.add_argument("--only", metavar="A,B", help=f"these workloads: {names}")
+    parser.add_argument(
+        "--only", metavar="A,B", help=f"these workloads of {names}; all with --peers, else {','.join(QUICK)}"
+    )
     parser.add_argument(
         "--peers", metavar="A,B", help=f"other frameworks too, 'all' or some of: {','.join(PEERS)}; installs them"
     )
     parser.add_argument("--rounds", type=int, help="how often all are measured in turn (5; 1 with --smoke)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it works, not how fast it is")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
+    parser.add_argument("--write", action="store_true", help=f"write tables and pictures to {PAGE.relative_to(ROOT)}")
     parser.add_argument("--redis-server", metavar="PATH", help="which server to start (default: as embedded://)")
     options = parser.parse_args()
     if options.only and (unknown := set(options.only.split(",")) - {one.name for one in WORKLOADS}):
@@ -109,7 +115,8 @@ def main() -> int:
     except EmbeddedServerError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, stop)
-    chosen = [one for one in WORKLOADS if options.only is None or one.name in options.only.split(",")]
+    names = options.only.split(",") if options.only else None if options.peers or options.smoke else QUICK
+    chosen = [one for one in WORKLOADS if names is None or one.name in names]
     others, missing = peers(options.peers, progress)
     contestants = [*OURS, *others]
     results = Results()
@@ -138,6 +145,8 @@ def main() -> int:
     show(results, chosen)
     if options.json:
         options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
+    if options.write:
+        page.write(results, chosen, PAGE)
     return 0
 
 

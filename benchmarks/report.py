@@ -14,7 +14,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "enqueue": (("one", "one by one /s"), ("bulk", "in bulk /s"), ("at_once", "50 at once /s")),
     "drain": (
         ("rate", "tasks/s"),
-        ("cpu_ms_per_task", "worker CPU ms/task"),
+        ("cpu_us_per_task", "worker CPU us/task"),
         ("redis_cpu_us_per_task", "Redis CPU us/task"),
         ("commands_per_task", "commands/task"),
         ("rss", "RSS of all MB"),

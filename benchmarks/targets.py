@@ -63,8 +63,8 @@ TARGETS = (
     Target(
         "worker CPU per task / cheapest peer",
         "<=0.15x",
-        ("drain", ST, "cpu_ms_per_task"),
-        ("drain", "peers", "cpu_ms_per_task"),
+        ("drain", ST, "cpu_us_per_task"),
+        ("drain", "peers", "cpu_us_per_task"),
         least_is_best=True,
     ),
     Target(

@@ -56,3 +56,8 @@ def everybody(contestants: Sequence[Contestant]) -> list[Entry]:
 def called(contestants: Sequence[Contestant], name: str) -> list[Contestant]:
     """The contestant of this name, if it takes part."""
     return [one for one in contestants if one.name == name]
+
+
+def frameworks(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """All but the bare programs."""
+    return [one for one in contestants if one.name not in ("bare", "socket")]

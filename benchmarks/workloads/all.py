@@ -21,3 +21,6 @@ WORKLOADS: tuple[Workload, ...] = (
     scale.SHARDS_WORKLOAD,
     scale.BACKLOG,
 )
+
+QUICK = ("enqueue", "drain", "each", "two", "latency", "idle", "memory", "ids")
+"""What runs where nothing else is asked for: under five minutes, without other frameworks."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from ..bench import START_TIMEOUT_S, Bench, Contestant, Counters, Entry, Figures, Worker
 from ..processes import BenchmarkFailed, cpu_seconds, peak_rss, tree
 from ..server import commands_of, cpu_of
-from . import Workload, called, each, everybody
+from . import Workload, called, each, everybody, frameworks
 
 LEAST, MOST = 400, 200_000
 DRAIN_TIMEOUT_S = 120.0
@@ -56,7 +56,7 @@ def drain(
         if looked < n:
             # Worth something only where most was still to be done.
             figures |= {
-                "cpu_ms_per_task": 1000 * cpu / (n - looked),
+                "cpu_us_per_task": 1e6 * cpu / (n - looked),
                 "redis_cpu_us_per_task": 1e6 * redis_cpu / (n - looked),
                 "commands_per_task": commands / (n - looked),
             }
@@ -108,7 +108,7 @@ def noop_each(bench: Bench, entry: Entry) -> Figures:
 
 def two_entries(contestants: Sequence[Contestant]) -> list[Entry]:
     """Two processes, each at its best; and streamtask with as many shards as processes."""
-    found = [Entry(one, one.name, processes=2) for one in contestants if not one.name.startswith(("bare", "socket"))]
+    found = [Entry(one, one.name, processes=2) for one in frameworks(contestants)]
     for one in called(contestants, "streamtask"):
         found.append(Entry(one, "streamtask, 1 shard, 1 process", {"shards": 1}))
         found.append(Entry(one, "streamtask, 2 shards, 2 processes", {"shards": 2}, processes=2))
@@ -116,7 +116,7 @@ def two_entries(contestants: Sequence[Contestant]) -> list[Entry]:
 
 
 def noop_two(bench: Bench, entry: Entry) -> Figures:
-    return drain(bench, entry, min(MOST, 2 * sized(bench, Entry(entry.contestant, entry.contestant.name))))
+    return drain(bench, entry, sized(bench, Entry(entry.contestant, entry.contestant.name)))
 
 
 CONCURRENCY = 16
@@ -124,11 +124,7 @@ CONCURRENCY = 16
 
 def sleep_entries(contestants: Sequence[Contestant]) -> list[Entry]:
     # The bare loops have no concurrency.
-    return [
-        Entry(one, one.name, concurrency=CONCURRENCY)
-        for one in contestants
-        if not one.name.startswith(("bare", "socket"))
-    ]
+    return [Entry(one, one.name, concurrency=CONCURRENCY) for one in frameworks(contestants)]
 
 
 def sleeping(ms: float) -> Callable[[Bench, Entry], Figures]:
@@ -147,5 +143,5 @@ def sleeping(ms: float) -> Callable[[Bench, Entry], Figures]:
 DRAIN = Workload("drain", "draining no-op tasks, one process", everybody, each(noop))
 EACH = Workload("each", "acknowledging each", each_entries, each(noop_each))
 TWO = Workload("two", "draining no-op tasks, two processes", two_entries, each(noop_two))
-SLEEP1 = Workload("sleep1", "tasks of 1 ms, sixteen at once", sleep_entries, each(sleeping(1)))
-SLEEP10 = Workload("sleep10", "tasks of 10 ms, sixteen at once", sleep_entries, each(sleeping(10)))
+SLEEP1 = Workload("sleep1", "tasks of 1 ms, sixteen at once", sleep_entries, each(sleeping(1)), rounds=0.6)
+SLEEP10 = Workload("sleep10", "tasks of 10 ms, sixteen at once", sleep_entries, each(sleeping(10)), rounds=0.6)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-from ..bench import START_TIMEOUT_S, Bench, Entry, Figures
+from ..bench import START_TIMEOUT_S, Bench, Contestant, Entry, Figures
 from ..processes import exact_cpu_seconds, tree
-from . import Workload, each, everybody
+from . import Workload, each, frameworks
 
 SETTLE_S = 3.0
 IDLE_S = 10.0
+
+
+def entries(contestants: Sequence[Contestant]) -> list[Entry]:
+    return [Entry(one, one.name) for one in frameworks(contestants)]
 
 
 def idle(bench: Bench, entry: Entry) -> Figures:
@@ -41,4 +46,4 @@ def idle(bench: Bench, entry: Entry) -> Figures:
     }
 
 
-WORKLOAD = Workload("idle", "a worker without work", everybody, each(idle), rounds=0)
+WORKLOAD = Workload("idle", "a worker without work", entries, each(idle), rounds=0)

@@ -43,5 +43,5 @@ def backlog(bench: Bench, entry: Entry) -> Figures:
     return drain(bench, entry, n, window=(first, last))
 
 
-SHARDS_WORKLOAD = Workload("shards", "streamtask with more shards", shard_entries, each(shards))
+SHARDS_WORKLOAD = Workload("shards", "streamtask with more shards", shard_entries, each(shards), rounds=0.6)
 BACKLOG = Workload("backlog", "streamtask with more queued", backlog_entries, each(backlog))
