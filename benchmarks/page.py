@@ -26,6 +26,8 @@ def write(results: Results, workloads: Sequence[Workload], folder: Path) -> None
     (folder / "results.json").write_text(json.dumps(results.as_json(), indent=1) + "\n")
     pictures = draw(results, folder)
     parts = [HEAD.format(facts=_facts(results)), _targets(results)]
+    if pictures:
+        parts.append("## Pictures\n\nRed: streamtask. Grey: bare programs. Blue: other frameworks. Medians.\n")
     parts += [f"![{title}]({name}.png)\n" for name, title in pictures]
     for workload in workloads:
         if workload.name in results.rounds:
@@ -42,8 +44,9 @@ def write(results: Results, workloads: Sequence[Workload], folder: Path) -> None
 def _facts(results: Results) -> str:
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    smoke = "**Tiny sizes (`--smoke`): no conclusions.** " if about["smoke"] else ""
     return (
-        f"{about['system']}, {about['cpus']} CPUs, shared by all that is measured with Redis and the producers; "
+        f"{smoke}{about['system']}, {about['cpus']} CPUs, shared by all that is measured with Redis and the producers; "
         f"idle CPUs {about['idle_cpus']}. {versions}. {about['rounds']} rounds in {about['seconds'] / 60:.0f} minutes, "
         "one redis-server on the loopback without persistence."
     )

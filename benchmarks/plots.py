@@ -144,15 +144,13 @@ def _bars(results: Results, plot: Plot, series: Sequence[Mapping[str, float]], p
         axes.set_xlim(min(everything) / 2, max(everything) * 4)
     else:
         axes.set_xlim(0, max(everything) * 1.15)
-    for index, values in enumerate(series):
-        for place, label in enumerate(labels):
-            if values.get(label, 0) <= 0:
-                continue
-            y = place + 0.41 - (index + 0.5) * height
-            axes.barh(y, values[label], height * 0.92, color=_colour(results, label), alpha=SHADES[index])
-            axes.annotate(
-                number(values[label]), (values[label], y), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+    for place, label in enumerate(labels):
+        # No gaps where a contestant lacks one of the figures.
+        there = [(index, values[label]) for index, values in enumerate(series) if values.get(label, 0) > 0]
+        for line, (index, value) in enumerate(there):
+            y = place + height * ((len(there) - 1) / 2 - line)
+            axes.barh(y, value, height * 0.92, color=_colour(results, label), alpha=SHADES[index])
+            axes.annotate(number(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(-0.6, len(labels) - 0.4)
     axes.set_xlabel(plot.unit + (", logarithmic" if log else ""))
