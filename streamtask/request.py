@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from .queue.lanes import id_order
 from .redis import wire
 
 if TYPE_CHECKING:
+    from .queue.consumer import Batch
     from .queue.lanes import Delivery
     from .worker.ports import Place
 
@@ -104,12 +106,14 @@ def _instant(ms: int) -> dt.datetime:
 
 
 class _Here(threading.local):
-    delivery: Delivery | None = None
     place: Place | None = None
+    delivery: Delivery | None = None
+    batch: Batch | None = None
+    cells: Sequence[int] = ()
 
 
 here = _Here()
-"""What runs in this thread; set per message, so it holds no object of its own."""
+"""What runs in this thread: a delivery, or the one of a batch that ``cells[0]`` names, which is set once a batch."""
 
 in_coroutine: ContextVar[tuple[Any, Any] | None] = ContextVar("streamtask_request", default=None)
 
@@ -119,6 +123,8 @@ def current() -> Request | None:
     pair = in_coroutine.get()
     if pair is not None:
         return Request(*pair)
-    if here.delivery is not None and here.place is not None:
-        return Request(here.delivery, here.place)
-    return None
+    if here.place is None:
+        return None
+    if here.batch is not None:
+        return Request(here.batch.delivery(here.cells[0]), here.place)
+    return None if here.delivery is None else Request(here.delivery, here.place)

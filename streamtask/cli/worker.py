@@ -109,4 +109,4 @@ def worker_process(ctx: click.Context, concurrency: int, queues: str) -> None:
     except Exception as exc:
         click.echo(f"Error: {exc}", err=True)
         sys.exit(EXIT_CHILD_UNUSABLE)
-    sys.exit(child.run(settings, runner, sock_fd, memory_fd))
+    child.run(settings, runner, sock_fd, memory_fd)

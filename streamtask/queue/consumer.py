@@ -21,7 +21,7 @@ from ..errors import DecodeError, LeaseLost
 from ..redis import wire
 from ..redis.link import Link, ReplyError, pack
 from ..redis.scripts import Code, script
-from .lanes import MAX_WAITING, Delivery, Lane, LaneSet, Note, id_order
+from .lanes import MAX_WAITING, Delivery, Entry, Lane, LaneSet, Note, deliveries_of, id_order
 from .seen import generation_keys
 
 log = logging.getLogger("streamtask.consumer")
@@ -57,13 +57,16 @@ class Batch:
     """
 
     __slots__ = (
-        "collected", "consumer", "deliveries", "mixed", "number", "outcomes", "reopened", "results", "seen", "slot",
+        "collected", "consumer", "ids", "items", "mixed", "number", "outcomes", "reopened", "results", "seen", "slot",
     )  # fmt: skip
 
-    def __init__(self, consumer: ShardConsumer, number: int, deliveries: list[Delivery], reopened: list[Hashable]):
+    def __init__(
+        self, consumer: ShardConsumer, number: int, items: Sequence[Delivery | Entry], reopened: list[Hashable]
+    ) -> None:
         self.consumer = consumer
         self.number = number
-        self.deliveries = deliveries
+        self.items = items
+        self.ids: list[bytes] = [item[0] if type(item) is list else item.entry_id for item in items]  # type: ignore[union-attr]
         self.reopened = reopened
         self.mixed = False
         self.collected = 0
@@ -71,6 +74,14 @@ class Batch:
         self.outcomes: list[tuple[int, Outcome]] = []
         self.results: list[tuple[Delivery, Any]] = []
         self.slot: Any = None  # where its executor writes down which one runs
+
+    def delivery(self, index: int) -> Delivery:
+        item = self.items[index]
+        return Delivery(*item) if type(item) is list else item  # type: ignore[return-value]
+
+    @property
+    def deliveries(self) -> list[Delivery]:
+        return deliveries_of(self.items)
 
 
 @dataclass(slots=True)
@@ -99,7 +110,7 @@ class ShardConsumer:
         self.settings = settings
         self.consumer_name = lease.incarnation if lease.shared else OWNER
         self.lanes = LaneSet()
-        self.buffer: deque[Delivery] = deque()
+        self.buffer: deque[Delivery | Entry] = deque()  # what was read, in its order
         self.handed: dict[int, Batch] = {}
         self.finished: list[bytes] = []
         self.finished_since = 0.0
@@ -112,6 +123,8 @@ class ShardConsumer:
         self.needs_audit = False
         self.revoked: set[bytes | str] = set()
         self.clock_ms = 0  # what to add to wall_ms() to get Redis' clock
+        # Whether a new message may stay a plain entry until something happens to it.
+        self._plain = not (settings.unordered or settings.deduped or settings.dedupe_all_ms)
         self._in_order = True
         self._closed: set[Hashable] = set()  # keys that a sequential executor skips until a batch reopens them
         self._notes: list[tuple[bytes, Note]] = []
@@ -120,18 +133,21 @@ class ShardConsumer:
         self._full_said = False
         self._layouts: dict[str, str] = {}
         self._head = (lease.token, lease.incarnation, settings.group)
+        keys = self.keys
+        self.read_command = pack(
+            "XREADGROUP", "GROUP", settings.group, self.consumer_name, "COUNT", settings.fetch_count,
+            "STREAMS", keys.stream, ">",
+        )  # fmt: skip
+        """XREADGROUP of new entries; to be run inside a transaction that watches ``lease.guard``."""
+        self.guard_command = pack("HMGET", lease.key, "token", "owner")
+        """What to ask for after WATCH: does this incarnation own the lease?"""
+        self._record = [b"%d" % lease.token, lease.incarnation.encode()]
+        self._settle_keys = (lease.key, keys.stream, keys.state, keys.notes(settings.group))
 
     def __repr__(self) -> str:
         return f"<ShardConsumer {self.queue}/{self.shard} token={self.lease.token}>"
 
     # Reading
-
-    def read_command(self) -> bytes:
-        """XREADGROUP of new entries; to be run inside a transaction that watches ``lease.guard``."""
-        return pack(
-            "XREADGROUP", "GROUP", self.settings.group, self.consumer_name, "COUNT", self.settings.fetch_count,
-            "STREAMS", self.keys.stream, ">",
-        )  # fmt: skip
 
     def read_by_script(self, link: Link) -> list[Any]:
         """As ``read_command``, where Redis is too full for a transaction."""
@@ -139,12 +155,9 @@ class ShardConsumer:
         entries: list[Any] = self._run(link, "fetch", [self.lease.key, self.keys.stream], args)
         return entries
 
-    def guard_command(self) -> bytes:
-        """What to ask for after WATCH: does this incarnation own the lease?"""
-        return pack("HMGET", self.lease.key, "token", "owner")
-
     def owns(self, answer: Sequence[bytes | None]) -> bool:
-        return answer[0] == b"%d" % self.lease.token and answer[1] == self.lease.incarnation.encode()
+        """Whether that is the answer to ``guard_command`` that an owner gets."""
+        return answer == self._record
 
     def has_room(self) -> bool:
         """Whether to read more: half a fetch is left at most, and not too much waits."""
@@ -163,26 +176,53 @@ class ShardConsumer:
             )
         return False
 
-    def absorb(self, link: Link, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:
+    def absorb(self, link: Link, entries: Sequence[Entry]) -> None:
         """Takes new entries that were read, in the order of the stream; at least one."""
         self.last_id = entries[-1][0].decode()
         # Always through the buffer, also where the lane is closed: an earlier message of its key may still be there.
-        self.buffer.extend(self._first_of_their_ids(link, self._decode(entries)))
+        if self._plain:
+            self.buffer.extend(self._decode(entries))
+        else:
+            self.buffer.extend(self._first_of_their_ids(link, deliveries_of(self._decode(entries))))
 
-    def _decode(self, entries: Iterable[tuple[bytes, list[bytes]]]) -> list[Delivery]:
-        arrived: list[Delivery] = []
-        decode, unordered = wire.decode, self.settings.unordered
-        for entry_id, fields in entries:
+    def _decode(self, entries: Iterable[Entry]) -> list[Delivery | Entry]:
+        """Decodes entries ``[id, fields]``. What can't be decoded is left to be a dead letter."""
+        arrived: list[Delivery | Entry] = []
+        append, unordered = arrived.append, self.settings.unordered
+        unpack, hook = wire.unpackb, wire.ext_hook
+        for entry in entries:
+            entry_id, fields = entry
+            # What nearly all messages are is seen here, in place of a call of ``decode`` for each.
             try:
-                delivery = Delivery(entry_id, decode(fields))
+                envelope = unpack(fields[1], ext_hook=hook, strict_map_key=False)
+                task, key, message_id, args, kwargs, headers = envelope
+                usual = (
+                    headers is None
+                    and len(fields) == 2
+                    and type(key) is bytes
+                    and type(args) is list
+                    and type(kwargs) is dict
+                    and type(message_id) is bytes
+                    and type(task) is str
+                    and fields[0] == b"m"
+                )
+            except Exception:
+                usual = False
+            if usual and not unordered:
+                entry[1] = envelope
+                append(entry)
+                continue
+            try:
+                envelope = wire.decode(fields)
             except DecodeError as exc:
                 self._dead.append((entry_id, fields, Outcome("dead", reason="undecodable", message=str(exc))))
                 continue
+            delivery = Delivery(entry_id, envelope)
             if unordered and delivery.task in unordered:
                 delivery.lane = None
             if len(fields) > 2:
                 delivery.replayed = b"replayed" in fields[2::2]
-            arrived.append(delivery)
+            append(delivery)
         return arrived
 
     def _first_of_their_ids(self, link: Link, arrived: list[Delivery]) -> list[Delivery]:
@@ -293,7 +333,9 @@ class ShardConsumer:
     ) -> None:
         wanted = set(ids)
         if takeover:
-            entries = [(e, f) for e, f in link.command("XRANGE", self.keys.stream, ids[0], ids[-1]) if e in wanted]
+            entries = [
+                entry for entry in link.command("XRANGE", self.keys.stream, ids[0], ids[-1]) if entry[0] in wanted
+            ]
         else:
             # What lies between is held already: a range would ship its bodies again.
             replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in ids])
@@ -306,7 +348,7 @@ class ShardConsumer:
                 entry_id.decode(),
             )
             self._finish(entry_id)
-        for delivery in self._first_of_their_ids(link, self._decode(entries)):
+        for delivery in self._first_of_their_ids(link, deliveries_of(self._decode(entries))):
             delivery.fresh = not takeover
             note = notes.get(delivery.entry_id)
             if note is not None:
@@ -330,7 +372,7 @@ class ShardConsumer:
     def _place_recovered(self, found: list[Delivery | tuple[Hashable, bytes]]) -> None:
         many = len(found) > RECOVER_BODIES
         if many and self.buffer:
-            found = [*self.buffer, *found]
+            found = [*deliveries_of(self.buffer), *found]
             self.buffer.clear()
             found.sort(key=lambda item: id_order(item[1] if isinstance(item, tuple) else item.entry_id))
         now = mono_s()
@@ -357,7 +399,8 @@ class ShardConsumer:
         for lane in touched:
             self.lanes.open(lane)
         if len(self.buffer) > 1:
-            self.buffer = deque(sorted(self.buffer, key=lambda d: id_order(d.entry_id)))
+            ordered = sorted(deliveries_of(self.buffer), key=lambda d: id_order(d.entry_id))
+            self.buffer = deque(ordered)
 
     def _read_clock(self, link: Link) -> None:
         seconds, micros = link.command("TIME")
@@ -395,10 +438,10 @@ class ShardConsumer:
 
     def entry_ids(self) -> set[bytes]:
         """The ids of all entries that this process holds: buffered, waiting, running, or finished and not settled."""
-        held = {delivery.entry_id for delivery in self.buffer}
+        held = {delivery.entry_id for delivery in deliveries_of(self.buffer)}
         held.update(self.lanes.entry_ids())
         for batch in self.handed.values():
-            held.update(delivery.entry_id for delivery in batch.deliveries)
+            held.update(batch.ids)
         held.update(self.finished)
         held.update(self.settling)
         for item, _, _ in self._dead:
@@ -415,8 +458,20 @@ class ShardConsumer:
         that needs a start mark, for it would not start at once."""
         if self.halted or self.closing:
             return None
+        buffer = self.buffer
+        if not self.lanes.lanes and not self.revoked and (not buffer or type(buffer[0]) is list or buffer[0].fresh):  # type: ignore[union-attr]
+            # The common case: nothing waits, so the batch is the next run of the stream.
+            if not buffer:
+                return None
+            if len(buffer) <= limit:
+                items = list(buffer)
+                buffer.clear()
+            else:
+                items = [buffer.popleft() for _ in range(limit)]
+            return self._hand(items, self._reopen(deliveries_of(items)) if self._closed else [])
         # What talks to Redis comes first, or is undone: an outage in the middle must not lose what was chosen.
         self._load_heads(link, limit, limit)
+        self.buffer = deque(deliveries_of(buffer))
         chosen: list[Delivery] = []
         if self.lanes.has_ready():
             self._take_from_lanes(limit, chosen, may_mark)
@@ -426,13 +481,17 @@ class ShardConsumer:
         if not chosen:
             return None
         self._mark(link, chosen)
-        reopened: list[Hashable] = []
-        if self._closed:
-            reopened = [d.lane for d in chosen if d.lane in self._closed]
-            self._closed.difference_update(reopened)
-        batch = self._hand(chosen, reopened)
+        batch = self._hand(chosen, self._reopen(chosen))
         batch.mixed = mixed
         return batch
+
+    def _reopen(self, chosen: Iterable[Delivery]) -> list[Hashable]:
+        """The keys of a batch that a sequential executor still skips, and is to skip no longer."""
+        if not self._closed:
+            return []
+        reopened = [d.lane for d in chosen if d.lane in self._closed]
+        self._closed.difference_update(reopened)
+        return reopened
 
     def _take_from_lanes(self, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
         oldest_out = min(self.handed, default=self._numbers + 1)
@@ -463,15 +522,7 @@ class ShardConsumer:
                 self.lanes.open(lane)
 
     def _take_from_buffer(self, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
-        buffer = self.buffer
-        if not self.lanes.lanes and not self.revoked and not chosen and (not buffer or buffer[0].fresh):
-            # The common case: nothing waits, so the batch is the next run of the stream.
-            if len(buffer) <= limit:
-                chosen.extend(buffer)
-                buffer.clear()
-            else:
-                chosen.extend([buffer.popleft() for _ in range(limit)])
-            return
+        buffer: deque[Delivery] = self.buffer  # type: ignore[assignment]  # ``take`` has seen to that
         while buffer and len(chosen) < limit:
             head = buffer[0]
             if self._needs_mark(head) and (chosen or not may_mark):
@@ -513,7 +564,8 @@ class ShardConsumer:
                 self.lanes.open(lane)
         buffer = self.buffer
         while buffer and len(chosen) < limit:
-            delivery = buffer.popleft()
+            item = buffer.popleft()
+            delivery = Delivery(*item) if isinstance(item, list) else item
             lane_or_none = self.lanes.get(delivery.lane_key)
             if lane_or_none is not None:
                 self.lanes.add(lane_or_none, delivery)
@@ -524,9 +576,9 @@ class ShardConsumer:
         self._mark(link, chosen)
         return [self._hand([delivery], []) for delivery in chosen]
 
-    def _hand(self, deliveries: list[Delivery], reopened: list[Hashable]) -> Batch:
+    def _hand(self, items: Sequence[Delivery | Entry], reopened: list[Hashable]) -> Batch:
         self._numbers += 1
-        batch = Batch(self, self._numbers, deliveries, reopened)
+        batch = Batch(self, self._numbers, items, reopened)
         self.handed[batch.number] = batch
         return batch
 
@@ -553,6 +605,8 @@ class ShardConsumer:
 
     def _mark(self, link: Link, chosen: list[Delivery]) -> None:
         """Writes down that bodies start, where that is needed; where it fails, all of them go back."""
+        if not (self.lease.by_expiry or self.lease.shared):
+            return
         marked = [delivery for delivery in chosen if self._needs_mark(delivery)]
         if not marked:
             return
@@ -580,7 +634,7 @@ class ShardConsumer:
         replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in wanted])
         entries = [reply[0] for reply in replies if isinstance(reply, list) and reply]
         found = {entry_id for entry_id, _ in entries}
-        bodies = {delivery.entry_id: delivery for delivery in self._decode(entries)}
+        bodies = {delivery.entry_id: delivery for delivery in deliveries_of(self._decode(entries))}
         for entry_id in wanted:
             if entry_id not in found:
                 log.warning(
@@ -615,24 +669,21 @@ class ShardConsumer:
             odd[index] = outcome
             batch.seen += 1
         if position > batch.collected:
-            done = batch.deliveries[batch.collected : position]
+            done = batch.ids[batch.collected : position]
             if not self.finished:
                 self.finished_since = mono_s()
-            if batch.mixed or (self.finished and id_order(done[0].entry_id) < id_order(self.finished[-1])):
+            if batch.mixed or (self.finished and id_order(done[0]) < id_order(self.finished[-1])):
                 self._in_order = False
-            if not odd:
-                self.finished += [delivery.entry_id for delivery in done]
-            else:
-                for index, delivery in enumerate(done, batch.collected):
-                    if index not in odd:
-                        self.finished.append(delivery.entry_id)
+            if odd:
+                done = [entry_id for index, entry_id in enumerate(done, batch.collected) if index not in odd]
+            self.finished += done
             batch.collected = position
         for index, outcome in odd.items():
-            self._apply(batch.deliveries[index], outcome)
+            self._apply(batch.delivery(index), outcome)
 
     def complete(self, batch: Batch) -> None:
         """All of a batch has come back. Lanes that it ran side by side with others open."""
-        self.collect(batch, len(batch.deliveries))
+        self.collect(batch, len(batch.ids))
         self.handed.pop(batch.number, None)
 
     def complete_free(self, batch: Batch) -> None:
@@ -674,12 +725,14 @@ class ShardConsumer:
             self.lanes.add(lane, delivery)
             if was_running:
                 self.lanes.open(lane)
-        elif not self.buffer or id_order(delivery.entry_id) > id_order(self.buffer[-1].entry_id):
-            self.buffer.append(delivery)
         else:
-            items = [*self.buffer, delivery]
-            items.sort(key=lambda d: id_order(d.entry_id))
-            self.buffer = deque(items)
+            items = deliveries_of(self.buffer)
+            if not items or id_order(delivery.entry_id) > id_order(items[-1].entry_id):
+                self.buffer.append(delivery)
+            else:
+                items.append(delivery)
+                items.sort(key=lambda d: id_order(d.entry_id))
+                self.buffer = deque(items)
 
     def _finish(self, entry_id: bytes) -> None:
         if not self.finished:
@@ -734,10 +787,7 @@ class ShardConsumer:
             self._in_order = False
 
     def pack_settle(self, ids: Sequence[bytes]) -> bytes:
-        return script("settle").pack(
-            (self.lease.key, self.keys.stream, self.keys.state, self.keys.notes(self.settings.group)),
-            (*self._head, *ids),
-        )
+        return script("settle").pack(self._settle_keys, (*self._head, *ids))
 
     def flush(self, link: Link) -> None:
         """Writes the notes and dead letters that ``collect`` and reading have left to do."""
@@ -751,6 +801,10 @@ class ShardConsumer:
 
     def has_writes(self) -> bool:
         return bool(self._notes or self._dead)
+
+    def has_to_write(self) -> bool:
+        """Whether there is anything to settle, write or hand over."""
+        return bool(self.finished or self._notes or self._dead or self.closing)
 
     def _write_notes(self, link: Link, notes: Sequence[tuple[bytes, Note]]) -> None:
         for i in range(0, len(notes), 200):
@@ -828,7 +882,7 @@ class ShardConsumer:
         )
         if not entries:
             return 0
-        arrived = self._first_of_their_ids(link, self._decode(entries))
+        arrived = self._first_of_their_ids(link, deliveries_of(self._decode(entries)))
         notes = (
             link.command("HMGET", self.keys.notes(self.settings.group), *[d.entry_id for d in arrived])
             if arrived

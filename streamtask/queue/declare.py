@@ -108,7 +108,7 @@ class Queue:
 
     def shard_for(self, key: bytes | None) -> int | str:
         """The shard of a canonical shard key; the shared stream for None."""
-        return SHARED if key is None else shard_of(key, self.shape().shards)
+        return SHARED if key is None else shard_of(key, (self._shape or self.shape()).shards)
 
     def all_shards(self) -> list[int | str]:
         return [*range(self.shape().shards), SHARED]

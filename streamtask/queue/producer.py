@@ -111,11 +111,14 @@ class Target:
 
     def pack_append(self, envelope: bytes) -> bytes:
         """``produce.lua`` as bytes, with a produce id of its own: all but id and envelope is prepared once per page."""
-        page, number = divmod(self._single(), PAGE)
+        number = self._single()
+        page = number // PAGE
         prepared, head = self._page
         if prepared != page:
             head = self._prepare(page)
-        return b"%b%b%b$%d\r\n%b\r\n" % (head, _NUMBERS[number], self._tail, len(envelope), envelope)
+        return b"".join(
+            (head, _NUMBERS[number % PAGE], self._tail, b"$%d\r\n" % len(envelope), envelope, b"\r\n")
+        )
 
     def _prepare(self, page: int) -> bytes:
         keys = self.keys

@@ -7,15 +7,20 @@ Cluster and a reshard never reuses a name. User text is percent-encoded where it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import quote
 
 SHARED = "shared"
 """The SHARD segment of a queue's shared stream, which takes the messages without a shard key."""
 
 
-def segment(text: str) -> str:
+def encode(text: str) -> str:
     """User text as one segment of a key: letters, digits, ``-`` and ``_`` stay, all else is percent-encoded."""
     return quote(text, safe="").replace(".", "%2E").replace("~", "%7E")
+
+
+segment = lru_cache(maxsize=1024)(encode)
+"""``encode`` for names, of which there are few and which are asked for all the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,4 +118,4 @@ def app_queues(namespace: str, app: str) -> str:
 
 def result(namespace: str, app: str, task_id: str) -> str:
     """Where a task's result lies; also the channel on which its arrival is told. Each id has a slot of its own."""
-    return f"{namespace}:{segment(app)}:{{{segment(task_id)}}}:result"
+    return f"{namespace}:{segment(app)}:{{{encode(task_id)}}}:result"

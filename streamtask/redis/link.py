@@ -166,6 +166,29 @@ class Link:
             raise self._refused(reply)
         return reply
 
+    def read_many(self, count: int) -> list[Reply]:
+        """Reads so many replies; error replies stay in the list as exceptions."""
+        if self._sock is None:
+            raise self._failed(ConnectionError("the connection is closed"))
+        replies: list[Reply] = []
+        gets = self._gets
+        try:
+            while len(replies) < count:
+                reply = gets()
+                if reply is False:
+                    received = self._recv_into(self._buffer)
+                    if not received:
+                        raise ConnectionError("the server closed the connection")
+                    self._feed(self._buffer, 0, received)
+                else:
+                    replies.append(reply)
+        except BaseException as exc:
+            raise self._failed(exc) from None
+        for reply in replies:
+            if isinstance(reply, BrokerUnavailable):
+                raise self._refused(reply)
+        return replies
+
     def _refused(self, error: Exception) -> Exception:
         """Of an error reply: a server that is not ready, or no longer the master, is to be connected to anew."""
         if isinstance(error, BrokerUnavailable):
@@ -221,7 +244,7 @@ class Link:
         """Sends many prepared commands at once; errors stay in the list as exceptions. Unknown scripts are loaded and
         their calls repeated, so calls that are sent together must not depend on each other's order then."""
         self.send(b"".join(packed))
-        replies = [self.read_quietly() for _ in packed]
+        replies = self.read_many(len(packed))
         for i, reply in enumerate(replies):
             if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
                 try:
@@ -273,6 +296,9 @@ class MemoryLink(Link):
             return self._conn.read_response(disable_decoding=True)
         except ERRORS as exc:
             raise translate(exc, self._where) from None
+
+    def read_many(self, count: int) -> list[Reply]:
+        return [self.read_quietly() for _ in range(count)]
 
     def buffered(self) -> bool:
         return False

@@ -56,7 +56,7 @@ def _default(value: object) -> msgpack.ExtType:
     raise TypeError(f"{type(value).__name__} can't be serialised")
 
 
-def _ext_hook(code: int, data: bytes) -> object:
+def ext_hook(code: int, data: bytes) -> object:
     if code == _EXT_DATETIME:
         return dt.datetime.fromisoformat(data.decode())
     if code == _EXT_DATE:
@@ -76,9 +76,11 @@ def _ext_hook(code: int, data: bytes) -> object:
 
 
 def _hashable_hook(code: int, data: bytes) -> object:
-    value = _ext_hook(code, data)
+    value = ext_hook(code, data)
     return frozenset(value) if isinstance(value, set) else value
 
+
+unpackb = msgpack.unpackb
 
 _packers: list[msgpack.Packer] = []
 """Those that nobody uses now: making one costs more than packing a message. Taking and giving back are one step each, so
@@ -98,7 +100,7 @@ def pack_body(value: object) -> bytes:
 
 def unpack_body(data: bytes) -> Any:
     """The inverse of ``pack_body``. Raises what msgpack raises, or ``DecodeError``."""
-    return msgpack.unpackb(data, ext_hook=_ext_hook, strict_map_key=False)
+    return msgpack.unpackb(data, ext_hook=ext_hook, strict_map_key=False)
 
 
 def encode(
@@ -126,7 +128,7 @@ def decode(fields: list[bytes]) -> list[Any]:
     """
     try:
         if fields[0] == MSGPACK:
-            envelope = msgpack.unpackb(fields[1], ext_hook=_ext_hook, strict_map_key=False)
+            envelope = unpackb(fields[1], ext_hook=ext_hook, strict_map_key=False)
             task, key, message_id, args, kwargs, headers = envelope
             if not (
                 type(task) is str

@@ -1,8 +1,9 @@
-"""A worker process: a control thread beside the executor, which has the main thread."""
+"""A worker process: the control loop, and the executor beside it or taking turns with it."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from .control import Control
 from .executor import ParallelExecutor, SequentialExecutor
 from .ports import TaskRunner, WorkerSettings
 from .shared import SharedMemory
+from .turns import Turns
 from .wire import Closed, Wire
 
 log = logging.getLogger("streamtask.worker")
@@ -40,26 +42,35 @@ class _SupervisorWire(Wire):
             os._exit(0)
 
 
-def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: int) -> int:
-    """Runs a worker process until its supervisor tells it to stop. Returns the exit status."""
+def collect_garbage_less() -> None:
+    """What is there after start-up stays for good and is not looked at again; and a collection for each 700 objects, the
+    default of Python before 3.12, would be one for each hundred messages."""
+    gc.collect()
+    gc.freeze()
+    if gc.get_threshold()[0] in (700, 2000):  # nobody has chosen another
+        gc.set_threshold(10_000, *gc.get_threshold()[1:])
+
+
+def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: int) -> None:
+    """Runs a worker process until its supervisor ends it."""
     # The supervisor is told by the terminal, too, and says what is to be done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # The control thread asks for the GIL at every answer of Redis: quick bodies must not make it wait for milliseconds.
-    sys.setswitchinterval(0.00005 if settings.concurrency == 1 else 0.001)
     memory = SharedMemory(memory_fd, settings.concurrency)
     wire = _SupervisorWire(socket.socket(fileno=sock_fd))
     control = Control(settings, runner, memory, wire)
-    executor: SequentialExecutor | ParallelExecutor
-    if settings.concurrency == 1:
-        executor = SequentialExecutor(runner, memory, control.lease_number, control.wake)
-        executor.signal_after_s = settings.ack_interval_s or 0.001
-    else:
-        executor = ParallelExecutor(settings.concurrency, runner, memory, control.lease_number, control.wake)
-    control.executor = executor
     runner.process_started()
-    thread = threading.Thread(target=control.run, name="streamtask-control", daemon=True)
-    thread.start()
-    wire.send("ready")
-    executor.run_forever()
-    return 0
+    collect_garbage_less()
+    if settings.concurrency == 1:
+        sequential = SequentialExecutor(runner, memory, control.lease_number)
+        sequential.signal_after_s = settings.ack_interval_s or 0.001
+        control.executor = sequential
+        wire.send("ready")
+        Turns(control, sequential).run()
+    else:
+        # The control loop asks for the GIL at every answer of Redis: bodies must not make it wait for milliseconds.
+        sys.setswitchinterval(0.001)
+        control.executor = ParallelExecutor(settings.concurrency, runner, memory, control.lease_number, control.tell_ended)
+        threading.Thread(target=control.run, name="streamtask-control", daemon=True).start()
+        wire.send("ready")
+        threading.Event().wait()  # the supervisor ends this process

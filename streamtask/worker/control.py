@@ -1,4 +1,4 @@
-"""The control thread of a worker process: one loop that owns all state of the process's shards.
+"""The control loop of a worker process, which owns all state of the process's shards. ``turns.py`` says who runs it.
 
 Each turn: take what has arrived (orders of the supervisor, a fetch's reply, ended deliveries), hand out what can run,
 send the next fetch, then write (results, notes, dead letters, acknowledgements). Executors and the supervisor only post
@@ -14,9 +14,9 @@ from __future__ import annotations
 import logging
 import os
 import select
-import threading
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..backoff import delays
@@ -39,13 +39,19 @@ COLD_FETCH_S = (0.005, 0.1)
 """How often idle shards are read while busy ones are full: the interval doubles while nothing comes."""
 
 
+FEW = 4
+"""Messages that are started before the next are fetched, where no more wait."""
+
+READ_AHEAD = 2
+"""Fetches' worth of messages that lie ready, where there are more in Redis."""
+
+
 class Executor(Protocol):
     """See ``executor.py``."""
 
     capacity: int
     ended: Any
     out: Any
-    quick: bool
 
     def submit(self, batch: Batch) -> None: ...
     def position(self, batch: Batch) -> int: ...
@@ -63,16 +69,34 @@ class Supervisor(Protocol):
 class Owned:
     """A shard in the hands of this process, and what the loop remembers of it."""
 
-    __slots__ = ("consumer", "full", "next_audit", "number", "queue", "quiet_until", "takeover")
+    __slots__ = ("consumer", "full", "next_audit", "number", "queue", "quiet_until", "read_at", "takeover")
 
     def __init__(self, number: int, consumer: ShardConsumer, queue: Queue) -> None:
         self.number = number
         self.consumer = consumer
         self.queue = queue
         self.takeover = True  # the pending entries have not been read yet
-        self.full = False  # the last fetch brought as much as it could
+        self.full = True  # the last fetch brought as much as it could, or there was none
+        self.read_at = 0.0
         self.quiet_until = 0.0  # no calls before then: the lease's record is missing, or something failed
         self.next_audit = mono_s() + AUDIT_S
+
+    def has_to_prepare(self, now: float) -> bool:
+        consumer = self.consumer
+        return (
+            self.takeover
+            or consumer.needs_audit
+            or consumer.halted
+            or now >= self.next_audit
+            or bool(consumer.lanes.lanes)
+            or (consumer.next_due is not None and now >= consumer.next_due)
+        )
+
+
+def end_process() -> None:
+    """After an error that nobody foresaw: what this process holds is another's to take over."""
+    log.critical("the control loop failed; the process ends", exc_info=sys.exc_info())
+    os._exit(70)
 
 
 class Control:
@@ -105,6 +129,7 @@ class Control:
         self._fetching: list[Owned] | None = None
         self._blocked = False
         self._armed: list[Owned] = []
+        self._arming_of: tuple[list[Owned], bytes] = ([], b"")
         self._watch_dirty = True
         self._down_until = 0.0
         self._down_delays: Iterator[float] | None = None
@@ -113,12 +138,12 @@ class Control:
         self._cold_at = 0.0
         self._cold_s = COLD_FETCH_S[0]
         self._stopping = False
-        self._turn_order: list[Owned] = []
+        self._sleeping = False
+        self._turn_order: list[Owned] = []  # whoever was served goes to its end
         self._poll = select.poll()
         self._poll.register(self._wake_read, select.POLLIN)
         self._poll.register(supervisor.fileno(), select.POLLIN)
         self._fetch_fd = -1
-        self.done = threading.Event()
         self._orders: dict[str, Callable[..., None]] = {
             "own": self._own,
             "release": self._release,
@@ -130,24 +155,34 @@ class Control:
     def lease_number(self, consumer: ShardConsumer) -> int:
         return self._numbers[consumer]
 
+    def tell_ended(self) -> None:
+        """Called by executors after they have put a batch into ``ended``."""
+        if self._sleeping:
+            self.wake()
+
     def wake(self) -> None:
-        """Ends the wait of the current turn; called by executors."""
+        """Ends the wait of the current turn."""
         try:
             os.write(self._wake_write, b".")
         except BlockingIOError:
             pass  # it is awake already
 
     def run(self) -> None:
-        """The loop. Ends when the supervisor says so; any error that is not foreseen ends the process."""
+        """The loop, for a thread of its own; any error that is not foreseen ends the process."""
         try:
-            while not self.done.is_set():
+            while True:
                 self.turn()
         except BaseException:
-            log.critical("the control thread failed; the process ends", exc_info=True)
-            os._exit(70)
+            end_process()
 
-    def turn(self) -> None:
-        events = self._poll.poll(self._timeout_ms())
+    def turn(self, wait: bool = True) -> None:
+        """One round; ``wait`` for something to do, if there is nothing."""
+        assert self.executor is not None
+        timeout_ms = self._timeout_ms() if wait else 0
+        self._sleeping = True
+        # In this order: what ends after the look at ``ended`` finds us asleep, and wakes us.
+        events = self._poll.poll(0 if self.executor.ended else timeout_ms)
+        self._sleeping = False
         for fd, _ in events:
             if fd == self._wake_read:
                 self._drain_wake()
@@ -270,6 +305,7 @@ class Control:
         owned = Owned(number, consumer, home)
         self._owned[number] = owned
         self._numbers[consumer] = number
+        self._turn_order.append(owned)
         self._watch_dirty = True
         log.debug("owns queue=%s shard=%s token=%d", queue, shard, token)
 
@@ -297,6 +333,8 @@ class Control:
 
     def _forget(self, owned: Owned) -> None:
         self._owned.pop(owned.number, None)
+        if owned in self._turn_order:
+            self._turn_order.remove(owned)
         self._watch_dirty = True
         if self.executor is not None:
             self.executor.forget(owned.consumer)
@@ -315,7 +353,7 @@ class Control:
 
     def _suspect(self, owned: Owned) -> None:
         """A call was refused: is the lease another's, or is its record gone (a flush), to be written anew by the keeper?"""
-        answer = self._link.call(owned.consumer.guard_command())
+        answer = self._link.call(owned.consumer.guard_command)
         if owned.consumer.owns(answer):
             return
         if answer[1] is None:
@@ -332,42 +370,52 @@ class Control:
         ready = [o for o in self._owned.values() if not o.takeover and o.quiet_until <= now and not o.consumer.closing]
         if not ready:
             return
-        with_room = [o for o in ready if o.consumer.has_room()]
-        if not with_room:
-            return
-        busy = any(o.full and not o.consumer.has_room() and not o.consumer.needs_audit for o in ready)
-        if busy and now >= self._cold_at:
-            self._cold_at = now + self._cold_s
-        elif busy:
-            # Shards that have more are read as soon as they have room, those that had nothing from time to time.
-            with_room = [o for o in with_room if o.full]
-            if not with_room:
-                return
-        if self._watch_dirty or any(o not in self._armed for o in with_room):
+        chosen = self._to_read(ready, now)
+        if chosen and (self._watch_dirty or any(o not in self._armed for o in chosen)):
             self._arm(ready)
-            with_room = [o for o in with_room if o in self._armed]
-            if not with_room:
-                return
-        block = not busy and not any(o.full for o in with_room)
+            chosen = [o for o in chosen if o in self._armed]
+        if not chosen:
+            return
+        block = not any(o.full for o in ready)
         parts: list[bytes] = []
         if block:
-            parts.append(self._block_command(with_room, ready))
+            parts.append(self._block_command(chosen, ready))
         parts.append(b"*1\r\n$5\r\nMULTI\r\n")
-        parts += [o.consumer.read_command() for o in with_room]
+        parts += [o.consumer.read_command for o in chosen]
         parts.append(b"*1\r\n$4\r\nEXEC\r\n")
-        parts.append(self._watch_command(self._armed))
-        parts += [o.consumer.guard_command() for o in self._armed]
-        self._fetching = with_room
+        parts.append(self._arming(self._armed))
+        self._fetching = chosen
         self._blocked = block
         self._fetch.send(b"".join(parts))
+
+    def _to_read(self, ready: list[Owned], now: float) -> list[Owned]:
+        """The shards to read next. Of those that have more, only as many as are run soon: what has to lie in memory until
+        its turn comes has left the CPU's cache by then. The others are read from time to time meanwhile."""
+        with_room = [o for o in ready if o.consumer.has_room()]
+        if not any(o.full for o in ready):
+            return with_room
+        fetch_count = self._settings.consumer.fetch_count
+        held = sum(len(o.consumer.buffer) for o in ready if not o.consumer.halted)
+        room = max(0 if held else 1, READ_AHEAD - held // fetch_count)
+        chosen = sorted((o for o in with_room if o.full), key=lambda o: o.read_at)[:room]
+        if now >= self._cold_at:
+            self._cold_at = now + self._cold_s
+            chosen += [o for o in with_room if not o.full]
+        for owned in chosen:
+            owned.read_at = now
+        return chosen
 
     def _block_command(self, with_room: list[Owned], ready: list[Owned]) -> bytes:
         streams = [o.consumer.keys.stream for o in with_room] + [o.consumer.keys.wake for o in ready]
         ids = [o.consumer.last_id for o in with_room] + [o.consumer.wake_id for o in ready]
         return pack("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *streams, *ids)
 
-    def _watch_command(self, owned: Iterable[Owned]) -> bytes:
-        return pack("WATCH", *(o.consumer.lease.guard for o in owned))
+    def _arming(self, armed: list[Owned]) -> bytes:
+        """What to send to watch these shards and to learn who owns them; nearly always what was sent last."""
+        if armed != self._arming_of[0]:
+            watch = pack("WATCH", *(o.consumer.lease.guard for o in armed))
+            self._arming_of = (armed, b"".join([watch, *(o.consumer.guard_command for o in armed)]))
+        return self._arming_of[1]
 
     def _arm(self, ready: list[Owned]) -> None:
         """Watches the leases' guards and asks who owns them: what is read next is read under them."""
@@ -379,9 +427,8 @@ class Control:
                 self._poll.unregister(self._fetch_fd)
             self._fetch_fd = self._fetch.fileno()
             self._poll.register(self._fetch_fd, select.POLLIN)
-        replies = self._fetch.pipeline(
-            [pack("UNWATCH"), self._watch_command(ready), *(o.consumer.guard_command() for o in ready)]
-        )
+        self._fetch.send(pack("UNWATCH") + self._arming(ready))
+        replies = self._fetch.read_many(2 + len(ready))
         self._armed = []
         self._watch_dirty = False
         self._check_owners(ready, replies[2:])
@@ -409,14 +456,12 @@ class Control:
             # Nothing was asked: the server closed the connection.
             raise BrokerUnavailable(f"Redis at {self._settings.broker.safe_url} closed the connection")
         fetch, fetching, armed = self._fetch, self._fetching, self._armed
-        woken = fetch.read_quietly() if self._blocked else None
-        queued = [fetch.read_quietly() for _ in range(1 + len(fetching))]
-        try:
-            found = fetch.read()
-        except ReplyError as exc:
-            found = exc
-        fetch.read_quietly()
-        answers = [fetch.read_quietly() for _ in armed]
+        replies = iter(fetch.read_many(self._blocked + 1 + len(fetching) + 1 + 1 + len(armed)))
+        woken = next(replies) if self._blocked else None
+        queued = [next(replies) for _ in range(1 + len(fetching))]
+        found = next(replies)
+        next(replies)  # WATCH
+        answers = list(replies)
         self._fetching = None
         if isinstance(woken, list):
             self._take_wakes(woken)
@@ -532,7 +577,7 @@ class Control:
                 batch.consumer.complete(batch)
         if not self._parallel and executor.out:
             batch = executor.out[0]
-            position = min(executor.position(batch), len(batch.deliveries))
+            position = min(executor.position(batch), len(batch.ids))
             if position > batch.collected and not executor.ended:
                 if batch.results:
                     results, batch.results = batch.results, []
@@ -543,16 +588,20 @@ class Control:
                 self._progress_at = None  # a long body: its end wakes this thread
 
     def _work(self) -> None:
-        for owned in list(self._owned.values()):
+        now = mono_s()
+        for owned in [o for o in self._owned.values() if o.quiet_until <= now and o.has_to_prepare(now)]:
             try:
                 self._prepare(owned)
             except LeaseLost:
                 self._suspect(owned)
             except ReplyError as exc:
                 self._refused(owned, exc)
-        self._hand_out()
+        if self._hand_out() and self._fetching is None and not self._parallel:
+            # A few messages have come after a wait: they start before anything else is done.
+            self._look_at = now
+            return
         self._send_fetch_or_unblock()
-        for owned in list(self._owned.values()):
+        for owned in [o for o in self._owned.values() if o.consumer.has_to_write() or self._pending_results]:
             self._write_guarded(owned)
 
     def _write_guarded(self, owned: Owned, settle: bool = False) -> None:
@@ -591,18 +640,16 @@ class Control:
         if back and self._memory.trusted[owned.number] > now:
             consumer.halted = False
 
-    def _hand_out(self) -> None:
+    def _hand_out(self) -> bool:
+        """Gives executors what can run. True if that is little, and all there is."""
         executor = self.executor
         assert executor is not None
         room = executor.capacity - len(executor.out)
         if room <= 0:
-            return
+            return False
         limit = self._batch_limit()
-        # Whoever was served goes to the end of the line.
-        order = [o for o in self._turn_order if o.number in self._owned and self._owned[o.number] is o]
-        order += [o for o in self._owned.values() if o not in order]
         served: list[Owned] = []
-        for owned in order:
+        for owned in list(self._turn_order):
             if room <= 0:
                 break
             consumer = owned.consumer
@@ -612,7 +659,7 @@ class Control:
                 continue
             try:
                 if self._parallel:
-                    share = max(1, room // 2) if len(order) > 1 else room
+                    share = max(1, room // 2) if len(self._turn_order) > 1 else room
                     batches = consumer.take_free(self._link, min(share, limit))
                 else:
                     # A start mark is written for what starts now, not for what waits behind another batch.
@@ -627,7 +674,11 @@ class Control:
                 room -= len(batches)
                 served.append(owned)
                 self._progress_at = mono_s() + self._settings.ack_interval_s
-        self._turn_order = [o for o in order if o not in served] + served
+        for owned in served:
+            if owned in self._turn_order:
+                self._turn_order.remove(owned)
+                self._turn_order.append(owned)
+        return bool(served) and len(executor.out[0].ids) <= FEW and not any(o.full for o in self._turn_order)
 
     def _batch_limit(self) -> int:
         """How many messages to hand out: no more than ``ack_batch`` may have ended and not be acknowledged, should this
@@ -635,10 +686,7 @@ class Control:
         executor = self.executor
         assert executor is not None
         most = self._settings.consumer.ack_batch
-        if executor.quick:
-            # All that can have ended did so within the last milliseconds.
-            most *= executor.capacity
-        out: int = sum(len(batch.deliveries) - batch.collected for batch in executor.out)
+        out: int = sum(len(batch.ids) - batch.collected for batch in executor.out)
         ended = sum(len(owned.consumer.finished) for owned in self._owned.values())
         if ended and most - out - ended < most // 2:
             for owned in list(self._owned.values()):

@@ -27,39 +27,43 @@ log = logging.getLogger("streamtask.executor")
 SKIPPED = Outcome("skipped")
 UNSTARTED = Outcome("unstarted")
 REVOKED = Outcome("revoked")
-QUICK_S = 0.002
 CLOSES = frozenset(("retry", "requeue", "dead"))
 """Outcomes after which the message's key waits."""
 
 
 class SequentialExecutor:
-    """Runs batches in order in the thread that calls ``run_forever``."""
+    """Runs batches in order, in the thread that calls ``run_batch``."""
 
-    capacity = 2  # batches: one runs, one is ready when it ends
+    capacity = 1  # batches: the control loop is run between two, by the same thread (``turns.py``)
 
     def __init__(
         self,
         runner: TaskRunner,
         memory: SharedMemory,
         lease_of: Callable[[ShardConsumer], int],
-        wake: Callable[[], None],
+        between: Callable[[], None] = lambda: None,
     ) -> None:
+        """``between``: called between two bodies, every ``signal_after_s``: what has ended may be acknowledged."""
         self._runner = runner
         self._memory = memory
         self._slot = memory.slot(0)
         self._lease_of = lease_of
-        self._wake = wake
-        self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
+        self.between = between
+        self._next: Batch | None = None
         self._failed: dict[ShardConsumer, set[Hashable]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.ended: deque[Batch] = deque()
         self.out: deque[Batch] = deque()  # handed over and not ended, in order
         self.signal_after_s = 0.005
-        self.quick = False  # the last batch took less than QUICK_S
 
     def submit(self, batch: Batch) -> None:
         self.out.append(batch)
-        self._inbox.put(batch)
+        self._next = batch
+
+    def next(self) -> Batch | None:
+        """The batch to run now, once."""
+        batch, self._next = self._next, None
+        return batch
 
     def position(self, batch: Batch) -> int:
         """How many of a batch have ended; only the first of ``out`` runs."""
@@ -68,9 +72,6 @@ class SequentialExecutor:
     def forget(self, consumer: ShardConsumer) -> None:
         self._failed.pop(consumer, None)
 
-    def stop(self) -> None:
-        self._inbox.put(None)
-
     def close(self) -> None:
         """Ends the event loop, if there was one."""
         if self._loop is not None:
@@ -78,17 +79,8 @@ class SequentialExecutor:
             self._loop.close()
             self._loop = None
 
-    def run_forever(self) -> None:
-        get = self._inbox.get
-        while True:
-            batch = get()
-            if batch is None:
-                return
-            self.run_batch(batch)
-            self._wake()
-
     def run_batch(self, batch: Batch) -> None:
-        consumer, deliveries, slot = batch.consumer, batch.deliveries, self._slot
+        consumer, items, slot = batch.consumer, batch.items, self._slot
         lease = self._lease_of(consumer)
         failed = self._failed.setdefault(consumer, set())
         if failed:
@@ -96,47 +88,52 @@ class SequentialExecutor:
         place = Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, True)
         trusted, cells, runner, mono = self._memory.trusted, slot.cells, self._runner, mono_s
         plain, here, outcomes = runner.plain, runner.here, batch.outcomes
-        here.place = place
-        slot.begin(lease, [delivery.entry_id for delivery in deliveries])
+        slot.begin(lease, batch.ids)
         batch.slot = slot
-        began = mono()
-        signal_at = began + self.signal_after_s
+        # Whoever asks for the request finds the delivery by the cell that says which one runs.
+        here.place, here.batch, here.cells = place, batch, cells
+        signal_at = mono() + self.signal_after_s
         index = 0
-        for index, delivery in enumerate(deliveries):
+        for index, item in enumerate(items):
             cells[0] = index
             now = mono()
             if now >= trusted[lease] or consumer.halted:
                 consumer.halted = True
-                outcomes.extend((i, UNSTARTED) for i in range(index, len(deliveries)))
+                outcomes.extend((i, UNSTARTED) for i in range(index, len(items)))
                 break
             if now >= signal_at and index:
-                # Something has ended and the next body may be long: let it be acknowledged meanwhile.
-                self._wake()
-                signal_at = now + self.signal_after_s
-            if failed and delivery.lane in failed and delivery.lane is not None:
-                outcomes.append((index, SKIPPED))
-                continue
-            if consumer.revoked and delivery.id in consumer.revoked:
-                outcomes.append((index, REVOKED))
-                continue
-            body = plain.get(delivery.task)
-            if body is not None and delivery.headers is None:
-                here.delivery = delivery
-                try:
-                    body(*delivery.args, **delivery.kwargs)
-                    continue
-                except BaseException as exc:
-                    outcome: Outcome | None = runner.failed(delivery, place, exc)
+                self.between()
+                signal_at = mono() + self.signal_after_s
+            outcome: Outcome | None = None
+            if type(item) is list and not failed and not consumer.revoked:
+                task, _, _, args, kwargs, _ = item[1]
+                body = plain.get(task)
+                if body is not None:
+                    try:
+                        if kwargs:
+                            body(*args, **kwargs)
+                        else:
+                            body(*args)
+                        continue
+                    except BaseException as exc:
+                        outcome = runner.failed(batch.delivery(index), place, exc)
+                else:
+                    outcome = self._run(batch, batch.delivery(index), place)
             else:
-                outcome = self._run(batch, delivery, place)
+                delivery = batch.delivery(index)
+                if failed and delivery.lane in failed and delivery.lane is not None:
+                    outcome = SKIPPED
+                elif delivery.id in consumer.revoked:
+                    outcome = REVOKED
+                else:
+                    outcome = self._run(batch, delivery, place)
             if outcome is not None:
                 outcomes.append((index, outcome))
-                if outcome.kind in CLOSES and delivery.lane is not None:
-                    failed.add(delivery.lane)
+                if outcome.kind in CLOSES and (lane := batch.delivery(index).lane) is not None:
+                    failed.add(lane)
         # In this order: whoever sees that the batch has ended sees all its outcomes.
         slot.end()
-        here.delivery = None
-        self.quick = mono() - began < QUICK_S
+        here.batch = here.delivery = None
         self.ended.append(batch)
 
     def _run(self, batch: Batch, delivery: Delivery, place: Place) -> Outcome | None:
@@ -155,8 +152,6 @@ class SequentialExecutor:
 class ParallelExecutor:
     """Runs up to ``concurrency`` batches of one delivery at once, in threads or on one event loop."""
 
-    quick = False
-
     def __init__(
         self,
         concurrency: int,
@@ -172,7 +167,7 @@ class ParallelExecutor:
         self._memory = memory
         self._lease_of = lease_of
         self._wake = wake
-        self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Batch] = SimpleQueue()
         self._slots: SimpleQueue[Slot] = SimpleQueue()
         for number in range(concurrency):
             self._slots.put(memory.slot(number))
@@ -181,12 +176,11 @@ class ParallelExecutor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.ended: deque[Batch] = deque()
         self.out: deque[Batch] = deque()
-        self._stopped = threading.Event()
         self._tasks: set[asyncio.Future[None]] = set()  # asyncio itself keeps only weak references
 
     def submit(self, batch: Batch) -> None:
         self.out.append(batch)
-        if self._runner.is_async(batch.deliveries[0].task):
+        if self._runner.is_async(batch.delivery(0).task):
             self._event_loop().call_soon_threadsafe(self._start_async, batch)
             return
         if len(self._threads) < self._concurrency and self._inbox.qsize() >= self._idle:
@@ -201,28 +195,17 @@ class ParallelExecutor:
     def forget(self, consumer: ShardConsumer) -> None:
         pass
 
-    def stop(self) -> None:
-        self._stopped.set()
-        for _ in self._threads:
-            self._inbox.put(None)
-
-    def run_forever(self) -> None:
-        """Holds the main thread, which runs no body here."""
-        self._stopped.wait()
-
     def _run_thread(self) -> None:
         get, runner = self._inbox.get, self._runner
         while True:
             self._idle += 1
             batch = get()
             self._idle -= 1
-            if batch is None:
-                return
             slot = self._slots.get()
             outcome: Outcome | None = UNSTARTED
             place = self._begin(batch, slot)
             if place is not None:
-                delivery = batch.deliveries[0]
+                delivery = batch.delivery(0)
                 body = runner.plain.get(delivery.task)
                 if body is not None and delivery.headers is None:
                     runner.here.delivery, runner.here.place = delivery, place
@@ -245,7 +228,7 @@ class ParallelExecutor:
         if consumer.halted or mono_s() >= self._memory.trusted[lease]:
             consumer.halted = True
             return None
-        slot.begin(lease, [batch.deliveries[0].entry_id])
+        slot.begin(lease, [batch.delivery(0).entry_id])
         return Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, False)
 
     def _end(self, batch: Batch, slot: Slot, outcome: Outcome | None) -> None:
@@ -272,7 +255,7 @@ class ParallelExecutor:
         outcome: Outcome | None = UNSTARTED
         place = self._begin(batch, slot)
         if place is not None:
-            outcome, result = await self._runner.arun(batch.deliveries[0], place)
+            outcome, result = await self._runner.arun(batch.delivery(0), place)
             if result is not None:
-                batch.results.append((batch.deliveries[0], result))
+                batch.results.append((batch.delivery(0), result))
         self._end(batch, slot, outcome)

@@ -31,7 +31,7 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
     finally:
         os.close(memory_fd)
     memory.trusted[0] = float("inf")
-    executor = SequentialExecutor(runner, memory, lambda consumer: 0, lambda: None)
+    executor = SequentialExecutor(runner, memory, lambda consumer: 0)
     link = settings.broker.link()
     results = settings.result_broker.link() if settings.result_broker else None
     consumers = _own_all(settings, link, int(timeout_s * 1000) + 60_000)
@@ -113,8 +113,8 @@ def _turn(consumer: ShardConsumer, link: Link, results: Link | None, executor: S
         executor.run_batch(batch)
         executor.ended.clear()
         consumer.complete(batch)
-        ran += len(batch.deliveries) - sum(1 for _, o in batch.outcomes if o.kind in ("skipped", "unstarted"))
-        well += len(batch.deliveries) - len(batch.outcomes)
+        ran += len(batch.ids) - sum(1 for _, o in batch.outcomes if o.kind in ("skipped", "unstarted"))
+        well += len(batch.ids) - len(batch.outcomes)
         if results is not None:
             for _, packed in batch.results:
                 results.call(packed)
@@ -127,11 +127,11 @@ def _turn(consumer: ShardConsumer, link: Link, results: Link | None, executor: S
 
 def _read(consumer: ShardConsumer, link: Link) -> None:
     link.command("WATCH", consumer.lease.guard)
-    if not consumer.owns(link.call(consumer.guard_command())):
+    if not consumer.owns(link.call(consumer.guard_command)):
         link.command("UNWATCH")
         return
     link.command("MULTI")
-    link.call(consumer.read_command())
+    link.call(consumer.read_command)
     found: Any = link.command("EXEC")
     if found and found[0]:
         consumer.absorb(link, found[0][0][1])

@@ -43,8 +43,7 @@ class TaskRunner(Protocol):
         """What becomes of a message whose plain body raised."""
 
     here: Any
-    """Executors set ``here.delivery`` and ``here.place`` before a plain body: the request that it may ask for. It is
-    local to each thread."""
+    """Executors say here what runs in their thread: the request that a body may ask for. See ``request.here``."""
 
     def revoked(self, delivery: Delivery) -> bytes | None:
         """The packed command that stores a revoked message's result, if it has one."""

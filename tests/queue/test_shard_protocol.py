@@ -109,9 +109,9 @@ class ShardMachine(RuleBasedStateMachine):
     def fetch_raw(self, owner: Owner) -> list | None:
         consumer, link = owner.consumer, self.link
         link.command("WATCH", consumer.lease.guard)
-        owned = consumer.owns(link.call(consumer.guard_command()))
+        owned = consumer.owns(link.call(consumer.guard_command))
         link.command("MULTI")
-        link.call(consumer.read_command())
+        link.call(consumer.read_command)
         if not owned:
             link.command("DISCARD")
             return None
