@@ -14,7 +14,7 @@ from ..processes import BenchmarkFailed, cpu_seconds, peak_rss, tree
 from ..server import commands_of, cpu_of
 from . import Workload, called, each, everybody, frameworks
 
-LEAST, MOST = 400, 200_000
+LEAST, MOST = 400, 300_000
 DRAIN_TIMEOUT_S = 120.0
 POLL_S = 0.001
 
