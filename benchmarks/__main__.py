@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import page
-from .bench import Bench, BenchmarkFailed, Contestant, Entry
+from .bench import Bench, Contestant, Entry
 from .contestants import OURS, PEERS, peers
-from .processes import ROOT, stop
+from .processes import ROOT, BenchmarkFailed, stop
 from .report import as_text, target_rows, workload_rows
 from .results import Results
 from .server import awake_cpus, server
@@ -155,6 +155,8 @@ def show(results: Results, workloads: Sequence[Workload]) -> None:
     print(", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
     print(f"{facts['system']}, {facts['cpus']} CPUs; idle CPUs {facts['idle_cpus']}")
     print(f"{facts['rounds']} rounds, {facts['seconds']:.0f} s, one redis-server on 127.0.0.1, no persistence")
+    for name, why in facts["missing"].items():
+        print(f"{name}: {why}")
     if facts["smoke"]:
         print("smoke: these sizes are too small for conclusions")
     for workload in workloads:
