@@ -20,13 +20,15 @@ from .middleware import Dedupe, Middleware, Outgoing, overriding
 from .queue.aproducer import AsyncProducer
 from .queue.consumer import ConsumerSettings
 from .queue.declare import Queue
-from .queue.producer import Call, Producer, ProducerSettings, new_id
+from .queue.producer import Call, Producer, ProducerSettings, new_id, new_ids
 from .queue.seen import dedupe_hash
 from .redis import wire
 from .redis.connection import Broker
+from .redis.keys import SHARED
 from .redis.link import pack
 from .results import AsyncResult, ResultStore
 from .settings import Settings
+from .sharding import shard_of
 from .task import Task, TaskOptions
 from .version import installed
 from .worker.ports import WorkerSettings
@@ -239,6 +241,9 @@ class StreamTask:
         call = Call(queue, queue.shard_for(key), envelope, due_ms, relative, dedupe, message_id, call_id)
         return call, outgoing
 
+    def _serializer(self, task: Task[Any]) -> str:
+        return task.options.serializer or self.settings.serializer
+
     def _encode(
         self,
         task: Task[Any],
@@ -248,7 +253,7 @@ class StreamTask:
         kwargs: Mapping[str, Any],
         headers: dict[str, Any] | None,
     ) -> bytes:
-        serializer = task.options.serializer or self.settings.serializer
+        serializer = self._serializer(task)
         if serializer == "msgpack":
             envelope = wire.encode(task.name, key, message_id, args, kwargs, headers)
         else:
@@ -285,20 +290,24 @@ class StreamTask:
         revoke = self._revoker(queue)
         expires = task.options.expires
         base_headers = {wire.H_EXPIRES: _deadline_ms(expires)} if expires is not None else None
-        for one in calls:
-            args, kwargs = ((), one) if isinstance(one, Mapping) else one
-            key = task.shard_key(args, kwargs)
-            message_id = new_id()
+        key_of, results_store, name = task.shard_key, self.results, task.name
+        plain = not self._hooks and self._serializer(task) == "msgpack"
+        most = self.settings.max_message_bytes
+        shards = queue.shape().shards
+        for one, message_id in zip(calls, new_ids(), strict=False):
+            args, kwargs = one if type(one) is tuple or not isinstance(one, Mapping) else ((), one)
+            key = key_of(args, kwargs)
             headers = base_headers
             if self._hooks:
-                out = Outgoing(task.name, wire.id_text(message_id), args, kwargs, queue.name, key, dict(headers or {}))
+                out = Outgoing(name, wire.id_text(message_id), args, kwargs, queue.name, key, dict(headers or {}))
                 for hook in self._before_send:
                     hook(out)
                 outgoing.append(out)
                 headers = out.headers or None
-            envelope = self._encode(task, key, message_id, args, kwargs, headers)
-            messages.append((queue.shard_for(key), envelope))
-            results.append(AsyncResult(message_id, self.results, revoke))
+            if not plain or len(envelope := wire.encode(name, key, message_id, args, kwargs, headers)) > most:
+                envelope = self._encode(task, key, message_id, args, kwargs, headers)
+            messages.append((SHARED if key is None else shard_of(key, shards), envelope))
+            results.append(AsyncResult(message_id, results_store, revoke))
         self.producer.send_many(queue, messages, timeout)
         for out in outgoing:
             for hook in self._after_send:

@@ -54,6 +54,14 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
+
+def new_ids() -> Iterator[bytes]:
+    """As ``new_id``, without end, for many at once."""
+    while True:
+        block = os.urandom(16 * 256)
+        yield from [block[i : i + 16] for i in range(0, len(block), 16)]
+
+
 _ids: deque[bytes] = deque()
 
 
@@ -116,9 +124,7 @@ class Target:
         prepared, head = self._page
         if prepared != page:
             head = self._prepare(page)
-        return b"".join(
-            (head, _NUMBERS[number % PAGE], self._tail, b"$%d\r\n" % len(envelope), envelope, b"\r\n")
-        )
+        return b"".join((head, _NUMBERS[number % PAGE], self._tail, b"$%d\r\n" % len(envelope), envelope, b"\r\n"))
 
     def _prepare(self, page: int) -> bytes:
         keys = self.keys
@@ -252,11 +258,18 @@ class Producer:
         started = mono_s()
         target = self._targets.get((queue, shard)) or self.target(queue, shard)
         packed = target.pack_append(envelope)
+        links = target.links
         try:
-            if type(self._call(target, packed, queue)) is bytes:
+            link = links.pop()
+        except IndexError:
+            link = queue.broker.link(target.keys.stream)
+        try:
+            if type(link.call(packed)) is bytes:
                 return
         except (BrokerUnavailable, QueueFull):
             pass
+        finally:
+            links.append(link)  # one that failed or was interrupted is closed, and connects anew
         self.send(Call(queue, shard, envelope), started=started, packed=packed)
 
     def send(
@@ -344,16 +357,10 @@ class Producer:
         One script call for some hundreds of messages of one shard, one call in flight per shard. Raises
         ``BulkSendError`` saying which are stored.
         """
-        runs: dict[int | str, deque[list[int]]] = {}
-        sizes: dict[int | str, int] = {}
-        for index, (shard, envelope) in enumerate(messages):
-            batches = runs.setdefault(shard, deque())
-            size = sizes.get(shard, 0) + len(envelope)
-            if not batches or len(batches[-1]) >= BATCH or size > BATCH_BYTES:
-                batches.append([])
-                size = len(envelope)
-            sizes[shard] = size
-            batches[-1].append(index)
+        shards: dict[int | str, list[int]] = {}
+        for index, (shard, _) in enumerate(messages):
+            shards.setdefault(shard, []).append(index)
+        runs = {shard: deque(_batches(messages, indexes)) for shard, indexes in shards.items()}
         Bulk(self, queue, messages, runs, self.waiting(timeout_s, mono_s())).run()
 
     def _call(self, target: Target, packed: bytes, queue: Queue) -> Any:
@@ -384,6 +391,24 @@ class Producer:
                 link.close()
 
 
+def _batches(messages: Sequence[tuple[int | str, bytes]], indexes: list[int]) -> Iterator[list[int]]:
+    """The messages of one shard, in parts that one script call takes."""
+    for start in range(0, len(indexes), BATCH):
+        batch = indexes[start : start + BATCH]
+        if sum(len(messages[index][1]) for index in batch) <= BATCH_BYTES:
+            yield batch
+            continue
+        part: list[int] = []
+        size = 0
+        for index in batch:
+            if part and size + len(messages[index][1]) > BATCH_BYTES:
+                yield part
+                part, size = [], 0
+            part.append(index)
+            size += len(messages[index][1])
+        yield part
+
+
 class Bulk:
     """One ``send_many`` under way."""
 
@@ -402,7 +427,12 @@ class Bulk:
         self.waiting = waiting
         self.stored: list[int] = []
         self.unknown: set[int] = set()
-        self.prepared: dict[int | str, tuple[list[int], bytes]] = {}
+        self.prepared: dict[int | str, tuple[list[int], bytes]] = {}  # what is sent, or was in vain
+        self._upcoming: dict[int | str, tuple[list[int], bytes]] = {}
+
+    def _prepare(self, shard: int | str, batch: list[int]) -> tuple[list[int], bytes]:
+        target = self.producer.target(self.queue, shard)
+        return batch, target.pack_many([self.messages[index][1] for index in batch])
 
     def run(self) -> None:
         while self.runs:
@@ -431,13 +461,20 @@ class Bulk:
         for shard in shards:
             if shard not in self.prepared:
                 batch = self.runs[shard][0]
-                body = self.producer.target(self.queue, shard).pack_many([self.messages[i][1] for i in batch])
-                self.prepared[shard] = (batch, body)
+                upcoming = self._upcoming.pop(shard, None)
+                # After a refusal the batch before it comes first, or what is left of that.
+                usable = upcoming is not None and upcoming[0] is batch
+                self.prepared[shard] = upcoming if usable else self._prepare(shard, batch)  # type: ignore[assignment]
             packed.append(self.prepared[shard][1])
         key = self.producer.target(self.queue, shards[0]).keys.stream
         link = self.producer.take_link(node, self.queue, key)
         try:
-            answers = link.pipeline(packed)
+            link.send(b"".join(packed))
+            for shard in shards:
+                # While Redis is at work.
+                if len(self.runs[shard]) > 1 and shard not in self._upcoming:
+                    self._upcoming[shard] = self._prepare(shard, self.runs[shard][1])
+            answers = link.answers(packed)
         except BrokerUnavailable:
             for shard in shards:
                 self.unknown.update(self.prepared[shard][0])
@@ -469,6 +506,8 @@ class Bulk:
                     fatal, error = fatal or exc, None
                 if error is not None:
                     errors.append(error)
+                # What is wrong may be the epoch: nothing that was prepared is right then.
+                self._upcoming.pop(shard, None)
         # Only now: what the other shards have answered is stored, whatever one of them said.
         if fatal is not None:
             self._fail(fatal)

@@ -244,6 +244,10 @@ class Link:
         """Sends many prepared commands at once; errors stay in the list as exceptions. Unknown scripts are loaded and
         their calls repeated, so calls that are sent together must not depend on each other's order then."""
         self.send(b"".join(packed))
+        return self.answers(packed)
+
+    def answers(self, packed: Sequence[bytes]) -> list[Reply]:
+        """The second half of ``pipeline``: reads the replies to what was sent."""
         replies = self.read_many(len(packed))
         for i, reply in enumerate(replies):
             if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":

@@ -70,7 +70,9 @@ def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: i
     else:
         # The control loop asks for the GIL at every answer of Redis: bodies must not make it wait for milliseconds.
         sys.setswitchinterval(0.001)
-        control.executor = ParallelExecutor(settings.concurrency, runner, memory, control.lease_number, control.tell_ended)
+        control.executor = ParallelExecutor(
+            settings.concurrency, runner, memory, control.lease_number, control.tell_ended
+        )
         threading.Thread(target=control.run, name="streamtask-control", daemon=True).start()
         wire.send("ready")
         threading.Event().wait()  # the supervisor ends this process

@@ -575,7 +575,9 @@ class Control:
                 batch.consumer.complete_free(batch)
             else:
                 batch.consumer.complete(batch)
-        if not self._parallel and executor.out:
+        if not executor.out:
+            self._progress_at = None
+        elif not self._parallel:
             batch = executor.out[0]
             position = min(executor.position(batch), len(batch.ids))
             if position > batch.collected and not executor.ended:
@@ -673,7 +675,8 @@ class Control:
             if batches:
                 room -= len(batches)
                 served.append(owned)
-                self._progress_at = mono_s() + self._settings.ack_interval_s
+                if not self._parallel:
+                    self._progress_at = mono_s() + self._settings.ack_interval_s
         for owned in served:
             if owned in self._turn_order:
                 self._turn_order.remove(owned)
