@@ -36,7 +36,12 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
     "memory": (("used_memory", "used_memory"), ("stream", "stream alone"), ("xadd", "same by XADD")),
     "ids": (("used_memory", "used_memory"), ("memory_usage", "MEMORY USAGE")),
-    "idle": (("cpu_percent", "CPU %"), ("commands_per_s", "commands/s"), ("inner_per_s", "in scripts/s")),
+    "idle": (
+        ("cpu_percent", "CPU %"),
+        ("commands_per_s", "commands/s"),
+        ("per_process", "a process"),
+        ("inner_per_s", "in scripts/s"),
+    ),
     "shards": (("rate", "tasks/s"), ("commands_per_task", "commands/task")),
     "backlog": (("window_rate", "tasks/s, same number"), ("rate", "tasks/s, all")),
 }

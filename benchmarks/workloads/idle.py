@@ -38,11 +38,11 @@ def idle(bench: Bench, entry: Entry) -> Figures:
                     inner += 1
                 else:
                     sent += 1
-    runners = max(1, entry.processes)
     return {
         "cpu_percent": 100 * cpu / seconds,
-        "commands_per_s": sent / seconds / runners,
-        "inner_per_s": inner / seconds / runners,
+        "commands_per_s": sent / seconds,
+        "per_process": sent / seconds / len(pids),
+        "inner_per_s": inner / seconds,
     }
 
 

@@ -528,13 +528,28 @@ class Supervisor:
         queue, membership, now = watch.queue, watch.membership, mono_s()
         watch.look_at = now + self._lease_ms / 1000 / BEATS
         shards = range(queue.shape().shards)
+        mine = {
+            c.incarnation: c
+            for c in self._children
+            if c.ready and not c.stopping and not c.killed_for and not c.stopped
+        }
+        # What was renewed just now needs no look.
+        owners = {
+            int(held.shard): child.incarnation
+            for child in mine.values()
+            for held in child.held.values()
+            if held.queue is queue and held.shard != SHARED and held.lease.trusted_until > now
+        }
+        watch.seen_owner.update(owners)
+        for shard in owners:
+            watch.missed_ms.pop(shard, None)
+        others = [shard for shard in shards if shard not in owners]
         records = self._link.pipeline(
-            [pack("HMGET", queue.shard_keys(s).lease(self._group), "owner", "expires_at") for s in shards]
+            [pack("HMGET", queue.shard_keys(s).lease(self._group), "owner", "expires_at") for s in others]
         )
         redis_now = membership.redis_now_ms()
-        owners: dict[int, str] = {}
         expiry: dict[int, int] = {}
-        for shard, record in zip(shards, records, strict=True):
+        for shard, record in zip(others, records, strict=True):
             if isinstance(record, Exception):
                 raise record
             if record[0]:
@@ -548,19 +563,15 @@ class Supervisor:
                 watch.seen_owner.add(shard)
                 watch.missed_ms.pop(shard, None)
         target = assign(list(shards), membership.members, owners, queue.name)
-        mine = {
-            c.incarnation: c
-            for c in self._children
-            if c.ready and not c.stopping and not c.killed_for and not c.stopped
-        }
         for shard, member in target.items():
             owner = owners.get(shard)
             if owner in mine and owner != member:
                 self._begin_handover(mine[owner], queue, shard, now)
             if member in mine and owner != member:
-                if owner is not None and expiry[shard] > redis_now:
+                until = 0 if owner is None else expiry.get(shard, redis_now + self._lease_ms)
+                if until > redis_now:
                     # Its owner hands it over, or its lease runs out: look again then.
-                    watch.look_at = min(watch.look_at, now + max(0.01, (expiry[shard] - redis_now) / 1000))
+                    watch.look_at = min(watch.look_at, now + max(0.01, (until - redis_now) / 1000))
                     continue
                 self._take(watch, mine[member], shard, now)
             elif member in mine and mine[member].holding(queue, shard) is None:
