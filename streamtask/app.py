@@ -148,6 +148,7 @@ class StreamTask:
         """``send`` for a message without options, hooks or headers: what ``task.delay`` nearly always sends."""
         if self._hooks or not task.is_plain:
             return self.send(task, key, args, kwargs)
+        self.producer.check_process()
         queue = self._queues.get(task.options.queue) or self.queue(task.options.queue)
         if not queue.declared:
             self.producer.declare(queue)
@@ -211,6 +212,7 @@ class StreamTask:
         headers: Mapping[str, Any] | None = None,
     ) -> tuple[Call, Outgoing | None]:
         options = task.options
+        self.producer.check_process()
         queue = self.queue(options.queue)
         call_id = new_id()
         message_id: bytes | str = call_id
@@ -282,6 +284,7 @@ class StreamTask:
         timeout: float | None = None,
     ) -> list[AsyncResult]:
         """Stores many messages of one task; ``task.send_many`` is the way to call it."""
+        self.producer.check_process()
         queue = self.queue(task.options.queue)
         self.producer.declare(queue, timeout)
         messages: list[tuple[int | str, bytes]] = []

@@ -787,7 +787,8 @@ class ShardConsumer:
             self._in_order = False
 
     def pack_settle(self, ids: Sequence[bytes]) -> bytes:
-        return script("settle").pack(self._settle_keys, (*self._head, *ids))
+        token, incarnation, group = self._head
+        return script("settle").pack_text(self._settle_keys, (str(token), incarnation, group, *ids))
 
     def flush(self, link: Link) -> None:
         """Writes the notes and dead letters that ``collect`` and reading have left to do."""

@@ -20,8 +20,8 @@ from ..clock import mono_s
 from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, StreamTaskError
 from ..redis import wire
 from ..redis.keys import SHARED, ShardKeys
-from ..redis.link import Link, ReplyError
-from ..redis.scripts import Code, script
+from ..redis.link import REPLIES, Link, ReplyError
+from ..redis.scripts import Code, as_text, script
 from .declare import Queue
 from .seen import PAGE, Pages, generation_keys
 
@@ -83,6 +83,12 @@ def _bulk(*parts: str | bytes | int) -> bytes:
 _NUMBERS = [_bulk(number) for number in range(PAGE)]
 
 
+def _close_unless_answered(link: Link, error: BaseException) -> None:
+    """After anything but an error reply a link may still owe an answer, which its next user must not read."""
+    if not isinstance(error, REPLIES):
+        link.close()
+
+
 class Target:
     """One shard as a producer sees it: its keys, its produce ids, and what of its next calls is prepared."""
 
@@ -140,10 +146,8 @@ class Target:
         keys, settings = self.keys, self._settings
         flat: list[bytes] = [wire.MSGPACK] * (2 * len(envelopes))
         flat[1::2] = envelopes
-        return script("produce_many").pack(
-            (keys.state, page, keys.stream, keys.delayed),
-            (self.epoch, number, settings.produce_ttl_ms, settings.max_backlog, *flat),
-        )
+        head = as_text((self.epoch, number, settings.produce_ttl_ms, settings.max_backlog))
+        return script("produce_many").pack_text((keys.state, page, keys.stream, keys.delayed), (*head, *flat))
 
     def pack_delayed(self, envelope: bytes, due_ms: int, relative: bool) -> bytes:
         """``produce_delayed.lua``, with a produce id of its own."""
@@ -237,9 +241,16 @@ class Producer:
         self._targets: dict[tuple[Queue, int | str], Target] = {}
         self._idle: dict[str, list[Link]] = {}
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         _reset_after_fork.add(self)
 
+    def check_process(self) -> None:
+        """Where a server forks without Python's hooks (uWSGI), two processes must not draw the same ids."""
+        if os.getpid() != self._pid:
+            _after_fork()
+
     def after_fork(self) -> None:
+        self._pid = os.getpid()
         # The child must not write on its parent's sockets; they close with the parent's objects.
         for queue, _ in self._targets:
             queue.after_fork()
@@ -268,8 +279,11 @@ class Producer:
                 return
         except (BrokerUnavailable, QueueFull):
             pass
+        except BaseException as exc:
+            _close_unless_answered(link, exc)
+            raise
         finally:
-            links.append(link)  # one that failed or was interrupted is closed, and connects anew
+            links.append(link)
         self.send(Call(queue, shard, envelope), started=started, packed=packed)
 
     def send(
@@ -371,8 +385,11 @@ class Producer:
             link = queue.broker.link(target.keys.stream)
         try:
             return link.call(packed)
+        except BaseException as exc:
+            _close_unless_answered(link, exc)
+            raise
         finally:
-            links.append(link)  # one that failed or was interrupted is closed, and connects anew
+            links.append(link)
 
     def take_link(self, node: str, queue: Queue, key: str) -> Link:
         try:
@@ -475,9 +492,11 @@ class Bulk:
                 if len(self.runs[shard]) > 1 and shard not in self._upcoming:
                     self._upcoming[shard] = self._prepare(shard, self.runs[shard][1])
             answers = link.answers(packed)
-        except BrokerUnavailable:
-            for shard in shards:
-                self.unknown.update(self.prepared[shard][0])
+        except BaseException as exc:
+            link.close()  # what it still has to say is nobody's
+            if isinstance(exc, BrokerUnavailable):
+                for shard in shards:
+                    self.unknown.update(self.prepared[shard][0])
             raise
         finally:
             self.producer.give_link(node, link)

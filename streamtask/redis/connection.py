@@ -18,7 +18,7 @@ import redis
 import redis.asyncio
 
 from ..errors import ConfigError, UnsupportedServer
-from .link import ERRORS, Link, open_link, translate
+from .link import ERRORS, SMALL, Link, open_link, translate
 
 log = logging.getLogger("streamtask.redis")
 
@@ -195,15 +195,22 @@ class Broker:
             name: str = self.client().get_node_from_key(key).name
             return name
 
-    def link(self, key: str = "", *, timeout_s: float | None = None) -> Link:
-        """A new, unconnected link to the server that holds ``key``. ``timeout_s`` bounds the wait for a reply."""
+    def link(self, key: str = "", *, timeout_s: float | None = None, buffer_bytes: int = SMALL) -> Link:
+        """A new, unconnected link to the server that holds ``key``. ``timeout_s`` bounds the wait for a reply,
+        ``buffer_bytes`` is how much one read takes."""
         client = self.client()
         with wrapped(self.safe_url):
             if self.is_cluster:
                 client = client.get_node_from_key(key).redis_connection or client.get_redis_connection(
                     client.get_node_from_key(key)
                 )
-            return open_link(client, self.safe_url, timeout_s=timeout_s, memory=self.scheme == "memory")
+            return open_link(
+                client,
+                self.safe_url,
+                timeout_s=timeout_s,
+                buffer_bytes=buffer_bytes,
+                memory=self.scheme == "memory",
+            )
 
     def async_client(self) -> Any:
         """redis-py's asyncio client; make one per event loop."""

@@ -19,13 +19,13 @@ from hiredis import pack_command
 from redis import exceptions as rexc
 
 from ..errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, StreamTaskError
-from .scripts import by_sha, script
+from .scripts import as_text, by_sha, script
 
 Reply = Any
 Part = str | bytes | int | float
 ERRORS = (rexc.RedisError, rexc.RedisClusterException, OSError)  # the cluster's is no RedisError
-BUFFER = 1 << 18
-"""Bytes that one read takes at most: more than a fetch of a full batch of small messages."""
+SMALL, LARGE = 1 << 14, 1 << 18
+"""Bytes that one read takes at most: for short answers, and for fetches of whole batches."""
 
 
 class ReplyError(StreamTaskError):
@@ -37,9 +37,13 @@ class ReplyError(StreamTaskError):
         self.code = found[1] if found else "ERR"
 
 
+REPLIES = (ReplyError, BrokerOutOfMemory, ConfigError)
+"""What Redis may answer with in place of a reply: after these a link is as good as before."""
+
+
 def pack(*parts: Part) -> bytes:
     """One command as bytes for the wire."""
-    packed: bytes = pack_command(parts)  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
+    packed: bytes = pack_command(tuple(as_text(parts)))  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
     return packed
 
 
@@ -75,7 +79,8 @@ def translate_reply(text: str, where: str) -> StreamTaskError:
         return translate(rexc.AuthenticationError(text), where)
     if code in ("LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN"):
         return translate(rexc.BusyLoadingError(text), where)
-    return ReplyError(text)
+    # Redis 6.2 says ERR before the error of a command inside a script.
+    return ReplyError(text.removeprefix("ERR "))
 
 
 class Link:
@@ -87,6 +92,7 @@ class Link:
 
     __slots__ = (
         "_buffer",
+        "_buffer_bytes",
         "_conn",
         "_feed",
         "_gets",
@@ -98,11 +104,12 @@ class Link:
         "connects",
     )
 
-    def __init__(self, conn: Any, where: str) -> None:
+    def __init__(self, conn: Any, where: str, buffer_bytes: int = SMALL) -> None:
         self._conn = conn
         self._where = where
         self._sock: Any = None
-        self._buffer = bytearray(BUFFER)
+        self._buffer = bytearray()
+        self._buffer_bytes = buffer_bytes
         self.connects = 0
 
     def connect(self) -> None:
@@ -111,23 +118,29 @@ class Link:
             return
         try:
             self._conn.connect()
-        except ERRORS as exc:
-            raise translate(exc, self._where) from None
+            self._take_over(self._conn._sock)
+        except BaseException as exc:
+            # Also after an interruption: the answers of a broken handshake would be taken for others.
+            raise self._failed(exc) from None
         self.connects += 1
-        sock = self._conn._sock
+
+    def _take_over(self, sock: Any) -> None:
         self._reader = hiredis.Reader(
             protocolError=rexc.InvalidResponse, replyError=lambda text: translate_reply(text, self._where)
         )
         self._gets = self._reader.gets
         self._feed: Any = self._reader.feed  # its stub knows bytes only
         timeout = sock.gettimeout()
-        if timeout is not None and type(sock) is socket.socket:
+        # TLS sockets, and those of gevent and eventlet, need their own time limit.
+        plain = type(sock) is socket.socket and type(sock).__module__ == "socket"
+        if timeout is not None and plain:
             # The kernel's own time limit: Python's takes a poll() before every read and write.
             limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1_000_000))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             sock.settimeout(None)
         self._sendall, self._recv_into = sock.sendall, sock.recv_into
+        self._buffer = self._buffer or bytearray(self._buffer_bytes)
         self._sock = sock
 
     @property
@@ -205,9 +218,7 @@ class Link:
     def buffered(self) -> bool:
         """Whether a reply, or a part of it, has been received that was not read yet."""
         sock = self._sock
-        return sock is not None and (
-            self._reader.has_data() or (type(sock) is not socket.socket and sock.pending() > 0)
-        )
+        return sock is not None and (self._reader.has_data() or (hasattr(sock, "pending") and sock.pending() > 0))
 
     def call(self, packed: bytes) -> Reply:
         """Sends one prepared command and reads its reply; an unknown script is loaded and called again."""
@@ -253,7 +264,7 @@ class Link:
             if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
                 try:
                     replies[i] = self.call(packed[i])
-                except ReplyError as exc:
+                except REPLIES as exc:
                     replies[i] = exc
         return replies
 
@@ -261,7 +272,7 @@ class Link:
         """As ``read``, but an error reply is returned."""
         try:
             return self.read()
-        except (ReplyError, BrokerOutOfMemory, ConfigError) as exc:
+        except REPLIES as exc:
             return exc
 
     def load_script_of(self, packed: bytes) -> None:
@@ -319,9 +330,11 @@ class MemoryLink(Link):
         return self.read()
 
 
-def open_link(client: Any, where: str, *, timeout_s: float | None = None, memory: bool = False) -> Link:
+def open_link(
+    client: Any, where: str, *, timeout_s: float | None = None, buffer_bytes: int = SMALL, memory: bool = False
+) -> Link:
     """A new, unconnected link to the server of a redis-py client."""
     conn: redis.Connection = client.connection_pool.make_connection()
     if timeout_s is not None:
         conn.socket_timeout = timeout_s
-    return (MemoryLink if memory else Link)(conn, where)
+    return (MemoryLink if memory else Link)(conn, where, buffer_bytes)

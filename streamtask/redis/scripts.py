@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from enum import IntEnum
 from functools import cache
 from importlib import resources
@@ -32,6 +33,12 @@ class Code(IntEnum):
     IDS_FULL = -6
 
 
+def as_text(parts: Iterable[str | bytes | int | float]) -> list[str | bytes]:
+    """The parts of a command, numbers as text: hiredis 3.5 turns a number into text itself, but crashes the process if a
+    signal handler raises at that moment, as a soft time limit does."""
+    return [part if isinstance(part, str | bytes) else str(part) for part in parts]
+
+
 class Script:
     """One Lua script: its name, its whole source and its digest."""
 
@@ -45,7 +52,11 @@ class Script:
 
     def pack(self, keys: tuple[str | bytes, ...], args: tuple[str | bytes | int | float, ...]) -> bytes:
         """The call as bytes for the wire."""
-        packed: bytes = pack_command((*self._head, len(keys), *keys, *args))  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
+        return self.pack_text(keys, as_text(args))
+
+    def pack_text(self, keys: tuple[str | bytes, ...], args: Iterable[str | bytes]) -> bytes:
+        """As ``pack``, where no argument is a number."""
+        packed: bytes = pack_command((*self._head, str(len(keys)), *keys, *args))  # type: ignore[arg-type]  # hiredis' stub names a 1-tuple
         return packed
 
     def pack_load(self) -> bytes:

@@ -82,6 +82,9 @@ def _hashable_hook(code: int, data: bytes) -> object:
 
 unpackb = msgpack.unpackb
 
+PACKER_KEEPS = 1 << 20
+"""Bytes: a packer's buffer never shrinks, so one that packed more is thrown away."""
+
 _packers: list[msgpack.Packer] = []
 """Those that nobody uses now: making one costs more than packing a message. Taking and giving back are one step each, so
 threads, a packing inside a packing (a set) and signal handlers never share one."""
@@ -94,7 +97,8 @@ def pack_body(value: object) -> bytes:
     except IndexError:
         packer = msgpack.Packer(default=_default)
     packed: bytes = packer.pack(value)
-    _packers.append(packer)
+    if len(packed) < PACKER_KEEPS:
+        _packers.append(packer)
     return packed
 
 

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 
 from .control import Control
 from .executor import ParallelExecutor, SequentialExecutor
@@ -61,18 +60,20 @@ def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: i
     control = Control(settings, runner, memory, wire)
     runner.process_started()
     collect_garbage_less()
+    executor: SequentialExecutor | ParallelExecutor
     if settings.concurrency == 1:
-        sequential = SequentialExecutor(runner, memory, control.lease_number)
-        sequential.signal_after_s = settings.ack_interval_s or 0.001
-        control.executor = sequential
-        wire.send("ready")
-        Turns(control, sequential).run()
+        executor = SequentialExecutor(runner, memory, control.lease_number)
+        executor.signal_after_s = settings.ack_interval_s or 0.001
+    else:
+        executor = ParallelExecutor(settings.concurrency, runner, memory, control.lease_number, control.tell_ended)
+    control.executor = executor
+    # A process that a body forks must not work with its parent's connections when it comes back out of the body.
+    os.register_at_fork(after_in_child=control.forked)
+    os.register_at_fork(after_in_child=executor.forked)
+    wire.send("ready")
+    if isinstance(executor, SequentialExecutor):
+        Turns(control, executor).run()
     else:
         # The control loop asks for the GIL at every answer of Redis: bodies must not make it wait for milliseconds.
         sys.setswitchinterval(0.001)
-        control.executor = ParallelExecutor(
-            settings.concurrency, runner, memory, control.lease_number, control.tell_ended
-        )
-        threading.Thread(target=control.run, name="streamtask-control", daemon=True).start()
-        wire.send("ready")
-        threading.Event().wait()  # the supervisor ends this process
+        control.run()

@@ -26,7 +26,7 @@ from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.declare import Queue
 from ..queue.lanes import Delivery
 from ..redis import wire
-from ..redis.link import Link, ReplyError, pack
+from ..redis.link import LARGE, Link, ReplyError, pack
 from ..redis.scripts import script
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory
@@ -119,7 +119,7 @@ class Control:
         self._parallel = settings.concurrency > 1
         broker = settings.broker
         self._link = broker.link()
-        self._fetch = broker.link(timeout_s=BLOCK_MS / 1000 + broker.timeout_s)
+        self._fetch = broker.link(timeout_s=BLOCK_MS / 1000 + broker.timeout_s, buffer_bytes=LARGE)
         self._settle = broker.link()
         self._settling: deque[Owned] = deque()  # whose calls are on their way, in order
         self._settle_fd = -1
@@ -152,6 +152,11 @@ class Control:
             "stop": self._stop,
         }
 
+    def forked(self) -> None:
+        """In a child that a body has forked: nothing more starts there."""
+        for owned in self._owned.values():
+            owned.consumer.halted = True
+
     def lease_number(self, consumer: ShardConsumer) -> int:
         return self._numbers[consumer]
 
@@ -168,7 +173,7 @@ class Control:
             pass  # it is awake already
 
     def run(self) -> None:
-        """The loop, for a thread of its own; any error that is not foreseen ends the process."""
+        """The loop, for a process whose bodies run in other threads; any error that is not foreseen ends the process."""
         try:
             while True:
                 self.turn()
@@ -398,9 +403,10 @@ class Control:
         held = sum(len(o.consumer.buffer) for o in ready if not o.consumer.halted)
         room = max(0 if held else 1, READ_AHEAD - held // fetch_count)
         chosen = sorted((o for o in with_room if o.full), key=lambda o: o.read_at)[:room]
-        if now >= self._cold_at:
+        cold = [o for o in with_room if not o.full]
+        if cold and now >= self._cold_at:
             self._cold_at = now + self._cold_s
-            chosen += [o for o in with_room if not o.full]
+            chosen += cold
         for owned in chosen:
             owned.read_at = now
         return chosen

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -27,6 +28,8 @@ log = logging.getLogger("streamtask.executor")
 SKIPPED = Outcome("skipped")
 UNSTARTED = Outcome("unstarted")
 REVOKED = Outcome("revoked")
+EXIT_FORKED = 70
+"""Exit status of a process that a body has forked, and that came back out of the body."""
 CLOSES = frozenset(("retry", "requeue", "dead"))
 """Outcomes after which the message's key waits."""
 
@@ -55,6 +58,7 @@ class SequentialExecutor:
         self.ended: deque[Batch] = deque()
         self.out: deque[Batch] = deque()  # handed over and not ended, in order
         self.signal_after_s = 0.005
+        self._forked = False
 
     def submit(self, batch: Batch) -> None:
         self.out.append(batch)
@@ -64,6 +68,17 @@ class SequentialExecutor:
         """The batch to run now, once."""
         batch, self._next = self._next, None
         return batch
+
+    def has_next(self) -> bool:
+        return self._next is not None
+
+    def forked(self) -> None:
+        """In a child that a body has forked: it ends when it comes back out of the body, and its request stays what it
+        was, whatever the parent runs next. The memory that says what runs is its parent's."""
+        self._forked = True
+        here = self._runner.here
+        if here.batch is not None:
+            here.delivery, here.batch = here.batch.delivery(here.cells[0]), None
 
     def position(self, batch: Batch) -> int:
         """How many of a batch have ended; only the first of ``out`` runs."""
@@ -95,15 +110,16 @@ class SequentialExecutor:
         signal_at = mono() + self.signal_after_s
         index = 0
         for index, item in enumerate(items):
-            cells[0] = index
             now = mono()
             if now >= trusted[lease] or consumer.halted:
                 consumer.halted = True
                 outcomes.extend((i, UNSTARTED) for i in range(index, len(items)))
                 break
             if now >= signal_at and index:
+                cells[0] = index
                 self.between()
                 signal_at = mono() + self.signal_after_s
+            cells[0] = index
             outcome: Outcome | None = None
             if type(item) is list and not failed and not consumer.revoked:
                 task, _, _, args, kwargs, _ = item[1]
@@ -131,6 +147,8 @@ class SequentialExecutor:
                 outcomes.append((index, outcome))
                 if outcome.kind in CLOSES and (lane := batch.delivery(index).lane) is not None:
                     failed.add(lane)
+        if self._forked:
+            os._exit(EXIT_FORKED)
         # In this order: whoever sees that the batch has ended sees all its outcomes.
         slot.end()
         here.batch = here.delivery = None
@@ -177,6 +195,7 @@ class ParallelExecutor:
         self.ended: deque[Batch] = deque()
         self.out: deque[Batch] = deque()
         self._tasks: set[asyncio.Future[None]] = set()  # asyncio itself keeps only weak references
+        self._forked = False
 
     def submit(self, batch: Batch) -> None:
         self.out.append(batch)
@@ -188,6 +207,10 @@ class ParallelExecutor:
             self._threads.append(thread)
             thread.start()
         self._inbox.put(batch)
+
+    def forked(self) -> None:
+        """See ``SequentialExecutor``."""
+        self._forked = True
 
     def position(self, batch: Batch) -> int:
         return 0
@@ -232,6 +255,8 @@ class ParallelExecutor:
         return Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, False)
 
     def _end(self, batch: Batch, slot: Slot, outcome: Outcome | None) -> None:
+        if self._forked:
+            os._exit(EXIT_FORKED)
         slot.clear()
         self._slots.put(slot)
         if outcome is not None:

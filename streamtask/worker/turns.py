@@ -41,7 +41,8 @@ class Turns:
         try:
             while True:
                 self._enter()
-                control.turn()
+                if not executor.has_next():  # a stand-in may have handed one out
+                    control.turn()
                 self._loop.release()
                 self._progress += 1
                 batch = executor.next()

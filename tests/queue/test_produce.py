@@ -1020,6 +1020,46 @@ def test_a_call_that_is_interrupted_leaves_no_reply_for_the_next(redis_server, m
     assert found.count(2) == 4
 
 
+class Interrupted(Exception):
+    pass
+
+
+# A socket that is interrupted while it is opened is closed by its collection.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_bulk_calls_that_are_interrupted_at_any_instant_leave_no_reply_for_the_next(redis_server, make):
+    """As by a soft time limit: also while the next batches are packed and Redis' answers are on their way."""
+    import random
+    import signal
+
+    def interrupt(signum, frame):
+        raise Interrupted
+
+    app = make(redis_server)
+    keyed = app.tasks["keyed"]
+    calls = [{"user": n % 50, "n": n} for n in range(4000)]
+    keyed.send_many(calls)
+    began = time.monotonic()
+    keyed.send_many(calls)
+    usual = time.monotonic() - began
+    before = signal.signal(signal.SIGALRM, interrupt)
+    hits = 0
+    try:
+        for n in range(100):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.3, 1.0) * usual)
+                keyed.send_many(calls)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                hits += 1
+            # Each answer is its own call's.
+            assert dedupe(app, f"order-{n}").stored
+            assert not dedupe(app, f"order-{n}").stored
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits > 20
+
+
 # --- asyncio -----------------------------------------------------------------------------------------------------
 
 
