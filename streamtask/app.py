@@ -155,7 +155,7 @@ class StreamTask:
         message_id = new_id()
         envelope = self._encode(task, key, message_id, args, kwargs, None)
         self.producer.append(queue, queue.shard_for(key), envelope)
-        return AsyncResult(message_id, self.results, self._revokers.get(queue) or self._revoker(queue))
+        return AsyncResult(message_id, self.results, self._revoker(queue))
 
     def send(
         self,
@@ -294,7 +294,7 @@ class StreamTask:
         expires = task.options.expires
         base_headers = {wire.H_EXPIRES: _deadline_ms(expires)} if expires is not None else None
         key_of, results_store, name = task.shard_key, self.results, task.name
-        plain = not self._hooks and self._serializer(task) == "msgpack"
+        msgpack = self._serializer(task) == "msgpack"
         most = self.settings.max_message_bytes
         shards = queue.shape().shards
         for one, message_id in zip(calls, new_ids(), strict=False):
@@ -307,7 +307,7 @@ class StreamTask:
                     hook(out)
                 outgoing.append(out)
                 headers = out.headers or None
-            if not plain or len(envelope := wire.encode(name, key, message_id, args, kwargs, headers)) > most:
+            if not msgpack or len(envelope := wire.encode(name, key, message_id, args, kwargs, headers)) > most:
                 envelope = self._encode(task, key, message_id, args, kwargs, headers)
             messages.append((SHARED if key is None else shard_of(key, shards), envelope))
             results.append(AsyncResult(message_id, results_store, revoke))

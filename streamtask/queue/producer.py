@@ -269,21 +269,11 @@ class Producer:
         started = mono_s()
         target = self._targets.get((queue, shard)) or self.target(queue, shard)
         packed = target.pack_append(envelope)
-        links = target.links
         try:
-            link = links.pop()
-        except IndexError:
-            link = queue.broker.link(target.keys.stream)
-        try:
-            if type(link.call(packed)) is bytes:
+            if type(self._call(target, packed, queue)) is bytes:
                 return
         except (BrokerUnavailable, QueueFull):
             pass
-        except BaseException as exc:
-            _close_unless_answered(link, exc)
-            raise
-        finally:
-            links.append(link)
         self.send(Call(queue, shard, envelope), started=started, packed=packed)
 
     def send(

@@ -649,7 +649,7 @@ class Control:
             consumer.halted = False
 
     def _hand_out(self) -> bool:
-        """Gives executors what can run. True if that is little, and all there is."""
+        """Gives executors what can run. True if that is little, and all that there is to do."""
         executor = self.executor
         assert executor is not None
         room = executor.capacity - len(executor.out)
@@ -687,7 +687,9 @@ class Control:
             if owned in self._turn_order:
                 self._turn_order.remove(owned)
                 self._turn_order.append(owned)
-        return bool(served) and len(executor.out[0].ids) <= FEW and not any(o.full for o in self._turn_order)
+        if not served or len(executor.out[0].ids) > FEW:
+            return False
+        return not any(o.full or o.consumer.has_work() or o.consumer.has_to_write() for o in self._turn_order)
 
     def _batch_limit(self) -> int:
         """How many messages to hand out: no more than ``ack_batch`` may have ended and not be acknowledged, should this

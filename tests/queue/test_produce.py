@@ -1020,6 +1020,20 @@ def test_a_call_that_is_interrupted_leaves_no_reply_for_the_next(redis_server, m
     assert found.count(2) == 4
 
 
+def test_a_produce_call_makes_at_most_four_inner_calls(redis_server_all, make):
+    app = make(redis_server_all)
+    client = redis_server_all.client()
+    app.tasks["keyed"].send_many([{"user": n, "n": n} for n in range(50)])
+    app.tasks["keyed"].delay(user=1, n=1)
+    client.config_resetstat()
+    for n in range(50):
+        app.tasks["keyed"].delay(user=n, n=n)
+    stats = {name: row["calls"] for name, row in client.info("commandstats").items()}
+    assert stats.pop("cmdstat_evalsha") == 50
+    inner = {name: calls for name, calls in stats.items() if not name.startswith(("cmdstat_config", "cmdstat_info"))}
+    assert 0 < sum(inner.values()) <= 4 * 50, inner
+
+
 class Interrupted(Exception):
     pass
 
