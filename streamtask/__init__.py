@@ -1,32 +1,39 @@
-"""streamtask: Celery's task decorator with Kafka's guarantees, on Redis Streams."""
+"""streamtask: Celery's task decorator with Kafka's guarantees, on Redis Streams.
 
-from .app import StreamTask
-from .errors import (
-    BrokerOutOfMemory,
-    BrokerUnavailable,
-    BulkSendError,
-    ConfigError,
-    DecodeError,
-    EncodeError,
-    Ignore,
-    LeaseLost,
-    MessageTooLarge,
-    QueueFull,
-    Reject,
-    ResultTimeout,
-    Retry,
-    SendError,
-    ShardCountMismatch,
-    ShardKeyError,
-    SoftTimeLimitExceeded,
-    StreamTaskError,
-    TaskError,
-    TaskRevoked,
-    UnknownTask,
-    UnsupportedServer,
-)
-from .middleware import Dedupe, Middleware
-from .results import AsyncResult
+The names are imported at their first use: kombu imports a part of this package in every process where both are installed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .app import StreamTask
+    from .errors import (
+        BrokerOutOfMemory,
+        BrokerUnavailable,
+        BulkSendError,
+        ConfigError,
+        DecodeError,
+        EncodeError,
+        Ignore,
+        LeaseLost,
+        MessageTooLarge,
+        QueueFull,
+        Reject,
+        ResultTimeout,
+        Retry,
+        SendError,
+        ShardCountMismatch,
+        ShardKeyError,
+        SoftTimeLimitExceeded,
+        StreamTaskError,
+        TaskError,
+        TaskRevoked,
+        UnknownTask,
+        UnsupportedServer,
+    )
+    from .middleware import Dedupe, Middleware
+    from .results import AsyncResult
 
 __all__ = [
     "AsyncResult",
@@ -56,3 +63,15 @@ __all__ = [
     "UnknownTask",
     "UnsupportedServer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    homes = {"StreamTask": ".app", "Dedupe": ".middleware", "Middleware": ".middleware", "AsyncResult": ".results"}
+    value = globals()[name] = getattr(import_module(homes.get(name, ".errors"), __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

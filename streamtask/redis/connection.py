@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import redis
 import redis.asyncio
+from redis.sentinel import SentinelManagedSSLConnection as _SentinelTLS
 
 from ..errors import ConfigError, UnsupportedServer
 from .link import ERRORS, SMALL, Link, open_link, translate
@@ -23,6 +24,7 @@ from .link import ERRORS, SMALL, Link, open_link, translate
 log = logging.getLogger("streamtask.redis")
 
 MIN_VERSION = (6, 2)
+SENTINEL_OPTIONS = ("sentinel_kwargs", "min_other_sentinels")
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
 
 
@@ -45,11 +47,20 @@ class Broker:
     """Where Redis is, and how to connect to it.
 
     ``url``: see ``SCHEMES``; unknown query options are refused. ``timeout_s``: for connecting and for each reply.
-    ``client_name``: shown by CLIENT LIST. Raises ``ConfigError`` for a wrong URL.
+    ``client_name``: shown by CLIENT LIST. ``options``: further options of redis-py's connections (TLS, credential provider,
+    keepalive), and for Sentinel ``sentinel_kwargs`` and ``min_other_sentinels``. Raises ``ConfigError`` for a wrong URL.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0, client_name: str = "streamtask") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 5.0,
+        client_name: str = "streamtask",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.url = url
+        self.options = dict(options or {})
         self.safe_url = safe_url(url)
         self.timeout_s = timeout_s
         self.client_name = client_name
@@ -116,6 +127,7 @@ class Broker:
             "decode_responses": decode,
             # Who calls decides what may be repeated, and waits between tries (backoff.py).
             "retry": Retry(NoBackoff(), 0),
+            **{name: value for name, value in self.options.items() if name not in SENTINEL_OPTIONS},
         }
 
     def client(self) -> Any:
@@ -162,17 +174,21 @@ class Broker:
             name, _, port = host.partition(":")
             nodes.append((name, int(port or 26379)))
         query = dict(parse_qsl(parts.query))
-        sentinel_options = {"socket_timeout": min(self.timeout_s, 2.0)}
+        sentinel_options = {"socket_timeout": min(self.timeout_s, 2.0), **self.options.get("sentinel_kwargs", {})}
         if "sentinel_password" in query:
             sentinel_options["password"] = query["sentinel_password"]  # type: ignore[assignment]
         service, _, db = parts.path.strip("/").partition("/")
-        return Sentinel(nodes, sentinel_kwargs=sentinel_options).master_for(
-            service,
-            **options,
-            db=int(db or 0),
-            username=unquote(user) or None,
-            password=unquote(password) or None,
+        sentinel = Sentinel(
+            nodes,
+            min_other_sentinels=self.options.get("min_other_sentinels", 0),
+            sentinel_kwargs=sentinel_options,
         )
+        if "credential_provider" not in options:
+            options |= {"username": unquote(user) or None, "password": unquote(password) or None}
+        if any(name.startswith("ssl_") for name in options):
+            options["connection_class"] = _SentinelTLS
+            options.pop("ssl", None)
+        return sentinel.master_for(service, **options, db=int(db or 0))
 
     def _embedded_url(self) -> str:
         if self._embedded is None:

@@ -71,6 +71,10 @@ class ShardKeys:
         """Attempts, due times and crash counts of pending entries that have any."""
         return f"{self.prefix}notes:{segment(group)}"
 
+    def replaced(self, group: str) -> str:
+        """Retries that are stored in the place of the pending entries that they repeat."""
+        return f"{self.prefix}replaced:{segment(group)}"
+
     def seen(self, bucket: str) -> str:
         return f"{self.prefix}seen:{bucket}"
 
@@ -114,6 +118,27 @@ class QueueKeys:
 def app_queues(namespace: str, app: str) -> str:
     """The set of an app's queue names, for the commands that list them."""
     return f"{namespace}:{{{segment(app)}}}:queues"
+
+
+def expiring(namespace: str, app: str) -> str:
+    """Queues of the kombu transport that expire unless they are used, by the instant (Redis' clock, ms)."""
+    return f"{namespace}:{{{segment(app)}}}:expiring"
+
+
+def bound(namespace: str, app: str, queue: str) -> str:
+    """The bindings of a queue, to be found when it is deleted."""
+    return f"{namespace}:{{{segment(app)}}}:bound:{encode(queue)}"
+
+
+def bindings(namespace: str, app: str, exchange: str) -> str:
+    """The bindings of an exchange, to be found when a message is routed. The exchange's name ends the key, unchanged."""
+    return f"{namespace}:{{{segment(app)}}}:bindings:{exchange}"
+
+
+def fanout(namespace: str, app: str, db: int, exchange: str, routing_key: str = "") -> str:
+    """The pub/sub channel of a fanout exchange. Channels know no databases, so the number is part of the name."""
+    name = f"{namespace}:{{{segment(app)}}}:fanout:{db}:{exchange}"
+    return f"{name}/{routing_key}" if routing_key else name
 
 
 def result(namespace: str, app: str, task_id: str) -> str:

@@ -14,6 +14,7 @@
 -- Returns: {1 if the consumer is gone now else 0, how many entries moved}
 --- @include now
 --- @include pending
+--- @include requeued
 local now = now_ms()
 local score = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[2]) or '0')
 if ARGV[3] ~= '1' and score > 0 then
@@ -50,9 +51,7 @@ if #pending > 0 then
     -- XCLAIM first: Redis allows it above maxmemory, and with it the ZADD.
     local claimed = redis.call('XCLAIM', KEYS[3], ARGV[1], heir, 0, id, 'JUSTID')
     if #claimed > 0 then
-      local ms, seq = id:match('^(%d+)-(%d+)$')
-      -- A double holds the milliseconds and twelve bits more, for the order within one.
-      redis.call('ZADD', KEYS[4], string.format('%.12f', tonumber(ms) + math.min(tonumber(seq), 4095) / 4096), id)
+      requeue(KEYS[4], id)
       moved = moved + 1
     else
       -- The entry was deleted under the consumer; on Redis 6.2 its PEL slot stays until it is acknowledged.

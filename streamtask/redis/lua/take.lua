@@ -1,0 +1,70 @@
+-- Takes messages out of a shared stream for good, without a lease: for consumers that don't acknowledge. What is due moves
+-- into the stream first; requeued entries come before new ones.
+-- KEYS[1] stream     stream
+-- KEYS[2] requeued   sorted set of entry ids
+-- KEYS[3] delayed    sorted set by due time, ms
+-- KEYS[4] state      hash
+-- KEYS[5] notes      hash
+-- KEYS[6] wake       stream
+-- ARGV[1] group
+-- ARGV[2] most entries to take
+-- Returns: {now (ms), last delivered id, newest wake id, when the next is due (ms) or -1, entries}
+--- @include now
+--- @include remove
+local now = now_ms()
+local left = tonumber(ARGV[2])
+local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, 500)
+for i = 1, #due do
+  -- ZREM first: Redis allows it above maxmemory, and with it the append.
+  redis.call('ZREM', KEYS[3], due[i])
+  redis.call('XADD', KEYS[1], '*', due[i]:sub(17, 17), due[i]:sub(18))
+end
+local entries = {}
+local ids = redis.call('ZRANGE', KEYS[2], 0, left - 1)
+for i = 1, #ids do
+  redis.call('ZREM', KEYS[2], ids[i])
+  local entry = redis.call('XRANGE', KEYS[1], ids[i], ids[i])[1]
+  if redis.call('XACK', KEYS[1], ARGV[1], ids[i]) == 1 and entry then
+    entries[#entries + 1] = entry
+    remove_finished(KEYS[1], KEYS[4], ARGV[1], { ids[i] })
+  end
+end
+left = left - #entries
+local last = '0-0'
+if left > 0 then
+  -- The consumer's name lives no longer than this call.
+  local found = redis.call('XREADGROUP', 'GROUP', ARGV[1], 'taker', 'COUNT', left, 'NOACK', 'STREAMS', KEYS[1], '>')
+  redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], 'taker')
+  local fresh = found and found[1][2] or {}
+  local taken = {}
+  for i = 1, #fresh do
+    entries[#entries + 1] = fresh[i]
+    taken[i] = fresh[i][1]
+  end
+  if #taken > 0 then
+    last = taken[#taken]
+    remove_finished(KEYS[1], KEYS[4], ARGV[1], taken)
+  end
+end
+if #entries > 0 then
+  redis.call('HINCRBY', KEYS[4], 'done:' .. ARGV[1], #entries)
+end
+if last == '0-0' then
+  local groups = redis.call('XINFO', 'GROUPS', KEYS[1])
+  for i = 1, #groups do
+    local name, id
+    for j = 1, #groups[i], 2 do
+      if groups[i][j] == 'name' then
+        name = groups[i][j + 1]
+      elseif groups[i][j] == 'last-delivered-id' then
+        id = groups[i][j + 1]
+      end
+    end
+    if name == ARGV[1] then
+      last = id
+    end
+  end
+end
+local rung = redis.call('XREVRANGE', KEYS[6], '+', '-', 'COUNT', 1)[1]
+local following = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
+return { now, last, rung and rung[1] or '0-0', tonumber(following[2] or '-1'), entries }

@@ -1,0 +1,33 @@
+-- Takes away one binding of a queue, or all of them with the queue's declaration.
+-- KEYS[1] queues    set of the queues' names
+-- KEYS[2] expiring  sorted set queue -> when it expires (ms)
+-- KEYS[3] bound     set of the queue's bindings: exchange SEP routing key SEP pattern SEP queue
+-- ARGV[1] queue
+-- ARGV[2] what the keys of the exchanges' bindings begin with (they lie in the same slot)
+-- ARGV[3] SEP
+-- ARGV[4] 'all', 'expired' (all, but only if its time is over), or one member of the queue's bindings
+-- Returns: 1 if it was there
+--- @include now
+if ARGV[4] == 'expired' then
+  local at = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or 'inf')
+  if at > now_ms() then
+    return 0
+  end
+end
+local members = { ARGV[4] }
+if ARGV[4] == 'all' or ARGV[4] == 'expired' then
+  members = redis.call('SMEMBERS', KEYS[3])
+end
+for i = 1, #members do
+  local at = members[i]:find(ARGV[3], 1, true)
+  if at then
+    redis.call('SREM', ARGV[2] .. members[i]:sub(1, at - 1), members[i]:sub(at + #ARGV[3]))
+    redis.call('SREM', KEYS[3], members[i])
+  end
+end
+if ARGV[4] == 'all' or ARGV[4] == 'expired' then
+  redis.call('ZREM', KEYS[2], ARGV[1])
+  redis.call('DEL', KEYS[3])
+  return redis.call('SREM', KEYS[1], ARGV[1])
+end
+return 1

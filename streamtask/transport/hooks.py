@@ -1,0 +1,16 @@
+"""What the transport asks of the framework above it, which it does not know: ``streamtask.celery`` fills these in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+before_publish: list[Callable[[dict[str, Any]], None]] = []
+"""Called with the prepared message of every publish to a queue: body, content-type, content-encoding, headers, properties."""
+
+keep_on_close: list[Callable[[Collection[str]], Collection[str]]] = []
+"""Asked, when a channel closes, which of its delivery tags are still being worked on: these wait for their ack."""
+
+still_ours: Callable[[dict[str, Any]], bool] | None = None
+"""Whether a keyed delivery may still start here. Set by the transport where the process that asks is the one that received
+it; None elsewhere (a forked pool process)."""
