@@ -27,6 +27,7 @@ COMMANDS = {
     "purge": "streamtask.cli.purge:purge",
     "reshard": "streamtask.cli.reshard:reshard",
     "trim": "streamtask.cli.trim:trim",
+    "migrate": "streamtask.cli.migrate:migrate",
     "acl": "streamtask.cli.acl:acl",
     "doctor": "streamtask.cli.doctor:doctor",
     "dashboard": "streamtask.cli.dashboard:dashboard",
