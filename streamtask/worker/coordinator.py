@@ -1,0 +1,473 @@
+"""Keeps the leases of processes, and spreads the shards over them and those of others.
+
+The processes are *members*: a supervisor's children, or the one client of a keeper. In the order of a round:
+
+1. Say to Redis that the members live, and renew their leases, three times in a lease time.
+2. Compare who owns what with who should (``coordination.assignment``), hand over what is to move, take what is free.
+3. Call off hand-overs that take too long.
+
+It has no loop of its own: its owner calls ``work`` no later than ``wake_at`` says, and ``take_news`` when the news link
+is readable. Everything it knows can be read from Redis again.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..backoff import delays
+from ..clock import mono_s, wall_ms
+from ..coordination.assignment import assign
+from ..coordination.lease import Lease, Refused, acquire, reap
+from ..coordination.membership import Membership
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
+from ..queue.declare import Shape
+from ..redis.connection import Broker
+from ..redis.keys import QueueKeys, ShardKeys
+from ..redis.link import Link, ReplyError, pack
+from .links import Links, has_moved
+
+BEATS = 3
+"""Renewals in one lease time."""
+
+
+class QueueWatch:
+    """What is known of one queue's group. ``shape`` is None until it is known."""
+
+    def __init__(self, name: str, keys: QueueKeys, group: str, lease_ms: int) -> None:
+        self.name = name
+        self.keys = keys
+        self.channel = keys.channel(group).encode()
+        self.membership = Membership(keys, group, lease_ms)
+        self.shape: Shape | None = None
+        self.look_at = 0.0  # monotonic: when to compare ownership next
+        self.seen_owner: set[int] = set()  # shards whose lease record was there once
+        self.missed_ms: dict[int, int] = {}
+        self.revoked: list[str] = []
+        self.said: list[Any] = []
+
+    @property
+    def epoch(self) -> int:
+        return self.shape.epoch if self.shape else 0
+
+    def shard_keys(self, shard: int | str) -> ShardKeys:
+        return self.keys.shard(self.epoch, shard)
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A lease of a member, and how far its hand-over has come."""
+
+    number: int
+    watch: QueueWatch
+    shard: int | str
+    lease: Lease
+    handover_until: float | None = None
+    not_before: float = 0.0
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Member:
+    """A process that leases are kept for; its kinds say how it is told of them. ``most``: how many it can hold."""
+
+    incarnation: str
+    index: int = 0
+    most: int
+    held: dict[int, Held] = field(default_factory=dict)
+    numbers: int = 0
+
+    @property
+    def kept(self) -> bool:
+        """Whether it works now: else nothing of it is renewed."""
+        raise NotImplementedError
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is to own nothing more."""
+        raise NotImplementedError
+
+    def info(self) -> Mapping[str, Any]:
+        """What others may read of it."""
+        raise NotImplementedError
+
+    def own(self, held: Held) -> None:
+        """It owns a lease now."""
+        raise NotImplementedError
+
+    def release(self, held: Held) -> None:
+        """It is to end what it runs of a shard, and to say then that it has released it."""
+        raise NotImplementedError
+
+    def resume(self, held: Held) -> None:
+        """It is to go on with a shard after all."""
+        raise NotImplementedError
+
+    def lost(self, held: Held) -> None:
+        """A lease is another's now."""
+        raise NotImplementedError
+
+    def trust(self, held: Held, until: float) -> None:
+        """It may start bodies of a shard until then (monotonic)."""
+        raise NotImplementedError
+
+    def revoked(self, watch: QueueWatch) -> None:
+        """The revoked ids of a queue, in ``watch.revoked``, have changed."""
+        raise NotImplementedError
+
+    def next_number(self) -> int:
+        for _ in range(self.most):
+            self.numbers = (self.numbers + 1) % self.most
+            if self.numbers not in self.held:
+                return self.numbers
+        raise StreamTaskError(f"a worker process can own at most {self.most} shards: start more processes")
+
+    def holding(self, keys: ShardKeys) -> Held | None:
+        return next((held for held in self.held.values() if held.lease.keys == keys), None)
+
+
+class Coordinator:
+    """See the module.
+
+    ``members`` and ``watches`` are looked at anew each time: their owner adds and removes. ``beaten`` is called after
+    each heartbeat with the members that work. The news link is registered with the selector as ``"news"``.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        group: str,
+        lease_ms: int,
+        handover_timeout_s: float,
+        members: Sequence[Member],
+        watches: Sequence[QueueWatch],
+        selector: selectors.BaseSelector,
+        beaten: Callable[[Sequence[Member]], None],
+        log: logging.Logger,
+    ) -> None:
+        self.links = Links(broker, max(0.5, lease_ms / 3000))
+        self.closing = False
+        """Set by the owner when no shard is to be taken any more."""
+        self._broker = broker
+        self._group = group
+        self._lease_ms = lease_ms
+        self._handover_timeout_s = handover_timeout_s
+        self._members = members
+        self._watches = watches
+        self._selector = selector
+        self._beaten = beaten
+        self._log = log
+        self._news: Link | None = None
+        self._next_beat = 0.0
+        self._down_delays: Iterator[float] | None = None
+
+    def work(self) -> None:
+        """Does what is due."""
+        now = mono_s()
+        try:
+            if now >= self._next_beat:
+                self._beat()
+            for watch in self._watches:
+                if now >= watch.look_at and not self.closing:
+                    self._compare(watch)
+            self._end_handovers(now)
+        except BrokerUnavailable as exc:
+            self.outage(exc)
+        except (QueueFull, ReplyError) as exc:
+            if has_moved(exc):
+                self.outage(exc)
+                return
+            self._log.error("%s", exc)
+            self._put_off(0.2)
+
+    def wake_at(self) -> float:
+        """When to call ``work`` next, on the monotonic clock."""
+        wake = self._next_beat
+        if self._down_delays is None and not self.closing:
+            wake = min([wake, *(watch.look_at for watch in self._watches)])
+        ends = [
+            held.handover_until
+            for member in self._members
+            if not member.leaving
+            for held in member.held.values()
+            if held.handover_until is not None
+        ]
+        return min([wake, *ends])
+
+    def soon(self) -> None:
+        """The next ``work`` beats."""
+        self._next_beat = 0.0
+
+    def outage(self, exc: StreamTaskError) -> None:
+        """Redis did not answer: connect anew after a wait."""
+        if self._down_delays is None:
+            self._log.warning("%s", exc)
+            self._down_delays = delays(0.05, 0.5)
+        self.links.close()
+        self._close_news()
+        for watch in self._watches:
+            watch.membership.cut_off = True
+        self._put_off(next(self._down_delays))
+
+    def _put_off(self, wait_s: float) -> None:
+        self._next_beat = mono_s() + wait_s
+        for watch in self._watches:
+            watch.look_at = max(watch.look_at, self._next_beat)
+
+    def close(self) -> None:
+        self._close_news()
+        self.links.close()
+
+    # Leases
+
+    def _beat(self) -> None:
+        """Heartbeat and renewals of all members in one write."""
+        live = [member for member in self._members if member.kept]
+        infos = {member.incarnation: member.info() for member in live if not member.leaving}
+        leases = [(member, held) for member in live for held in member.held.values()]
+        leases.sort(key=lambda pair: pair[1].lease.token)  # after a flush the token counters grow again in this order
+        sent_at, sent_ms = mono_s(), wall_ms()
+        commands = [(watch.keys.meta, watch.membership.pack_beat(infos)) for watch in self._watches]
+        commands += [(held.lease.key, held.lease.pack_renew()) for _, held in leases]
+        replies = self.links.pipeline(commands)
+        for watch, reply in zip(self._watches, replies, strict=False):
+            if isinstance(reply, Exception):
+                raise reply
+            if watch.membership.heard(reply, sent_ms):
+                watch.look_at = 0.0
+        for (member, held), reply in zip(leases, replies[len(self._watches) :], strict=True):
+            if isinstance(reply, Exception):
+                self._log.error("a renewal failed queue=%s shard=%s: %s", held.watch.name, held.shard, reply)
+                continue
+            try:
+                held.lease.renewed(reply, sent_at)
+            except LeaseLost:
+                member.held.pop(held.number, None)
+                member.lost(held)
+                continue
+            if held.handover_until is None:
+                member.trust(held, held.lease.trusted_until)
+        if self._down_delays is not None:
+            self._log.info("connected again broker=%s", self._broker.safe_url)
+            self._down_delays = None
+        self._next_beat = mono_s() + self._lease_ms / 1000 / BEATS
+        self._beaten(live)
+        self._listen()
+
+    def give(self, member: Member, watch: QueueWatch, shard: int | str, lease: Lease) -> None:
+        """Keeps a lease for a member from now on."""
+        held = Held(member.next_number(), watch, shard, lease)
+        member.held[held.number] = held
+        member.own(held)
+        self._log.info(
+            "took a lease queue=%s shard=%s token=%d process=%d%s",
+            watch.name, shard, lease.token, member.index, " (it had expired)" if lease.by_expiry else "",
+        )  # fmt: skip
+
+    def released(self, member: Member, number: int) -> None:
+        """A member has ended what it ran of a shard."""
+        held = member.held.pop(number, None)
+        if held is None:
+            return
+        member.trust(held, 0.0)
+        try:
+            self._free(held)
+            self._announce(held.watch, "released")
+        except BrokerUnavailable as exc:
+            # The lease runs out by itself.
+            self.outage(exc)
+        except (QueueFull, ReplyError) as exc:
+            self._log.error("a lease was not given back; it runs out: %s", exc)
+        held.watch.look_at = 0.0
+
+    def bury(self, member: Member, ran: Mapping[int, list[str]]) -> None:
+        """What a dead member leaves: the entries that ``ran``, by lease, are charged; then the leases are freed."""
+        for held in list(member.held.values()):
+            if held.number in ran:
+                held.lease.charge(self.links.at(held.lease.key), ran[held.number])
+            self._free(held)
+            held.watch.look_at = 0.0
+        member.held.clear()
+        for watch in self._watches:
+            watch.membership.leave(self.links.at(watch.keys.meta), [member.incarnation])
+            self._announce(watch, "left")
+            watch.membership.members = [m for m in watch.membership.members if m != member.incarnation]
+            watch.look_at = 0.0
+
+    def _free(self, held: Held) -> None:
+        lease = held.lease
+        link = self.links.at(lease.key)
+        if lease.shared:
+            reap(link, lease.keys, self._group, lease.incarnation, self._lease_ms, gone=True)
+        else:
+            lease.release(link)
+
+    # Who owns what
+
+    def _compare(self, watch: QueueWatch) -> None:
+        """One comparison of who owns the shards with who should; all coordinators come to the same answer."""
+        membership, now = watch.membership, mono_s()
+        watch.look_at = now + self._lease_ms / 1000 / BEATS
+        assert watch.shape is not None
+        shards = range(watch.shape.shards)
+        mine = {member.incarnation: member for member in self._members if member.kept and not member.leaving}
+        # What was renewed just now needs no look.
+        owners = {
+            int(held.shard): member.incarnation
+            for member in mine.values()
+            for held in member.held.values()
+            if held.watch is watch and not held.lease.shared and held.lease.trusted_until > now
+        }
+        watch.seen_owner.update(owners)
+        for shard in owners:
+            watch.missed_ms.pop(shard, None)
+        others = [shard for shard in shards if shard not in owners]
+        keys = [watch.shard_keys(shard).lease(self._group) for shard in others]
+        records = self.links.pipeline([(key, pack("HMGET", key, "owner", "expires_at")) for key in keys])
+        redis_now = membership.redis_now_ms()
+        expiry: dict[int, int] = {}
+        for shard, record in zip(others, records, strict=True):
+            if isinstance(record, Exception):
+                raise record
+            if record[0]:
+                owners[shard] = record[0].decode()
+                expiry[shard] = int(record[1] or 0)
+                watch.seen_owner.add(shard)
+                watch.missed_ms.pop(shard, None)
+            elif record[0] is None and shard in watch.seen_owner:
+                watch.missed_ms.setdefault(shard, redis_now)
+            elif record[0] == b"":
+                watch.seen_owner.add(shard)
+                watch.missed_ms.pop(shard, None)
+        target = assign(list(shards), membership.members, owners, watch.name)
+        for shard, incarnation in target.items():
+            owner = owners.get(shard)
+            if owner in mine and owner != incarnation:
+                self._begin_handover(mine[owner], watch, shard, now)
+            if incarnation in mine and owner != incarnation:
+                until = 0 if owner is None else expiry.get(shard, redis_now + self._lease_ms)
+                if until > redis_now:
+                    # Its owner hands it over, or its lease runs out: look again then.
+                    watch.look_at = min(watch.look_at, now + max(0.01, (until - redis_now) / 1000))
+                    continue
+                self._take(watch, mine[incarnation], shard, now)
+            elif incarnation in mine and mine[incarnation].holding(watch.shard_keys(shard)) is None:
+                # The record names a process of ours that does not know of it: a lost reply. Taking it again is the same.
+                self._take(watch, mine[incarnation], shard, now)
+        self._say_owned(watch)
+
+    def _say_owned(self, watch: QueueWatch) -> None:
+        """One line on who owns what here, whenever that has changed."""
+        owned = [
+            (member.index, sorted(h.shard for h in member.held.values() if h.watch is watch and not h.lease.shared))
+            for member in sorted(self._members, key=lambda member: member.index)
+        ]
+        if owned != watch.said and any(member.kept for member in self._members):
+            watch.said = owned
+            self._log.info(
+                "shards owned here queue=%s: %s",
+                watch.name,
+                "; ".join(f"process {i}: {', '.join(map(str, shards)) or 'none'}" for i, shards in owned) or "none",
+            )
+
+    def _take(self, watch: QueueWatch, member: Member, shard: int, now: float) -> None:
+        keys = watch.shard_keys(shard)
+        if member.holding(keys) is not None:
+            return
+        answer = acquire(
+            self.links.at(keys.state),
+            keys,
+            self._group,
+            member.incarnation,
+            self._lease_ms,
+            since_ms=watch.membership.since_ms,
+            missed_at_ms=watch.missed_ms.get(shard, 0),
+        )
+        if isinstance(answer, Refused):
+            wait = max(0.01, (answer.ask_at_ms - watch.membership.redis_now_ms()) / 1000)
+            watch.look_at = min(watch.look_at, now + wait)
+            return
+        watch.missed_ms.pop(shard, None)
+        self.give(member, watch, shard, answer)
+
+    def _begin_handover(self, member: Member, watch: QueueWatch, shard: int, now: float) -> None:
+        held = member.holding(watch.shard_keys(shard))
+        if held is None or held.handover_until is not None or now < held.not_before:
+            return
+        held.handover_until = now + self._handover_timeout_s
+        member.trust(held, 0.0)
+        member.release(held)
+
+    def _end_handovers(self, now: float) -> None:
+        """A hand-over that takes too long is called off, for a body still runs; it is tried again later."""
+        for member in self._members:
+            if member.leaving:
+                continue
+            for held in member.held.values():
+                if held.handover_until is not None and now >= held.handover_until:
+                    self._log.info(
+                        "a body still runs: hand-over put off queue=%s shard=%s", held.watch.name, held.shard
+                    )
+                    held.handover_until = None
+                    held.not_before = now + self._handover_timeout_s
+                    member.trust(held, held.lease.trusted_until)
+                    member.resume(held)
+
+    # News of other coordinators
+
+    def _announce(self, watch: QueueWatch, what: str) -> None:
+        self.links.at(watch.keys.meta).call(watch.membership.pack_announce(what))
+
+    def _listen(self) -> None:
+        """Subscribes to what others tell: it only makes things faster, so a lost message costs a beat."""
+        if self._news is not None:
+            return
+        self._news = self._broker.link(timeout_s=5.0)
+        channels = [watch.channel for watch in self._watches]
+        self._news.send(pack("SUBSCRIBE", *channels))
+        for _ in channels:
+            self._news.read()
+        self._selector.register(self._news, selectors.EVENT_READ, "news")
+        for watch in self._watches:
+            self._read_revoked(watch)
+            self._announce(watch, "joined")
+
+    def _close_news(self) -> None:
+        if self._news is not None:
+            try:
+                self._selector.unregister(self._news)
+            except (KeyError, ValueError):
+                pass
+            self._news.close()
+            self._news = None
+
+    def take_news(self) -> None:
+        """Reads what others have told."""
+        assert self._news is not None
+        try:
+            while True:
+                _, channel, what = self._news.read()
+                watch = next((watch for watch in self._watches if watch.channel == channel), None)
+                if watch is not None:
+                    if what == b"revoked":
+                        self._read_revoked(watch)
+                    elif what == b"joined":
+                        self.soon()
+                    else:
+                        self.soon()
+                        watch.look_at = 0.0
+                if not self._news.buffered():
+                    return
+        except BrokerUnavailable as exc:
+            self.outage(exc)
+
+    def _read_revoked(self, watch: QueueWatch) -> None:
+        key = watch.keys.revoked
+        revoked = [one.decode() for one in self.links.at(key).command("ZRANGEBYSCORE", key, wall_ms(), "+inf")]
+        if revoked != watch.revoked:
+            watch.revoked = revoked
+            for member in self._members:
+                member.revoked(watch)

@@ -1,0 +1,55 @@
+"""The links of one loop: one to each server, which is one in all but on a Cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import BrokerUnavailable
+from ..redis.connection import Broker
+from ..redis.link import Link, Reply, ReplyError
+
+
+class Links:
+    """Links that are made at their first use. ``timeout_s`` bounds the wait for a reply."""
+
+    def __init__(self, broker: Broker, timeout_s: float) -> None:
+        self._broker = broker
+        self._timeout_s = timeout_s
+        self._links: dict[str, Link] = {}
+
+    def at(self, key: str) -> Link:
+        """The link to the server that holds a key."""
+        node = self._broker.node(key)
+        link = self._links.get(node)
+        if link is None:
+            link = self._links[node] = self._broker.link(key, timeout_s=self._timeout_s)
+        return link
+
+    def pipeline(self, commands: Sequence[tuple[str, bytes]]) -> list[Reply]:
+        """Sends prepared commands, each to the server that holds its key, and answers their replies in this order."""
+        by_link: dict[Link, list[int]] = {}
+        for position, (key, _) in enumerate(commands):
+            by_link.setdefault(self.at(key), []).append(position)
+        for link, positions in by_link.items():
+            link.send(b"".join([commands[position][1] for position in positions]))
+        replies: list[Reply] = [None] * len(commands)
+        for link, positions in by_link.items():
+            answers = link.answers([commands[position][1] for position in positions])
+            for position, answer in zip(positions, answers, strict=True):
+                if has_moved(answer):
+                    raise BrokerUnavailable(f"the Cluster at {self._broker.safe_url} has moved a slot: {answer}")
+                replies[position] = answer
+        return replies
+
+    def close(self) -> None:
+        """Closes them all; on a Cluster the next use asks anew where the slots are."""
+        for link in self._links.values():
+            link.close()
+        if self._broker.is_cluster:
+            self._links.clear()
+            self._broker.close()
+
+
+def has_moved(error: object) -> bool:
+    """Whether a Cluster says that a slot is elsewhere by now."""
+    return isinstance(error, ReplyError) and error.code in ("MOVED", "ASK")
