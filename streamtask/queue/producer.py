@@ -149,9 +149,23 @@ class Target:
         head = as_text((self.epoch, number, settings.produce_ttl_ms, settings.max_backlog))
         return script("produce_many").pack_text((keys.state, page, keys.stream, keys.delayed), (*head, *flat))
 
-    def pack_delayed(self, envelope: bytes, due_ms: int, relative: bool) -> bytes:
-        """``produce_delayed.lua``, with a produce id of its own."""
-        page, number = self.calls.take()
+    def pack_append_as(self, produce_id: tuple[str, int], envelope: bytes) -> bytes:
+        """As ``pack_append``, with a produce id of the caller's."""
+        page, number = produce_id
+        keys, settings = self.keys, self._settings
+        head = as_text((self.epoch, number, settings.produce_ttl_ms, settings.max_backlog))
+        return script("produce").pack_text(
+            (keys.state, keys.seen(page), keys.stream, keys.delayed), (*head, wire.MSGPACK, envelope)
+        )
+
+    def pack_delayed(
+        self, envelope: bytes, due_ms: int, relative: bool, produce_id: tuple[str, int] | None = None
+    ) -> bytes:
+        """``produce_delayed.lua``, with the caller's produce id or one of its own."""
+        if produce_id is None:
+            page, number = self.calls.take()
+        else:
+            page, number = self.keys.seen(produce_id[0]), produce_id[1]
         keys, settings = self.keys, self._settings
         return script("produce_delayed").pack(
             (keys.state, page, keys.stream, keys.delayed, keys.wake),
@@ -201,12 +215,16 @@ class Call:
     dedupe: bytes | None = None
     message_id: bytes | str = b""
     call_id: bytes = b""  # where there is a dedupe id
+    produce_id: tuple[str, int] | None = None
+    """A page's name and the number in it, where the caller may repeat this call itself; else one of the target's own."""
 
     def pack(self, target: Target) -> bytes:
         if self.dedupe is not None:
             return target.pack_deduped(self.dedupe, self.envelope, self.due_ms, self.relative, self.call_id)
         if self.due_ms is not None:
-            return target.pack_delayed(self.envelope, self.due_ms, self.relative)
+            return target.pack_delayed(self.envelope, self.due_ms, self.relative, self.produce_id)
+        if self.produce_id is not None:
+            return target.pack_append_as(self.produce_id, self.envelope)
         return target.pack_append(self.envelope)
 
 

@@ -176,7 +176,7 @@ class Broker:
         query = dict(parse_qsl(parts.query))
         sentinel_options = {"socket_timeout": min(self.timeout_s, 2.0), **self.options.get("sentinel_kwargs", {})}
         if "sentinel_password" in query:
-            sentinel_options["password"] = query["sentinel_password"]  # type: ignore[assignment]
+            sentinel_options["password"] = query["sentinel_password"]
         service, _, db = parts.path.strip("/").partition("/")
         sentinel = Sentinel(
             nodes,

@@ -1,0 +1,333 @@
+"""A kombu channel: what it declares, publishes and consumes goes to the session of its process and broker."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection
+from typing import Any
+
+from amqp.exceptions import ChannelError
+from kombu.transport import virtual
+from kombu.transport.virtual.base import queue_declare_ok_t
+from kombu.utils.uuid import uuid
+
+from ..errors import StreamTaskError
+from ..redis.link import pack
+from . import publish, routing
+from .fanout import channel as fanout_channel
+from .message import PRODUCE_ID, encode
+from .session import Session
+
+log = logging.getLogger("streamtask.transport")
+
+
+class QoS(virtual.QoS):  # type: ignore[misc]
+    """The deliveries of one channel; what becomes of them the session knows, also when the channel is closed."""
+
+    def __init__(self, channel: Channel, prefetch_count: int = 0) -> None:
+        super().__init__(channel, prefetch_count)
+        self.session: Session = channel.session
+        self._pid = os.getpid()
+
+    def ack(self, delivery_tag: str) -> None:
+        self.session.ack(delivery_tag)
+        super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        self.session.reject(delivery_tag, requeue)
+        super().ack(delivery_tag)
+
+    def restore_unacked(self) -> list[Any]:
+        self._flush()
+        tags = list(self._delivered)
+        self._delivered.clear()
+        if self._pid == os.getpid():
+            self.session.restore(tags)
+        return []
+
+
+class Channel(virtual.Channel):  # type: ignore[misc]
+    """See the module."""
+
+    QoS = QoS
+    supports_fanout = True
+    body_encoding: str | None = None  # messages travel as msgpack, which knows bytes
+
+    def __init__(self, connection: Any, **kwargs: Any) -> None:
+        super().__init__(connection, **kwargs)
+        self.session: Session = connection.session
+        self.poller = connection.poller
+        self._no_ack: dict[str, bool] = {}
+        self._callbacks: dict[str, Callable[[Any], Any]] = {}
+        self._got: set[str] = set()
+        self._auto_delete: set[str] = set()
+        self._time_to_live: dict[str, int] = {}
+        self._pid = os.getpid()
+        self.poller.channels.append(self)
+
+    # What is declared
+
+    def queue_declare(self, queue: str | None = None, passive: bool = False, **kwargs: Any) -> Any:
+        queue = queue or f"amq.gen-{uuid()}"
+        if passive:
+            if not self._has_queue(queue):
+                raise ChannelError(
+                    f"NOT_FOUND - no queue {queue!r} in vhost {self.connection.client.virtual_host or '/'!r}",
+                    (50, 10),
+                    "Channel.queue_declare",
+                    "404",
+                )
+        else:
+            self._new_queue(queue, **kwargs)
+        return queue_declare_ok_t(queue, self._size(queue), routing.consumers(self.session, queue) if passive else 0)
+
+    def _new_queue(self, queue: str, **kwargs: Any) -> None:
+        arguments = kwargs.get("arguments") or {}
+        if kwargs.get("auto_delete"):
+            self._auto_delete.add(queue)
+        shards = arguments.get("x-shards")
+        if shards:
+            self.session.queue(queue).shards = int(shards)
+        ttl = arguments.get("x-message-ttl")
+        if ttl is not None:
+            self._time_to_live[queue] = int(ttl)
+        else:
+            self._time_to_live.pop(queue, None)
+        expires = arguments.get("x-expires")
+        routing.declare(self.session, queue, int(expires) if expires else None)
+
+    def prepare_queue_arguments(self, arguments: Any, **kwargs: Any) -> Any:
+        from kombu.transport.base import to_rabbitmq_queue_arguments
+
+        return to_rabbitmq_queue_arguments(arguments, **kwargs)
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str | None, queue: str) -> None:
+        if self.typeof(exchange).type == "fanout":
+            self.session.fanout_queues[queue] = exchange, routing_key or ""
+        routing.bind(self.session, exchange, (routing_key, pattern, queue))
+
+    def queue_unbind(
+        self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **kwargs: Any
+    ) -> None:
+        self.state.binding_delete(queue, exchange, routing_key)
+        binding = self.typeof(exchange).prepare_bind(queue, exchange, routing_key, arguments)
+        local = self.state.exchanges.get(exchange, {}).get("table", [])
+        local[:] = [known for known in local if known != binding]
+        routing.unbind(self.session, queue, exchange or "", binding)
+
+    def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: Any) -> None:
+        if if_empty and self._size(queue):
+            return
+        if if_unused and routing.consumers(self.session, queue):
+            return
+        for exchange, _, _ in self.state.queue_bindings(queue):
+            table = self.state.exchanges.get(exchange, {}).get("table", [])
+            table[:] = [known for known in table if known[2] != queue]
+        self.state.queue_bindings_delete(queue)
+        self.session.fanout_queues.pop(queue, None)
+        self._auto_delete.discard(queue)
+        routing.delete(self.session, queue)
+
+    def get_table(self, exchange: str) -> list[Any]:
+        found: list[Any] = routing.table(self.session, exchange)
+        if not found:
+            # After a flush: what this connection has bound is bound again.
+            for binding in self.state.exchanges.get(exchange, {}).get("table", []):
+                routing.bind(self.session, exchange, binding)
+                found.append(binding)
+        return found
+
+    def _has_queue(self, queue: str, **kwargs: Any) -> bool:
+        return routing.exists(self.session, queue)
+
+    def _size(self, queue: str) -> int:
+        return routing.size(self.session, queue)
+
+    def _purge(self, queue: str) -> int:
+        return routing.purge(self.session, queue)
+
+    # Publishing
+
+    def prepare_message(
+        self,
+        body: Any,
+        priority: int | None = None,
+        content_type: str | None = None,
+        content_encoding: str | None = None,
+        headers: dict[str, Any] | None = None,
+        properties: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        # One dict for all attempts of a publish, so the id stays the same when kombu repeats it.
+        properties = {} if properties is None else properties
+        properties.setdefault(PRODUCE_ID, self.session.produce_ids.take())
+        message: dict[str, Any] = super().prepare_message(
+            body, priority, content_type, content_encoding, headers, properties
+        )
+        return message
+
+    def _inplace_augment_message(self, message: dict[str, Any], exchange: str, routing_key: str) -> None:
+        properties = message["properties"]
+        properties.setdefault(PRODUCE_ID, self.session.produce_ids.take())
+        if self.body_encoding and "body_encoding" not in properties:
+            message["body"], properties["body_encoding"] = self.encode_body(message["body"], self.body_encoding)
+        properties["delivery_tag"] = self._next_delivery_tag()
+        properties["delivery_info"] = {
+            **properties.get("delivery_info", {}), "exchange": exchange, "routing_key": routing_key,
+        }  # fmt: skip
+
+    def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        ttl = self._time_to_live.get(queue)
+        if ttl is not None:
+            message["properties"]["expiration"] = str(min(ttl, int(message["properties"].get("expiration") or ttl)))
+        batch: publish.PublishBatch | None = kwargs.get("_publish_batch")
+        if batch is not None:
+            batch.add(self.session, queue, message)
+        else:
+            publish.put(self.session, queue, message)
+
+    def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **kwargs: Any) -> None:
+        name = fanout_channel(self.session, exchange, routing_key)
+        packed = pack("PUBLISH", name, encode(message, None))
+        self.session.once_more(lambda link: link.call(packed))
+
+    def create_publish_batch(self, max_size: int) -> publish.PublishBatch:
+        """For kombu's ``Producer.batch``."""
+        return publish.PublishBatch(self, max_size)
+
+    # Consuming
+
+    def consumed_queues(self) -> Collection[str]:
+        """The queues with streams that this channel takes messages from."""
+        return self._no_ack
+
+    def room(self) -> int | None:
+        """How many more messages this channel may be given; None: as many as there are."""
+        if not self.qos.can_consume():
+            return 0
+        room: int | None = self.qos.can_consume_max_estimate()
+        return room
+
+    def listens_to(self, queue: str) -> bool:
+        return queue in self._callbacks and queue not in self._no_ack
+
+    def basic_consume(
+        self, queue: str, no_ack: bool, callback: Callable[[Any], Any], consumer_tag: str, **kwargs: Any
+    ) -> None:
+        self._tag_to_queue[consumer_tag] = queue
+        self._active_queues.append(queue)
+        self._consumers.add(consumer_tag)
+
+        def receive(payload: dict[str, Any]) -> Any:
+            message = self.Message(payload, channel=self)
+            if not no_ack:
+                self.qos.append(message, message.delivery_tag)
+            return callback(message)
+
+        self._callbacks[queue] = receive
+        self.connection._callbacks[queue] = receive
+        fanout = self.session.fanout_queues.get(queue)
+        if fanout is not None:
+            self.poller.listener.subscribe(queue, *fanout)
+            self.session.listened.add(queue)
+        else:
+            self.session.consume(queue, self, no_ack=bool(no_ack))
+            self._no_ack[queue] = bool(no_ack)
+
+    def basic_cancel(self, consumer_tag: str) -> None:
+        if consumer_tag not in self._consumers:
+            return
+        self._consumers.remove(consumer_tag)
+        queue = self._tag_to_queue.pop(consumer_tag)
+        self._active_queues.remove(queue)
+        if queue in self._active_queues:
+            return
+        self._callbacks.pop(queue, None)
+        self.connection._callbacks.pop(queue, None)
+        if self._pid != os.getpid():
+            return
+        if self._no_ack.pop(queue, None) is None:
+            self.poller.listener.unsubscribe(queue)
+            self.session.listened.discard(queue)
+        else:
+            self.poller.forget(queue)
+            self.session.cancel(queue, self)
+
+    def deliver(self, payload: dict[str, Any], tag: str, queue: str) -> None:
+        """Gives a message to its consumer."""
+        if self._no_ack.get(queue):
+            self.session.ack(tag)
+        self._callbacks[queue](payload)
+
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
+        session = self.session
+        session.take_orders()
+        if queue not in self._got and queue not in self._no_ack:
+            self._got.add(queue)
+            session.consume(queue, self, no_ack=no_ack)
+        if session.has_to_flush():
+            session.flush()
+        found = session.fetch(queue, 1)
+        if not found:
+            # Without a loop that looks for it, something else than a message may have come.
+            session.look_again(queue)
+            return None
+        payload, tag = found[0]
+        message = self.Message(payload, channel=self)
+        if no_ack:
+            session.ack(tag)
+        else:
+            self.qos.append(message, tag)
+        return message
+
+    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
+        if multiple:
+            for tag in list(self.qos._delivered):
+                self.qos.ack(tag)
+                if tag == delivery_tag:
+                    break
+        else:
+            self.qos.ack(delivery_tag)
+        self._written()
+
+    def basic_reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        self.qos.reject(delivery_tag, requeue=requeue)
+        self._written()
+
+    def basic_recover(self, requeue: bool = False) -> None:
+        self.qos.restore_unacked()
+        self._written()
+
+    def _written(self) -> None:
+        try:
+            self.poller.ended()
+        except StreamTaskError as exc:
+            # It is kept, and written as soon as Redis answers.
+            log.warning("an acknowledgement waits: %s", exc)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        ours = self._pid == os.getpid()
+        if ours:
+            try:
+                self._close()
+            except StreamTaskError as exc:
+                log.warning("while a channel was closed: %s", exc)
+        super().close()
+        if ours:
+            self._written()
+
+    def _close(self) -> None:
+        for tag in list(self._consumers):
+            self.basic_cancel(tag)
+        # Also without a consumer: a message may have been got.
+        if self._qos is not None:
+            self._qos.restore_unacked_once()
+        for queue in self._got:
+            self.session.cancel(queue, self)
+        self._got = set()
+        if self in self.poller.channels:
+            self.poller.channels.remove(self)
+        for queue in [queue for queue in self._auto_delete if queue in self.session.fanout_queues]:
+            self.queue_delete(queue)

@@ -1,0 +1,183 @@
+"""A stream in the hands of this process, as the kombu transport uses it: messages end one by one, in any order, and a key's
+next message is handed out only when Redis has answered that the one before is finished, or what replaces it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..clock import mono_s
+from ..queue.consumer import Batch, Outcome, ShardConsumer
+from ..queue.lanes import Delivery, Entry, id_order
+from ..redis import wire
+from ..redis.link import Link, pack
+from ..redis.scripts import script
+from .message import ORDERED
+
+
+class StreamConsumer(ShardConsumer):
+    """Of a shard, or of one shared stream."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._plain = False
+        self.taken_over = False
+        """Whether what is pending was another owner's."""
+        self.woken = True
+        """Whether the shard's bell rang for something else than a message."""
+        self._ended: dict[bytes, Delivery] = {}  # acknowledged, and Redis has not answered yet
+        self._generations: dict[bytes, int] = {}  # of those whose replacement was handed out
+        self._replacements: dict[bytes, tuple[int, bytes]] = {}  # generation, envelope
+        self._returned: list[bytes] = []  # to be put on offer (shared streams)
+        self._replaced_key = self.keys.replaced(self.settings.group)
+
+    def _needs_mark(self, delivery: Delivery) -> bool:
+        # Whose fault the death of a foreign process was can't be told, so nothing is charged.
+        return False
+
+    def generation(self, entry_id: bytes) -> int:
+        return self._generations.get(entry_id, 0)
+
+    def _decode(self, entries: Any) -> list[Delivery | Entry]:
+        arrived: list[Delivery | Entry] = []
+        for entry in entries:
+            replacement = self._replacements.get(entry[0])
+            if replacement is not None:
+                entry = [entry[0], [wire.MSGPACK, replacement[1]]]
+            for delivery in super()._decode([entry]):
+                # ``_plain`` is off, but super's short way knows only that no task is unordered.
+                item = Delivery(*delivery) if isinstance(delivery, list) else delivery
+                if not (isinstance(item.args, list) and len(item.args) in (1, 5)):
+                    message = "it is no message of kombu's"
+                    self._dead.append((item, [], Outcome("dead", reason="undecodable", message=message)))
+                    continue
+                if replacement is not None:
+                    self._generations[item.entry_id] = replacement[0]
+                if len(item.args) == 5 and isinstance(item.args[3], dict) and item.args[3].get(ORDERED) is False:
+                    item.lane = None
+                arrived.append(item)
+        return arrived
+
+    def recover(self, link: Link, *, takeover: bool) -> int:
+        if not self.lease.shared:
+            flat = link.command("HGETALL", self._replaced_key)
+            for entry_id, text in zip(flat[::2], flat[1::2], strict=True):
+                self._replacements[entry_id] = _parse(text)[::2]
+        return super().recover(link, takeover=takeover)
+
+    def entry_ids(self) -> set[bytes]:
+        return super().entry_ids() | set(self._returned) | set(self._ended)
+
+    # Ends of messages
+
+    def end(self, batch: Batch) -> None:
+        """A message was acknowledged. Its lane opens when Redis has answered."""
+        delivery = batch.deliveries[0]
+        self.handed.pop(batch.number, None)
+        self._ended[delivery.entry_id] = delivery
+        self._finish(delivery.entry_id)
+
+    def reject(self, batch: Batch) -> None:
+        """A message goes to the dead letters."""
+        message = "the consumer rejected it"
+        batch.outcomes.append((0, Outcome("dead", reason="rejected", message=message)))
+        self.complete_free(batch)
+
+    def give_back(self, batch: Batch) -> None:
+        """A message is to be delivered again: at the head of its lane, or, from a shared stream, by whoever comes first."""
+        delivery = batch.deliveries[0]
+        delivery.fresh = False
+        self._closed.clear()
+        if self.lease.shared:
+            self.handed.pop(batch.number, None)
+            self.lanes.finish(delivery.lane_key)
+            self._returned.append(delivery.entry_id)
+            return
+        batch.outcomes.append((0, Outcome("requeue")))
+        self.complete_free(batch)
+
+    def give_back_all(self) -> None:
+        """All that was read and not handed out goes back (shared streams)."""
+        for delivery in self.buffer:
+            self._returned.append(delivery[0] if isinstance(delivery, list) else delivery.entry_id)
+        self.buffer.clear()
+
+    def look_for_replacement(self, link: Link, delivery: Delivery) -> Delivery:
+        """What is to be delivered in a rejected message's place: a retry may have been stored before its process died."""
+        text = link.command("HGET", self._replaced_key, delivery.entry_id)
+        if text is None or _parse(text)[0] <= self.generation(delivery.entry_id):
+            return delivery
+        return self._replace(delivery.entry_id, text)[0]
+
+    def _replace(self, entry_id: bytes, text: bytes) -> tuple[Delivery, int]:
+        generation, due_ms, envelope = _parse(text)
+        self._replacements[entry_id] = generation, envelope
+        arrived = self._decode([[entry_id, [wire.MSGPACK, envelope]]])
+        assert isinstance(arrived[0], Delivery)
+        return arrived[0], due_ms
+
+    def has_to_flush(self) -> bool:
+        return bool(self.finished or self.settling or self._returned or self._notes or self._dead)
+
+    def pack_settle(self, ids: Sequence[bytes]) -> bytes:
+        if self.lease.shared:
+            return super().pack_settle(ids)
+        token, incarnation, group = self._head
+        args: list[str | bytes] = [str(token), incarnation, group]
+        for entry_id in ids:
+            args += [entry_id, str(self._generations.get(entry_id, 0))]
+        return script("settle_kept").pack_text((*self._settle_keys, self._replaced_key), args)
+
+    def end_settle(self, answer: Any) -> None:
+        settled = self.settling
+        super().end_settle(answer)
+        kept = dict(zip(answer[::2], answer[1::2], strict=True)) if isinstance(answer, list) else {}
+        for entry_id in settled:
+            delivery = self._ended.pop(entry_id, None)
+            if delivery is None:
+                continue
+            if entry_id in kept:
+                following, due_ms = self._replace(entry_id, kept[entry_id])
+                wait_s = max(0, due_ms - self.redis_ms()) / 1000
+                self.lanes.close(following.lane_key, following, mono_s() + wait_s, self._numbers)
+                continue
+            self._generations.pop(entry_id, None)
+            self._replacements.pop(entry_id, None)
+            self.lanes.finish(delivery.lane_key)
+
+    def put_on_offer(self, link: Link) -> None:
+        """Sends what was given back to the entries that every consumer takes first."""
+        if self._returned:
+            self._returned.sort(key=id_order)
+            keys = self.keys
+            self._run(
+                link, "requeue", [self.lease.key, keys.stream, keys.requeued, keys.wake], [*self._head, *self._returned]
+            )
+            self._returned = []
+
+    def flush(self, link: Link) -> None:
+        self.put_on_offer(link)
+        super().flush(link)
+        self.settle(link)
+
+    def absorb_again(self, entries: Sequence[Entry]) -> None:
+        """Takes requeued entries: before what is new, and marked as delivered before."""
+        found = []
+        for item in self._decode(entries):
+            delivery = Delivery(*item) if isinstance(item, list) else item
+            delivery.fresh = False
+            found.append(delivery)
+        self.buffer.extendleft(reversed(found))
+
+    def pack_read(self, count: int) -> bytes:
+        """Reads new entries of a shard, fenced."""
+        return script("fetch").pack((self.lease.key, self.keys.stream), (*self._head, self.consumer_name, count))
+
+
+def _parse(text: bytes) -> tuple[int, int, bytes]:
+    """A stored replacement: its generation, when it is due, its envelope."""
+    generation, due_ms, envelope = text.split(b" ", 2)
+    return int(generation), int(due_ms), envelope
+
+
+__all__ = ["StreamConsumer", "pack"]

@@ -1,0 +1,137 @@
+"""Fanout exchanges by pub/sub: events, remote control, mingle and gossip. At most once: who does not listen misses it."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Any
+
+from ..clock import mono_s
+from ..errors import BrokerUnavailable, DecodeError
+from ..queue.lanes import Delivery
+from ..redis import keys, wire
+from ..redis.link import Link, pack
+from .message import decode
+from .session import Session
+
+log = logging.getLogger("streamtask.transport")
+
+PING_S = 25.0
+
+
+def channels(session: Session, exchange: str, routing_key: str) -> list[str]:
+    """The patterns to subscribe to for a binding. A binding without a routing key hears everything."""
+    options = session.options
+    plain = _escape(keys.fanout(options.namespace, options.app, options.db, exchange))
+    if not options.fanout_patterns:
+        return [plain]
+    if not routing_key:
+        return [plain, f"{plain}/*"]
+    return [f"{plain}/{routing_key.replace('#', '*')}"]
+
+
+def channel(session: Session, exchange: str, routing_key: str) -> str:
+    """The channel that a message is published to."""
+    options = session.options
+    return keys.fanout(
+        options.namespace, options.app, options.db, exchange, routing_key if options.fanout_patterns else ""
+    )
+
+
+def _escape(text: str) -> str:
+    for special in "\\[]*?":
+        text = text.replace(special, "\\" + special)
+    return text
+
+
+class Listener:
+    """The subscriptions of one kombu connection. Used by the thread that drains it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._link: Link = session.broker.link()
+        self._queues: dict[bytes, set[str]] = {}  # by pattern
+        self._arrived: deque[tuple[str, bytes]] = deque()
+        self._heard_at = mono_s()
+        self._pinged = False
+
+    def fileno(self) -> int:
+        return self._link.fileno() if self._queues else -1
+
+    @property
+    def stamp(self) -> object:
+        return id(self._link), self._link.connects
+
+    def subscribe(self, queue: str, exchange: str, routing_key: str) -> None:
+        """Returns when Redis has answered: what is published from then on is heard."""
+        wanted = [pattern.encode() for pattern in channels(self._session, exchange, routing_key)]
+        new = [pattern for pattern in wanted if pattern not in self._queues]
+        for pattern in wanted:
+            self._queues.setdefault(pattern, set()).add(queue)
+        if new:
+            self._link.send(pack("PSUBSCRIBE", *new))
+            self._await(b"psubscribe", len(new))
+
+    def unsubscribe(self, queue: str) -> None:
+        gone = []
+        for pattern, queues in list(self._queues.items()):
+            queues.discard(queue)
+            if not queues:
+                del self._queues[pattern]
+                gone.append(pattern)
+        if not self._queues:
+            self._link.close()
+        elif gone and self._link.connected:
+            self._link.send(pack("PUNSUBSCRIBE", *gone))
+
+    def _await(self, kind: bytes, count: int) -> None:
+        while count:
+            reply = self._link.read()
+            if reply[0] == kind:
+                count -= 1
+            else:
+                self._take(reply)
+
+    def _take(self, reply: Any) -> None:
+        self._heard_at, self._pinged = mono_s(), False
+        if reply[0] == b"pmessage":
+            for queue in self._queues.get(reply[1], ()):
+                self._arrived.append((queue, reply[3]))
+
+    def receive(self) -> None:
+        """Reads what has come; to be called when the socket is readable."""
+        self._take(self._link.read())
+        while self._link.buffered():
+            self._take(self._link.read())
+
+    def pop(self) -> tuple[str, dict[str, Any]] | None:
+        """The next message, with the queue that it is for."""
+        while self._arrived:
+            queue, data = self._arrived.popleft()
+            try:
+                payload = decode(Delivery(b"0-0", wire.decode([wire.MSGPACK, data])))
+            except (DecodeError, ValueError) as exc:
+                log.warning("junk on a fanout exchange of queue %s: %s", queue, exc)
+                continue
+            payload["properties"]["delivery_tag"] = self._session.new_tag()
+            return queue, payload
+        return None
+
+    def check(self) -> None:
+        """Finds out about a connection whose other end is gone. Raises ``BrokerUnavailable``."""
+        if not self._queues:
+            return
+        quiet_s = mono_s() - self._heard_at
+        if quiet_s > PING_S and not self._pinged:
+            self._pinged = True
+            self._heard_at = mono_s()
+            self._link.send(pack("PING"))
+        elif self._pinged and quiet_s > self._session.broker.timeout_s:
+            self._link.close()
+            raise BrokerUnavailable(
+                f"Redis at {self._session.broker.safe_url} does not answer on its pub/sub connection"
+            )
+
+    def close(self) -> None:
+        self._queues = {}
+        self._link.close()

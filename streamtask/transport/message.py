@@ -1,0 +1,98 @@
+"""A kombu message as an envelope of ours, and back.
+
+The envelope's ``args`` hold what kombu made of the message: ``[body, content type, content encoding, headers, properties]``,
+or one text, that list as JSON of kombu's, where a value is none that msgpack knows. So a dead letter shows the task's name,
+its key and id like any other.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+from kombu.utils.json import dumps, loads
+
+from ..clock import wall_ms
+from ..errors import EncodeError
+from ..queue.lanes import Delivery, id_order
+from ..queue.producer import new_id
+from ..redis import wire
+
+KEY = "shard_key"
+ORDERED = "shard_ordered"
+DELIVERY = "streamtask_delivery"
+REPLACES = "streamtask_replaces"
+PRODUCE_ID = "streamtask_produce_id"
+"""In the properties, which are one dict for all attempts of a publish; never stored."""
+
+
+def key_of(headers: dict[str, Any]) -> bytes | None:
+    """The canonical shard key of a message, None where it has none."""
+    key = headers.get(KEY)
+    if key is None:
+        return None
+    return key.encode() if isinstance(key, str) else bytes(key)
+
+
+def encode(message: dict[str, Any], key: bytes | None) -> bytes:
+    """The envelope of a prepared message of kombu's. Raises ``EncodeError``."""
+    headers = message["headers"]
+    properties = {
+        name: value for name, value in message["properties"].items() if name not in (PRODUCE_ID, "delivery_tag")
+    }
+    if REPLACES in headers:
+        headers = {name: value for name, value in headers.items() if name != REPLACES}
+    task = headers.get("task")
+    name = task if isinstance(task, str) and task else "kombu.message"
+    parts: list[Any] = [
+        message["body"], message.get("content-type"), message.get("content-encoding"), headers, properties,
+    ]  # fmt: skip
+    try:
+        return wire.encode(name, key, new_id(), parts, {})
+    except EncodeError:
+        # Whatever kombu's own JSON takes (lazy texts, models with __json__) travels as that.
+        if isinstance(parts[0], bytes):
+            raise
+        return wire.encode(name, key, new_id(), [dumps(parts)], {})
+
+
+def decode(delivery: Delivery) -> dict[str, Any]:
+    """A message as kombu's virtual transports hand it around."""
+    args = delivery.args
+    if len(args) == 1:
+        args = loads(args[0])
+    body, content_type, content_encoding, headers, properties = args
+    return {
+        "body": body,
+        "content-type": content_type,
+        "content-encoding": content_encoding,
+        "headers": headers,
+        "properties": properties,
+    }
+
+
+def expired(payload: dict[str, Any], entry_id: bytes, now_ms: int) -> bool:
+    """Whether a message's time to live is over. One that says ``expires`` itself, as a Celery task does, is for its worker
+    to judge, which stores that it was revoked."""
+    expiration = payload["properties"].get("expiration")
+    if not expiration or payload["headers"].get("expires"):
+        return False
+    try:
+        return id_order(entry_id)[0] + float(expiration) <= now_ms
+    except (TypeError, ValueError):
+        return False
+
+
+def due_ms(headers: dict[str, Any], hold_s: float) -> int | None:
+    """When a message is due (ms since the epoch), if its ``eta`` lies further ahead than ``hold_s`` seconds."""
+    eta = headers.get("eta")
+    if not eta:
+        return None
+    try:
+        when = eta if isinstance(eta, dt.datetime) else dt.datetime.fromisoformat(str(eta).replace("Z", "+00:00"))
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=dt.timezone.utc)
+        due = int(when.timestamp() * 1000)
+    except (ValueError, OverflowError):
+        return None  # whoever consumes it says what is wrong with it
+    return due if due > wall_ms() + hold_s * 1000 else None

@@ -1,0 +1,253 @@
+"""From what kombu knows of a connection - URL or its parts, ``ssl``, ``transport_options`` - to a broker and our settings.
+
+URLs: ``streamtask://[user:password@]host[:port][/db]``; ``streamtasks://`` with TLS; ``streamtask+sentinel://host,host/name/db``,
+``streamtask+cluster://``, ``streamtask+unix:///path`` and whatever else ``Broker`` takes after ``streamtask+``. With
+``broker_transport="streamtask.transport:Transport"`` the same without ``streamtask``, as ``redis://``.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+from ..errors import ConfigError
+from ..queue.producer import ProducerSettings
+from ..redis.connection import Broker
+
+log = logging.getLogger("streamtask.transport")
+
+SCHEMES = {
+    "streamtask": "redis",
+    "streamtasks": "rediss",
+    "sentinel": "redis+sentinel",
+    "cluster": "redis+cluster",
+    "socket": "unix",
+    "redis+socket": "unix",
+}
+"""Schemes by the name that ``Broker`` has for them, where it is another."""
+
+WITHOUT_MEANING = frozenset({
+    "ack_emulation", "visibility_timeout", "unacked_key", "unacked_index_key", "unacked_mutex_key", "unacked_mutex_expire",
+    "unacked_restore_limit", "unacked_restore_interval", "unacked_restore_throttle", "max_connections",
+    "retry_on_timeout", "health_check_interval", "reauth_check_interval", "sep", "sentinel_fanout_compat",
+    "polling_interval", "fanout_prefix",
+})  # fmt: skip
+"""Options of kombu's redis transport that this one has no use for."""
+
+OURS = frozenset({
+    "namespace", "shards", "lease", "handover_timeout", "eta_hold", "produce_ttl", "max_backlog", "send_timeout",
+    "priority_steps", "queue_order_strategy", "fanout_patterns", "global_keyprefix", "body_encoding",
+    "deadletter_queue", "socket_timeout", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options",
+    "client_name", "master_name", "min_other_sentinels", "sentinel_kwargs", "credential_provider", "virtual_host",
+})  # fmt: skip
+
+KOMBUS = frozenset({
+    "max_retries", "interval_start", "interval_step", "interval_max", "connect_retries_timeout", "errback", "callback",
+    "confirm_publish", "confirm_timeout", "queue_prefix", "predefined_queues", "asynchronous", "is_secure",
+})  # fmt: skip
+"""Options that kombu or Celery read themselves, or that belong to other transports."""
+
+_said: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The settings of a session. Times are in the units of their names."""
+
+    namespace: str = "streamtask"
+    app: str = "kombu"
+    shards: int = 8
+    lease_ms: int = 5000
+    handover_timeout_s: float = 10.0
+    eta_hold_s: float = 60.0
+    produce_ttl_ms: int = 120_000
+    max_backlog: int = 0
+    send_timeout_s: float = 1.0
+    priority_steps: tuple[int, ...] = (0, 3, 6, 9)
+    queue_order: str = "round_robin"
+    fanout_patterns: bool = True
+    db: int = 0
+
+    def producer_settings(self) -> ProducerSettings:
+        # How long to go on trying is for kombu's retry policy to say; what is repeated here mends a stale connection.
+        return ProducerSettings(
+            max_backlog=self.max_backlog, produce_ttl_ms=self.produce_ttl_ms, timeout_s=self.send_timeout_s
+        )
+
+
+def options_of(client: Any) -> Options:
+    """The settings of a kombu connection. Raises ``ConfigError``; says once which options have no meaning here."""
+    given: Mapping[str, Any] = client.transport_options or {}
+    useless = sorted(set(given) & WITHOUT_MEANING - _said)
+    if useless:
+        _said.update(useless)
+        log.info("transport options without meaning for streamtask, ignored: %s", ", ".join(useless))
+    unknown = sorted(set(given) - WITHOUT_MEANING - OURS - KOMBUS - _said)
+    if unknown:
+        _said.update(unknown)
+        log.warning("unknown transport options, ignored: %s", ", ".join(unknown))
+    order = given.get("queue_order_strategy", "round_robin")
+    if order not in ("round_robin", "sorted", "priority"):
+        raise ConfigError(f"queue_order_strategy must be round_robin, sorted or priority, not {order!r}")
+    steps = tuple(sorted(int(step) for step in given.get("priority_steps", (0, 3, 6, 9))))
+    if not steps or steps[0] != 0:
+        raise ConfigError(f"priority_steps must begin with 0, as in [0, 3, 6, 9]; they are {list(steps)}")
+    return Options(
+        namespace=f"{given.get('global_keyprefix', '')}{given.get('namespace', 'streamtask')}",
+        shards=_number(given, "shards", 8, least=1, most=1024),
+        lease_ms=int(_number(given, "lease", 5.0, least=0.2) * 1000),
+        handover_timeout_s=_number(given, "handover_timeout", 10.0, least=0.0),
+        eta_hold_s=_number(given, "eta_hold", 60.0, least=0.0),
+        produce_ttl_ms=int(_number(given, "produce_ttl", 120.0, least=1.0) * 1000),
+        max_backlog=_number(given, "max_backlog", 0, least=0),
+        send_timeout_s=_number(given, "send_timeout", 1.0, least=0.0),
+        priority_steps=steps,
+        queue_order=order,
+        fanout_patterns=bool(given.get("fanout_patterns", True)),
+        db=_db(client),
+    )
+
+
+def _number(given: Mapping[str, Any], name: str, default: Any, *, least: float, most: float = float("inf")) -> Any:
+    value = given.get(name, default)
+    try:
+        number = type(default)(value)
+        if isinstance(value, bool) or not least <= number <= most:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"the transport option {name} must be a number of at least {least:g}, not {value!r}"
+        ) from None
+    return number
+
+
+def broker_of(client: Any) -> Broker:
+    """The broker of a kombu connection. Raises ``ConfigError``."""
+    given: Mapping[str, Any] = client.transport_options or {}
+    options: dict[str, Any] = {}
+    for name in ("socket_connect_timeout", "socket_keepalive", "socket_keepalive_options"):
+        if given.get(name) is not None:
+            options[name] = given[name]
+    for name in ("min_other_sentinels", "sentinel_kwargs"):
+        if given.get(name):
+            options[name] = given[name]
+    if client.ssl:
+        options |= _tls(client.ssl if isinstance(client.ssl, Mapping) else {})
+    provider = given.get("credential_provider") or getattr(client, "credential_provider", None)
+    url, query = _url(client)
+    if client.ssl and url.startswith("redis://"):
+        url = "rediss" + url[len("redis") :]
+    options |= _tls({name: query.pop(name) for name in list(query) if name.startswith("ssl_")})
+    provider = query.pop("credential_provider", None) or provider
+    if provider:
+        options["credential_provider"] = _provider(provider)
+    if query:
+        url += "?" + urlencode(query)
+    # A Connection's connect_timeout counts where nothing else is said, as in kombu.
+    return Broker(
+        url,
+        timeout_s=float(given.get("socket_timeout") or 5.0),
+        client_name=str(given.get("client_name") or "streamtask"),
+        options=options,
+    )
+
+
+def _tls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """TLS options by redis-py's names; those of ``broker_use_ssl`` for AMQP are understood too."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        name = name if name.startswith("ssl_") else f"ssl_{name}"
+        if name == "ssl_cert_reqs" and isinstance(value, ssl.VerifyMode | int):
+            value = {ssl.CERT_NONE: "none", ssl.CERT_OPTIONAL: "optional"}.get(ssl.VerifyMode(value), "required")
+        elif name == "ssl_cert_reqs" and isinstance(value, str):
+            value = value.lower().removeprefix("cert_")
+        elif name == "ssl_check_hostname" and isinstance(value, str):
+            value = value.lower() != "false"
+        found[name] = value
+    if found.get("ssl_cert_reqs") == "none":
+        found.setdefault("ssl_check_hostname", False)
+    return found
+
+
+def _provider(provider: Any) -> Any:
+    from kombu.utils.imports import symbol_by_name
+
+    if isinstance(provider, str):
+        provider = symbol_by_name(provider)()
+    if not hasattr(provider, "get_credentials"):
+        raise ConfigError(f"the credential provider {provider!r} has no get_credentials: it must be one of redis-py's")
+    return provider
+
+
+def _url(client: Any) -> tuple[str, dict[str, str]]:
+    """The broker's URL, and what was in its query."""
+    hostname = client.hostname or "localhost"
+    if "://" in hostname:
+        scheme, _, rest = hostname.partition("://")
+        scheme = scheme.removeprefix("streamtask+")
+        rest, _, text = rest.partition("?")
+        query = dict(parse_qsl(text))
+    else:
+        # kombu took the URL apart: Connection(hostname=...), or the next of a failover list.
+        scheme = client.transport_cls if isinstance(client.transport_cls, str) else "redis"
+        scheme = scheme.removeprefix("streamtask+")
+        if scheme not in SCHEMES and scheme not in ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster"):
+            scheme = "redis"
+        query = {}
+        rest = ""
+        if client.userid or client.password:
+            rest = f"{quote(client.userid or '', safe='')}:{quote(client.password or '', safe='')}@"
+        rest += hostname + (f":{client.port}" if client.port else "")
+        path = str(client.virtual_host or "").lstrip("/")
+        rest += f"/{path}" if path else ""
+    scheme = SCHEMES.get(scheme, scheme)
+    if scheme == "unix":
+        rest = "/" + rest.lstrip("/") if not rest.startswith("/") else rest
+        query.setdefault("db", str(_db_number(query.pop("virtual_host", None) or _vhost_of_socket(client))))
+    elif "virtual_host" in query:
+        rest = f"{rest.partition('/')[0]}/{_db_number(query.pop('virtual_host'))}"
+    if scheme == "redis+sentinel":
+        rest = _sentinel(client, rest)
+    elif scheme == "redis+cluster":
+        rest = rest.partition("/")[0]
+    return f"{scheme}://{rest.rstrip('/')}", query
+
+
+def _vhost_of_socket(client: Any) -> Any:
+    return None if "://" in (client.hostname or "") else 0
+
+
+def _sentinel(client: Any, rest: str) -> str:
+    """``host,host/service/db``: the service may be an option, the hosts a failover list, as for kombu's redis transport."""
+    userinfo, at, place = rest.rpartition("@")
+    hosts, _, path = place.partition("/")
+    service, _, db = path.strip("/").partition("/")
+    if service.isdigit() and not db:
+        service, db = "", service
+    name = (client.transport_options or {}).get("master_name")
+    service = service or name or ""
+    if "," not in hosts and client.alt:
+        found = [urlsplit(url if "://" in url else f"//{url}").netloc.rpartition("@")[2] for url in client.alt if url]
+        hosts = ",".join(dict.fromkeys(host for host in found if host)) or hosts
+    return f"{userinfo}{at}{hosts}/{service}/{db or 0}"
+
+
+def _db_number(value: Any) -> int:
+    text = str(value or 0).strip("/")
+    if text and not text.isdigit():
+        raise ConfigError(f"the database in the broker URL must be a number from 0, as in .../0, not {text!r}")
+    return int(text or 0)
+
+
+def _db(client: Any) -> int:
+    """The number of the database, for the names of pub/sub channels."""
+    try:
+        url, query = _url(client)
+        tail = urlsplit(url).path.strip("/").rpartition("/")[2]
+        return int(query.get("db", tail) or 0)
+    except ValueError:
+        return 0

@@ -1,0 +1,355 @@
+"""Brings the messages of one kombu connection to its channels, in kombu's event loop or in ``drain_events``.
+
+A *bell* wakes it: a plain blocking XREAD behind the last entries that were seen. No message comes over the bell, so losing
+its answer loses nothing. Fetching and settling are short calls of the session.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..clock import mono_s
+from ..errors import BrokerUnavailable, LeaseLost
+from ..redis.link import Link, pack
+from .fanout import Listener
+from .session import Session
+
+if TYPE_CHECKING:
+    from .channel import Channel
+
+log = logging.getLogger("streamtask.transport")
+
+BLOCK_S = 5.0
+MOST = 100
+"""Messages that one fetch brings where there is no prefetch limit, in the event loop."""
+
+
+class Bell:
+    """Waits for something new in some streams of one server."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.asked: dict[bytes, tuple[str, str]] = {}
+        self.overdue_at = 0.0
+
+    def arm(self, streams: dict[bytes, tuple[str, str]], block_s: float, grace_s: float) -> None:
+        ids = [at for _, at in streams.values()]
+        block_ms = max(1, int(block_s * 1000))
+        self.link.send(pack("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *streams, *ids))
+        self.asked = streams
+        self.overdue_at = mono_s() + block_s + grace_s
+
+    def drop(self) -> None:
+        self.asked = {}
+        self.link.close()
+
+
+class Poller:
+    """See the module."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.channels: list[Channel] = []
+        self.listener = Listener(session)
+        self.loop: Any = None
+        self.closed = False
+        self._bells: dict[str, Bell] = {}
+        self._waiting: deque[tuple[dict[str, Any], str, str]] = (
+            deque()
+        )  # fetched for ``drain``, which delivers one a call
+        self._epoch = session.epoch
+        self._turn = 0
+        self._fds: dict[int, object] = {}
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._pid = os.getpid()
+        self._asleep = False
+        self._thread = 0
+        session.add_waker(self)
+
+    def wake(self) -> None:
+        """Ends the current wait; from any thread."""
+        try:
+            self._wake_write.send(b".")
+        except OSError:
+            pass  # it is awake already, or closed
+
+    # What to take
+
+    def _wanted(self) -> list[tuple[Channel, str]]:
+        """Channel and queue of all that may take messages now, each queue in its turn."""
+        pairs = [
+            (channel, queue)
+            for channel in self.channels
+            if self._room(channel) > 0
+            for queue in channel.consumed_queues()
+        ]
+        order = self.session.options.queue_order
+        if order == "sorted":
+            pairs.sort(key=lambda pair: pair[1])
+        elif order == "round_robin" and len(pairs) > 1:
+            self._turn += 1
+            at = self._turn % len(pairs)
+            pairs = pairs[at:] + pairs[:at]
+        return pairs
+
+    def _room(self, channel: Channel) -> int:
+        """How many messages a channel may be given. Without a prefetch limit: many in the event loop; elsewhere one at a
+        time, for what lies here can't be taken by another process."""
+        room = channel.room()
+        if room is None:
+            room = 1 if self.loop is None else MOST
+        if self._waiting:
+            queues = channel.consumed_queues()
+            room -= sum(1 for _, _, queue in self._waiting if queue in queues)
+        return room
+
+    def _check(self) -> None:
+        session = self.session
+        session.upkeep()
+        if session.epoch != self._epoch:
+            self._epoch = session.epoch
+            self._waiting.clear()
+            raise LeaseLost("messages that were delivered to this process are others' now; it begins anew")
+        self.listener.check()
+        for bell in self._bells.values():
+            if bell.asked and mono_s() > bell.overdue_at:
+                self._drop(bell)
+                raise BrokerUnavailable(f"Redis at {session.broker.safe_url} does not answer")
+
+    def _fetch(self) -> Iterator[tuple[dict[str, Any], str, str]]:
+        """Fetches for all queues with room; what is not taken from this iterator goes back."""
+        session = self.session
+        if session.has_to_flush():
+            session.flush()
+        for channel, queue in self._wanted():
+            while session.ready(queue):
+                room = self._room(channel)
+                if room <= 0:
+                    break
+                found = deque(session.fetch(queue, room))
+                if not found:
+                    break
+                try:
+                    while found:
+                        payload, tag = found.popleft()
+                        yield payload, tag, queue
+                finally:
+                    for _, tag in found:
+                        session.reject(tag, requeue=True)
+
+    def deliver(self, payload: dict[str, Any], tag: str, queue: str) -> None:
+        for channel in self.channels:
+            if queue in channel.consumed_queues():
+                channel.deliver(payload, tag, queue)
+                return
+        log.warning("a message came for queue %s, which nobody consumes any more; it goes back", queue)
+        self.session.reject(tag, requeue=True)
+
+    def _deliver_fanout(self, most: int) -> int:
+        count = 0
+        while count < most:
+            found = self.listener.pop()
+            if found is None:
+                break
+            queue, payload = found
+            count += 1
+            for channel in self.channels:
+                if channel.listens_to(queue):
+                    channel.deliver(payload, payload["properties"]["delivery_tag"], queue)
+        return count
+
+    # Waiting
+
+    def _arm(self) -> None:
+        """Sees to it that a bell waits for whatever may be taken now."""
+        names = dict.fromkeys(queue for _, queue in self._wanted())
+        if not names:
+            return
+        wanted = self.session.bell(names)
+        due = self.session.next_wake(names)
+        block_s = BLOCK_S if due is None else min(BLOCK_S, max(0.001, due - mono_s()))
+        for place, streams in self._by_place(wanted).items():
+            bell = self._bells.get(place)
+            if bell is None:
+                key = next(iter(streams)).decode()
+                link = self.session.broker.link(key, timeout_s=BLOCK_S + self.session.broker.timeout_s)
+                bell = self._bells[place] = Bell(link)
+            if bell.asked:
+                if streams.keys() <= bell.asked.keys() and bell.overdue_at - self.session.broker.timeout_s <= (
+                    mono_s() + block_s + 0.05
+                ):
+                    continue
+                self._drop(bell)  # it waits for too little, or too long
+            bell.arm(streams, block_s, self.session.broker.timeout_s)
+
+    def _drop(self, bell: Bell) -> None:
+        fd = bell.link.fileno()
+        if self.loop is not None and self._fds.pop(fd, None) is not None:
+            self.loop.remove_reader(fd)
+        bell.drop()
+
+    def _by_place(self, streams: dict[bytes, tuple[str, str]]) -> dict[str, dict[bytes, tuple[str, str]]]:
+        if not self.session.broker.is_cluster:
+            return {"": streams} if streams else {}
+        places: dict[str, dict[bytes, tuple[str, str]]] = {}
+        for key, value in streams.items():
+            slot = key[key.index(b"{") + 1 : key.index(b"}")].decode()
+            places.setdefault(slot, {})[key] = value
+        return places
+
+    def _sockets(self) -> dict[int, object]:
+        """The sockets to wait for, each with what tells it from a later one of its number."""
+        found: dict[int, object] = {
+            bell.link.fileno(): (id(bell.link), bell.link.connects) for bell in self._bells.values() if bell.asked
+        }
+        found[self.listener.fileno()] = self.listener.stamp
+        found[self.session.keeper_fd()] = self.session.keeper_stamp()
+        found[self._wake_read.fileno()] = None
+        found.pop(-1, None)
+        return found
+
+    def _take(self, fd: int) -> None:
+        """Reads from a socket that is readable."""
+        if fd == self._wake_read.fileno():
+            try:
+                while self._wake_read.recv(4096):
+                    pass
+            except OSError:
+                pass
+        elif fd == self.listener.fileno():
+            self.listener.receive()
+        elif fd == self.session.keeper_fd():
+            self.session.take_orders()
+        for bell in self._bells.values():
+            if bell.asked and bell.link.fileno() == fd:
+                asked, bell.asked = bell.asked, {}
+                self.session.rang(bell.link.read(), asked)
+                return
+
+    # kombu's event loop
+
+    def register(self, loop: Any) -> None:
+        self.loop = loop
+        loop.on_tick.add(self.tick)
+
+    def tick(self) -> None:
+        """Before each wait of the loop."""
+        if self.closed or self.loop is None:
+            return
+        self._thread = threading.get_ident()
+        self._check()
+        self._deliver_fanout(1000)
+        for payload, tag, queue in self._fetch():
+            self.deliver(payload, tag, queue)
+        if self.session.has_to_flush():
+            self.session.flush()
+        self._arm()
+        if self.loop is not None:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Tells the loop which sockets to look at. A closed socket's number may have come back as another's."""
+        wanted = self._sockets()
+        for fd in self._fds.keys() - wanted.keys():
+            self.loop.remove_reader(fd)
+        for fd, stamp in wanted.items():
+            if self._fds.get(fd) != stamp:
+                self.loop.add_reader(fd, self._readable, fd)
+        self._fds = wanted
+
+    def _readable(self, fd: int) -> None:
+        try:
+            self._take(fd)
+        except BaseException:
+            # It is closed: its number may soon be another's.
+            if self._fds.pop(fd, None) is not None and self.loop is not None:
+                self.loop.remove_reader(fd)
+            raise
+        self._deliver_fanout(1000)
+
+    # drain_events
+
+    def drain(self, timeout: float | None) -> None:
+        """Delivers one message. Raises ``socket.timeout``."""
+        deadline = None if timeout is None else mono_s() + timeout
+        while True:
+            self._check()
+            if self._deliver_fanout(1):
+                return
+            if not self._waiting:
+                # The room counts what lies here already, so this must grow one by one.
+                for item in self._fetch():
+                    self._waiting.append(item)
+            if self._waiting:
+                self.deliver(*self._waiting.popleft())
+                return
+            left = None if deadline is None else deadline - mono_s()
+            if left is not None and left <= 0:
+                raise TimeoutError("timed out")
+            self._arm()
+            self._wait(min(BLOCK_S, left if left is not None else BLOCK_S))
+
+    def _wait(self, timeout_s: float) -> None:
+        fds = self._sockets()
+        due = self.session.next_wake(dict.fromkeys(queue for _, queue in self._wanted()))
+        if due is not None:
+            timeout_s = min(timeout_s, max(0.0, due - mono_s()))
+        self._asleep = True
+        try:
+            if hasattr(select, "poll"):
+                poll = select.poll()
+                for fd in fds:
+                    poll.register(fd, select.POLLIN)
+                ready = [fd for fd, _ in poll.poll(max(0, int(timeout_s * 1000 + 0.999)))]
+            else:
+                ready = select.select(list(fds), [], [], timeout_s)[0]
+        finally:
+            self._asleep = False
+        for fd in ready:
+            self._take(fd)
+
+    # Channels
+
+    def ended(self) -> None:
+        """A message was acknowledged or rejected: in the event loop the next tick writes it, elsewhere it is written now."""
+        if self.loop is not None and not self.closed and any(channel.consumed_queues() for channel in self.channels):
+            if threading.get_ident() != self._thread:
+                self.wake()
+            return
+        self.session.flush()
+        if self._asleep:
+            self.wake()
+
+    def forget(self, queue: str) -> None:
+        """A channel consumes a queue no longer: what waits for it here goes back."""
+        kept = deque(item for item in self._waiting if item[2] != queue)
+        for _, tag, name in self._waiting:
+            if name == queue:
+                self.session.reject(tag, requeue=True)
+        self._waiting = kept
+
+    def close(self) -> None:
+        if self.closed or self._pid != os.getpid():
+            return
+        self.closed = True
+        for _, tag, _ in self._waiting:
+            self.session.reject(tag, requeue=True)
+        self._waiting.clear()
+        if self.loop is not None:
+            self.loop.on_tick.discard(self.tick)
+            for fd in self._fds:
+                self.loop.remove_reader(fd)
+        for bell in self._bells.values():
+            bell.drop()
+        self.listener.close()
+        self._wake_read.close()
+        self._wake_write.close()

@@ -1,0 +1,131 @@
+"""A kombu queue in Redis: what is recorded of it, and which streams it has.
+
+A message without a shard key lies in the shared stream of its priority; one with a key in the shard of its key. The
+shards, and the streams of further priorities, are made when the first message for them comes: most queues, and all that
+carry replies, never need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+
+from ..queue.declare import Queue, Shape
+from ..redis.connection import Broker
+from ..redis.keys import SHARED, ShardKeys, app_queues
+from ..redis.link import Link, pack
+from ..redis.scripts import script
+from ..sharding import shard_of
+
+GROUP = "workers"
+"""The consumer group of all that consume a kombu queue."""
+
+
+def shared(priority: int) -> str:
+    """The SHARD of the shared stream of a priority step; the most urgent one is the queue's shared stream."""
+    return f"{SHARED}.{priority}" if priority else SHARED
+
+
+class KombuQueue(Queue):
+    """See the module. ``shards`` is what is recorded if nothing is yet; ``shape()`` has what is. ``borrow`` lends a link
+    to the server of a key."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        namespace: str,
+        app: str,
+        name: str,
+        shards: int,
+        borrow: Callable[[str], AbstractContextManager[Link]],
+    ) -> None:
+        super().__init__(broker, namespace, app, name, shards)
+        self._borrow = borrow
+        self.keyed = False
+        """Whether the queue has shards: a message with a shard key was published."""
+        self.priorities: tuple[int, ...] = (0,)
+        self._opened: set[int | str] = set()
+
+    def __repr__(self) -> str:
+        return f"<KombuQueue {self.name}>"
+
+    def declare(self, groups: tuple[str, ...] = ()) -> Shape:
+        """Reads what is recorded, and makes the shared stream, unless that is done."""
+        opened = self._opened | {SHARED}
+        self._opened = set()
+        return self._open(opened)
+
+    def open(self, shard: int | str) -> None:
+        """Makes a stream that a message is for, with what has to be recorded first."""
+        if shard not in self._opened:
+            self._open({shard})
+
+    @property
+    def opened(self) -> Collection[int | str]:
+        return self._opened
+
+    def refresh(self) -> None:
+        """Reads again what is recorded: shards and further priorities may have come."""
+        self._open(set())
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._opened = set()
+        self._shape = None
+
+    def _open(self, wanted: set[int | str]) -> Shape:
+        with self._borrow(self.keys.meta) as link:
+            if self._shape is None:
+                self.broker.check_version()
+                self.broker.warn_of_eviction()
+            keyed = any(isinstance(shard, int) for shard in wanted)
+            steps = [shard.partition(".")[2] for shard in wanted if isinstance(shard, str) and shard != SHARED]
+            epoch, shards, *priorities = link.run(
+                "open_queue", [self.keys.meta], [str(self.shards) if keyed else "", *steps]
+            )
+            shape = Shape(int(shards or 0), int(epoch))
+            streams: Iterable[int | str] = {*wanted, *(range(shape.shards) if keyed else ())}
+            opened = script("open_shard")
+            for shard in streams:
+                keys = self.shard_keys(shard, shape)
+                self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, GROUP)))
+            if keyed or steps:
+                # Consumers learn it from the bell of the shared stream, keepers from the channel; both look now and then.
+                wake = self.shard_keys(SHARED, shape).wake
+                self._on(wake, link, pack("XADD", wake, "MAXLEN", 1, "*", "w", "streams"))
+                self._on("", link, pack("PUBLISH", self.keys.channel(GROUP), "keyed"))
+            names = app_queues(self.namespace, self.app)
+            if not self._on(names, link, pack("SISMEMBER", names, self.name)):
+                self._on(names, link, pack("SADD", names, self.name))
+        self._opened.update(streams)
+        self._shape = shape
+        self.keyed = shape.shards > 0
+        self.priorities = (0, *sorted(int(step) for step in priorities))
+        return shape
+
+    def shard_keys(self, shard: int | str, shape: Shape | None = None) -> ShardKeys:
+        shape = shape or self.shape()
+        if isinstance(shard, str) and shard != SHARED:
+            # In the slot of the shared stream, so that one call reads all priorities.
+            return ShardKeys(self.keys.shard(shape.epoch, SHARED).prefix + shard.partition(".")[2] + ":")
+        return self.keys.shard(shape.epoch, shard)
+
+    def shard_for(self, key: bytes | None) -> int | str:
+        if key is None:
+            return SHARED
+        if not self.keyed:
+            self.open(0)
+        return shard_of(key, self.shape().shards)
+
+    def recorded(self) -> list[int | str]:
+        """All streams that the queue has; none where no message came yet. Reads only."""
+        with self._borrow(self.keys.meta) as link:
+            flat = link.command("HGETALL", self.keys.meta)
+        meta = dict(zip(flat[::2], flat[1::2], strict=True))
+        if not meta:
+            return []
+        self._shape = Shape(int(meta.get(b"shards", 0)), int(meta.get(b"epoch", 0)))
+        self.keyed = self._shape.shards > 0
+        steps = sorted(int(name[9:]) for name in meta if name.startswith(b"priority:"))
+        self.priorities = (0, *steps)
+        return [*(shared(priority) for priority in self.priorities), *range(self._shape.shards)]

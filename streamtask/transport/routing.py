@@ -1,0 +1,163 @@
+"""What is declared: queues, their bindings to exchanges, and when an unused queue expires. Nothing here has a time to live of
+its own, so no binding can vanish; a queue that expires is removed by whoever declares one after its time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..clock import mono_s
+from ..redis import keys
+from ..redis.keys import SHARED
+from ..redis.link import pack
+from .queues import GROUP
+from .session import Session
+
+log = logging.getLogger("streamtask.transport")
+
+SEP = "\x06\x16"
+SWEEP_S = 10.0
+"""How often this process looks for queues that have expired."""
+
+Binding = tuple[str, str, str]
+"""Routing key, pattern, queue."""
+
+_swept_at: dict[int, float] = {}
+
+
+def declare(session: Session, queue: str, expires_ms: int | None) -> None:
+    """Records a queue. ``expires_ms``: how long it is kept unused, None for ever."""
+    _bind(session, queue, "", "", expires_ms or 0)
+    if expires_ms:
+        session.touched[queue] = expires_ms
+    else:
+        session.touched.pop(queue, None)
+    now = mono_s()
+    if now - _swept_at.get(id(session), 0.0) > SWEEP_S:
+        _swept_at[id(session)] = now
+        sweep(session)
+
+
+def bind(session: Session, exchange: str, binding: Sequence[str | None]) -> None:
+    """Records a binding."""
+    text = [part or "" for part in binding]
+    _bind(session, text[2], exchange, SEP.join(text), "")
+
+
+def _bind(session: Session, queue: str, exchange: str, member: str, expires_ms: int | str) -> None:
+    namespace, app = session.options.namespace, session.options.app
+    names = [
+        keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue),
+        keys.bindings(namespace, app, exchange),
+    ]  # fmt: skip
+    session.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP])
+
+
+def unbind(session: Session, queue: str, exchange: str, binding: Sequence[str | None]) -> None:
+    """Takes one binding away."""
+    _unbind(session, queue, exchange + SEP + SEP.join(part or "" for part in binding))
+
+
+def _unbind(session: Session, queue: str, what: str) -> bool:
+    namespace, app = session.options.namespace, session.options.app
+    names = [keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue)]
+    return bool(session.run("unbind_queue", names, [queue, keys.bindings(namespace, app, ""), SEP, what]))
+
+
+def table(session: Session, exchange: str) -> list[Binding]:
+    """The bindings of an exchange."""
+    name = keys.bindings(session.options.namespace, session.options.app, exchange)
+    members = session.once_more(lambda link: link.command("SMEMBERS", name), name)
+    found = []
+    for member in members:
+        routing_key, pattern, queue = member.decode().split(SEP)
+        found.append((routing_key, pattern, queue))
+    return found
+
+
+def exists(session: Session, queue: str) -> bool:
+    name = keys.app_queues(session.options.namespace, session.options.app)
+    return bool(session.once_more(lambda link: link.command("SISMEMBER", name, queue), name))
+
+
+def delete(session: Session, queue: str) -> None:
+    """Removes a queue with its messages and bindings."""
+    _unbind(session, queue, "all")
+    _delete_streams(session, queue)
+
+
+def sweep(session: Session) -> None:
+    """Removes the queues that have expired."""
+    name = keys.expiring(session.options.namespace, session.options.app)
+
+    def overdue(link: object) -> list[bytes]:
+        seconds, micros = link.command("TIME")  # type: ignore[attr-defined]
+        now = int(seconds) * 1000 + int(micros) // 1000
+        found: list[bytes] = link.command("ZRANGEBYSCORE", name, "-inf", now, "LIMIT", 0, 100)  # type: ignore[attr-defined]
+        return found
+
+    for member in session.once_more(overdue, name):
+        queue = member.decode()
+        if _unbind(session, queue, "expired"):
+            log.info("queue %s has expired, unused", queue)
+            _delete_streams(session, queue)
+
+
+def _delete_streams(session: Session, queue: str) -> None:
+    session.drop_queue(queue)
+    found = session.queue(queue)
+    streams = found.recorded()
+    for shard in streams:
+        prefix = found.shard_keys(shard)
+        names = [
+            prefix.stream, prefix.state, prefix.delayed, prefix.wake, prefix.requeued, prefix.consumers(GROUP),
+            prefix.token(GROUP), prefix.notes(GROUP), prefix.replaced(GROUP), prefix.lease(GROUP), prefix.dlq,
+        ]  # fmt: skip
+        with session.borrow(prefix.stream) as link:
+            if isinstance(shard, str):
+                leases = [prefix.lease(GROUP, name.decode()) for name in link.command("ZRANGE", names[5], 0, -1)]
+                names += leases
+            link.call(pack("UNLINK", *names))
+    with session.borrow(found.keys.meta) as link:
+        link.call(pack("UNLINK", found.keys.meta, found.keys.members(GROUP), found.keys.member_info(GROUP)))
+    session.queues.pop(queue, None)
+
+
+def size(session: Session, queue: str) -> int:
+    """How many messages of a queue wait for a consumer or for their time."""
+    found = session.queue(queue)
+    total = 0
+    for shard in found.recorded():
+        prefix = found.shard_keys(shard)
+        total += int(session.run("ready", [prefix.stream, prefix.requeued, prefix.delayed], [GROUP]))
+    return total
+
+
+def purge(session: Session, queue: str) -> int:
+    """Removes what waits in a queue; what is being worked on stays. Returns how many messages were removed."""
+    found = session.queue(queue)
+    removed = 0
+    for shard in found.recorded():
+        prefix = found.shard_keys(shard)
+        last = ""
+        while True:
+            entries, delayed, last = session.run(
+                "purge_shard", [prefix.stream, prefix.state, prefix.delayed], [1000, last, 1000]
+            )
+            last = last.decode()
+            removed += int(entries) + int(delayed)
+            if not entries and not delayed:
+                break
+        removed += int(
+            session.run("purge_requeued", [prefix.stream, prefix.requeued, prefix.state, prefix.notes(GROUP)], [GROUP])
+        )
+    return removed
+
+
+def consumers(session: Session, queue: str) -> int:
+    """How many processes consume a queue."""
+    found = session.queue(queue)
+    if not found.recorded():
+        return 0
+    name = found.shard_keys(SHARED).consumers(GROUP)
+    return int(session.once_more(lambda link: link.command("ZCARD", name), name))

@@ -1,0 +1,99 @@
+"""The transport: one for each kombu connection."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import redis
+from kombu.transport import virtual
+
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
+from ..redis.connection import safe_url
+from .channel import Channel
+from .options import _url, broker_of, options_of
+from .poller import Poller
+from .session import Session, session_of
+
+
+class Transport(virtual.Transport):  # type: ignore[misc]
+    """``streamtask://`` for kombu and Celery: see ``docs/celery.md``."""
+
+    Channel = Channel
+    can_parse_url = True  # so that the URL comes whole, with its scheme
+    default_port = 6379
+    driver_type = "redis"
+    driver_name = "streamtask"
+    polling_interval = None
+
+    connection_errors = (*virtual.Transport.connection_errors, BrokerUnavailable, LeaseLost, QueueFull, OSError)
+    channel_errors = (*virtual.Transport.channel_errors, StreamTaskError)
+
+    implements = virtual.Transport.implements.extend(
+        asynchronous=True, batch_publish=True, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
+    )
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        super().__init__(client, **kwargs)
+        if "celery" in sys.modules:
+            # What has to be known of Celery is there: keyed tasks, and which requests are being worked on.
+            importlib.import_module("streamtask.celery")
+        _keep_failover(client)
+        self.session: Session = session_of(broker_of(client), options_of(client))
+        self.poller = Poller(self.session)
+        self._pid = os.getpid()
+
+    def driver_version(self) -> str:
+        return str(redis.__version__)
+
+    @property
+    def default_connection_params(self) -> dict[str, Any]:
+        return {"hostname": "localhost", "port": self.default_port, "virtual_host": "0"}
+
+    def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
+        url, _ = _url(self.client)
+        scheme, _, rest = url.partition("://")
+        names = {"redis": "streamtask", "rediss": "streamtasks"}
+        url = f"{names.get(scheme, 'streamtask+' + scheme)}://{rest}"
+        return url if include_password else safe_url(url).replace("***@", f"{mask}@")
+
+    def establish_connection(self) -> Transport:
+        with self.session.borrow() as link:
+            # A connection that is kept for later use may be stale, which says nothing about the server.
+            link.close()
+            link.command("PING")
+        return self
+
+    def close_connection(self, connection: Any) -> None:
+        super().close_connection(connection)
+        self.poller.close()
+        if self._pid == os.getpid():
+            self.session.close_if_idle()
+
+    def drain_events(self, connection: Any, timeout: float | None = None) -> None:
+        self.poller.drain(timeout)
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        self.poller.register(loop)
+
+    def verify_connection(self, connection: Any) -> bool:
+        return not self.poller.closed
+
+
+def _keep_failover(client: Any) -> None:
+    """kombu takes the transport of the next URL in a failover list from its scheme: with ``redis://`` that would be its own."""
+    schemes = {"redis://": "streamtask://", "rediss://": "streamtasks://"}
+    if not client.alt:
+        return
+    alt = list(client.alt)
+    for i, url in enumerate(alt):
+        for scheme, ours in schemes.items():
+            if isinstance(url, str) and url.startswith(scheme):
+                alt[i] = ours + url[len(scheme) :]
+    if alt != list(client.alt):
+        client.alt[:] = alt
+        if client.alt:
+            client.cycle = client.failover_strategy(client.alt)
+            next(client.cycle)
