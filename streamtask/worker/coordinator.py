@@ -13,6 +13,7 @@ is readable. Everything it knows can be read from Redis again.
 from __future__ import annotations
 
 import logging
+import math
 import selectors
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,19 +36,28 @@ BEATS = 3
 
 
 class QueueWatch:
-    """What is known of one queue's group. ``shape`` is None until it is known."""
+    """What is known of one queue's group. ``follows``: its shape is what Redis has recorded, once it has; else it is set."""
 
-    def __init__(self, name: str, keys: QueueKeys, group: str, lease_ms: int) -> None:
+    def __init__(self, name: str, keys: QueueKeys, group: str, lease_ms: int, *, follows: bool = False) -> None:
         self.name = name
         self.keys = keys
         self.channel = keys.channel(group).encode()
         self.membership = Membership(keys, group, lease_ms)
         self.shape: Shape | None = None
+        self.follows = follows
+        self.leaving = False
+        """Nothing more of it is to be owned here."""
+        self.joined = False  # others were told
         self.look_at = 0.0  # monotonic: when to compare ownership next
         self.seen_owner: set[int] = set()  # shards whose lease record was there once
         self.missed_ms: dict[int, int] = {}
         self.revoked: list[str] = []
         self.said: list[Any] = []
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether its shards are to be spread."""
+        return self.shape is not None and not self.leaving
 
     @property
     def epoch(self) -> int:
@@ -151,6 +161,8 @@ class Coordinator:
         self.links = Links(broker, max(0.5, lease_ms / 3000))
         self.closing = False
         """Set by the owner when no shard is to be taken any more."""
+        self.outages = 0
+        """How often the connection to Redis was lost."""
         self._broker = broker
         self._group = group
         self._lease_ms = lease_ms
@@ -161,6 +173,7 @@ class Coordinator:
         self._beaten = beaten
         self._log = log
         self._news: Link | None = None
+        self._subscribed: set[bytes] = set()
         self._next_beat = 0.0
         self._down_delays: Iterator[float] | None = None
 
@@ -171,7 +184,7 @@ class Coordinator:
             if now >= self._next_beat:
                 self._beat()
             for watch in self._watches:
-                if now >= watch.look_at and not self.closing:
+                if now >= watch.look_at and watch.shared_out and not self.closing:
                     self._compare(watch)
             self._end_handovers(now)
         except BrokerUnavailable as exc:
@@ -187,7 +200,7 @@ class Coordinator:
         """When to call ``work`` next, on the monotonic clock."""
         wake = self._next_beat
         if self._down_delays is None and not self.closing:
-            wake = min([wake, *(watch.look_at for watch in self._watches)])
+            wake = min([wake, *(watch.look_at for watch in self._watches if watch.shared_out)])
         ends = [
             held.handover_until
             for member in self._members
@@ -206,6 +219,7 @@ class Coordinator:
         if self._down_delays is None:
             self._log.warning("%s", exc)
             self._down_delays = delays(0.05, 0.5)
+        self.outages += 1
         self.links.close()
         self._close_news()
         for watch in self._watches:
@@ -230,15 +244,19 @@ class Coordinator:
         leases = [(member, held) for member in live for held in member.held.values()]
         leases.sort(key=lambda pair: pair[1].lease.token)  # after a flush the token counters grow again in this order
         sent_at, sent_ms = mono_s(), wall_ms()
-        commands = [(watch.keys.meta, watch.membership.pack_beat(infos)) for watch in self._watches]
+        watches = [watch for watch in self._watches if watch.shape is not None]
+        followed = [watch for watch in self._watches if watch.follows and not watch.leaving]
+        commands = [(watch.keys.meta, watch.membership.pack_beat({} if watch.leaving else infos)) for watch in watches]
+        commands += [(watch.keys.meta, pack("HMGET", watch.keys.meta, "shards", "epoch")) for watch in followed]
         commands += [(held.lease.key, held.lease.pack_renew()) for _, held in leases]
-        replies = self.links.pipeline(commands)
-        for watch, reply in zip(self._watches, replies, strict=False):
+        replies = iter(self.links.pipeline(commands))
+        for watch, reply in zip(watches, replies, strict=False):
             if isinstance(reply, Exception):
                 raise reply
             if watch.membership.heard(reply, sent_ms):
                 watch.look_at = 0.0
-        for (member, held), reply in zip(leases, replies[len(self._watches) :], strict=True):
+        found = [self._shape_read(watch, reply) for watch, reply in zip(followed, replies, strict=False)]
+        for (member, held), reply in zip(leases, replies, strict=True):
             if isinstance(reply, Exception):
                 self._log.error("a renewal failed queue=%s shard=%s: %s", held.watch.name, held.shard, reply)
                 continue
@@ -253,9 +271,23 @@ class Coordinator:
         if self._down_delays is not None:
             self._log.info("connected again broker=%s", self._broker.safe_url)
             self._down_delays = None
-        self._next_beat = mono_s() + self._lease_ms / 1000 / BEATS
+        self._next_beat = 0.0 if any(found) else mono_s() + self._lease_ms / 1000 / BEATS
         self._beaten(live)
         self._listen()
+
+    def _shape_read(self, watch: QueueWatch, reply: Any) -> bool:
+        """Takes what Redis has recorded of a queue. True if its shards have just come."""
+        if isinstance(reply, Exception):
+            raise reply
+        if not reply[0]:
+            return False  # it has none yet; or Redis was flushed, and whoever sends next records it again
+        before, watch.shape = watch.shape, Shape(int(reply[0]), int(reply[1] or 0))
+        if before == watch.shape:
+            return False
+        watch.look_at = 0.0
+        watch.seen_owner.clear()
+        watch.missed_ms.clear()
+        return before is None
 
     def give(self, member: Member, watch: QueueWatch, shard: int | str, lease: Lease) -> None:
         """Keeps a lease for a member from now on."""
@@ -292,10 +324,15 @@ class Coordinator:
             held.watch.look_at = 0.0
         member.held.clear()
         for watch in self._watches:
-            watch.membership.leave(self.links.at(watch.keys.meta), [member.incarnation])
-            self._announce(watch, "left")
-            watch.membership.members = [m for m in watch.membership.members if m != member.incarnation]
-            watch.look_at = 0.0
+            self._leave_members(watch, [member.incarnation])
+
+    def _leave_members(self, watch: QueueWatch, incarnations: list[str]) -> None:
+        if watch.shape is None:
+            return  # never joined
+        watch.membership.leave(self.links.at(watch.keys.meta), incarnations)
+        self._announce(watch, "left")
+        watch.membership.members = [m for m in watch.membership.members if m not in incarnations]
+        watch.look_at = 0.0
 
     def _free(self, held: Held) -> None:
         lease = held.lease
@@ -307,6 +344,24 @@ class Coordinator:
 
     # Who owns what
 
+    def leave(self, watch: QueueWatch) -> None:
+        """Nothing of a queue is to be owned here any more: its shards are freed as they are released."""
+        watch.leaving = True
+        for member in self._members:
+            for held in member.held.values():
+                if held.watch is watch:
+                    self._give_up(member, held)
+        self._leave_members(watch, [member.incarnation for member in self._members])
+
+    def return_to(self, watch: QueueWatch) -> None:
+        """Takes part in a queue again that is being left."""
+        watch.leaving = watch.joined = False
+        for member in self._members:
+            for held in member.held.values():
+                if held.watch is watch and held.handover_until is not None:
+                    held.handover_until = 0.0
+        self.soon()
+
     def _compare(self, watch: QueueWatch) -> None:
         """One comparison of who owns the shards with who should; all coordinators come to the same answer."""
         membership, now = watch.membership, mono_s()
@@ -314,13 +369,15 @@ class Coordinator:
         assert watch.shape is not None
         shards = range(watch.shape.shards)
         mine = {member.incarnation: member for member in self._members if member.kept and not member.leaving}
-        # What was renewed just now needs no look.
-        owners = {
-            int(held.shard): member.incarnation
-            for member in mine.values()
-            for held in member.held.values()
-            if held.watch is watch and not held.lease.shared and held.lease.trusted_until > now
-        }
+        at = {watch.shard_keys(shard): shard for shard in shards}
+        owners: dict[int, str] = {}
+        for member in mine.values():
+            for held in list(member.held.values()):
+                if held.lease.keys in at:
+                    if held.lease.trusted_until > now:  # renewed just now: it needs no look
+                        owners[at[held.lease.keys]] = member.incarnation
+                elif held.watch is watch and not held.lease.shared:
+                    self._give_up(member, held)  # the queue was made anew, with fewer shards or another epoch
         watch.seen_owner.update(owners)
         for shard in owners:
             watch.missed_ms.pop(shard, None)
@@ -342,6 +399,11 @@ class Coordinator:
             elif record[0] == b"":
                 watch.seen_owner.add(shard)
                 watch.missed_ms.pop(shard, None)
+        for shard, named in owners.items():
+            # The record names a process of ours that does not know of it: a lost reply, or the keeper before this one.
+            # Taking it again answers the same lease.
+            if named in mine and mine[named].holding(watch.shard_keys(shard)) is None:
+                self._take(watch, mine[named], shard, now)
         target = assign(list(shards), membership.members, owners, watch.name)
         for shard, incarnation in target.items():
             owner = owners.get(shard)
@@ -353,9 +415,6 @@ class Coordinator:
                     # Its owner hands it over, or its lease runs out: look again then.
                     watch.look_at = min(watch.look_at, now + max(0.01, (until - redis_now) / 1000))
                     continue
-                self._take(watch, mine[incarnation], shard, now)
-            elif incarnation in mine and mine[incarnation].holding(watch.shard_keys(shard)) is None:
-                # The record names a process of ours that does not know of it: a lost reply. Taking it again is the same.
                 self._take(watch, mine[incarnation], shard, now)
         self._say_owned(watch)
 
@@ -401,6 +460,13 @@ class Coordinator:
         member.trust(held, 0.0)
         member.release(held)
 
+    def _give_up(self, member: Member, held: Held) -> None:
+        """Hands over without taking it back."""
+        if held.handover_until is None:
+            member.trust(held, 0.0)
+            member.release(held)
+        held.handover_until = math.inf
+
     def _end_handovers(self, now: float) -> None:
         """A hand-over that takes too long is called off, for a body still runs; it is tried again later."""
         for member in self._members:
@@ -423,19 +489,25 @@ class Coordinator:
 
     def _listen(self) -> None:
         """Subscribes to what others tell: it only makes things faster, so a lost message costs a beat."""
-        if self._news is not None:
-            return
-        self._news = self._broker.link(timeout_s=5.0)
-        channels = [watch.channel for watch in self._watches]
-        self._news.send(pack("SUBSCRIBE", *channels))
-        for _ in channels:
-            self._news.read()
-        self._selector.register(self._news, selectors.EVENT_READ, "news")
+        missing = [watch.channel for watch in self._watches if watch.channel not in self._subscribed]
+        if missing:
+            if self._news is None:
+                self._news = self._broker.link(timeout_s=5.0)
+            self._news.send(pack("SUBSCRIBE", *missing))
+            if not self._subscribed:
+                self._selector.register(self._news, selectors.EVENT_READ, "news")
+            while not self._subscribed.issuperset(missing):
+                self._take_one(self._news)
         for watch in self._watches:
-            self._read_revoked(watch)
-            self._announce(watch, "joined")
+            if watch.shared_out and watch.membership.heard_ms and not watch.joined:
+                watch.joined = True
+                self._read_revoked(watch)
+                self._announce(watch, "joined")
 
     def _close_news(self) -> None:
+        self._subscribed.clear()
+        for watch in self._watches:
+            watch.joined = False
         if self._news is not None:
             try:
                 self._selector.unregister(self._news)
@@ -449,20 +521,25 @@ class Coordinator:
         assert self._news is not None
         try:
             while True:
-                _, channel, what = self._news.read()
-                watch = next((watch for watch in self._watches if watch.channel == channel), None)
-                if watch is not None:
-                    if what == b"revoked":
-                        self._read_revoked(watch)
-                    elif what == b"joined":
-                        self.soon()
-                    else:
-                        self.soon()
-                        watch.look_at = 0.0
+                self._take_one(self._news)
                 if not self._news.buffered():
                     return
         except BrokerUnavailable as exc:
             self.outage(exc)
+
+    def _take_one(self, news: Link) -> None:
+        kind, channel, what = news.read()
+        watch = next((watch for watch in self._watches if watch.channel == channel), None)
+        if kind == b"subscribe":
+            self._subscribed.add(channel)
+        elif watch is None or kind != b"message":
+            pass
+        elif what == b"revoked":
+            self._read_revoked(watch)
+        else:
+            self.soon()
+            if what != b"joined":
+                watch.look_at = 0.0
 
     def _read_revoked(self, watch: QueueWatch) -> None:
         key = watch.keys.revoked

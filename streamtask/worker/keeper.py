@@ -1,0 +1,230 @@
+"""The client's side of a keeper: the process that keeps the leases of one that runs foreign code.
+
+A Celery worker, or whatever else consumes through kombu, has no supervisor above it, and a thread in it starves beside a
+body that holds Python's lock. So it starts a process for that (``keeper_main``) and tells it over a socket what to keep.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+from ..coordination.lease import Lease
+from ..errors import ConfigError, StreamTaskError
+from ..redis.connection import Broker
+
+ENV_KEEPER = "STREAMTASK_KEEPER"
+"""How the client tells a keeper of the socket and of itself: ``descriptor,pid``."""
+
+CLOSE_S = 2.0
+"""How long ``close`` waits for the keeper to do what it was told before."""
+
+_numbers = count(0, 1_000_000)
+"""Where the numbers begin that a keeper gives to shards: none is that of another keeper's shard."""
+
+
+class Keeper:
+    """Starts a keeper for this process and gives it orders. ``incarnation``: the client's name as an owner of shards.
+
+    No method waits for the keeper but ``close``; to be used by one thread at a time, and by no forked child. A lease that
+    is told is renewed until it is forgotten, as long as this process is alive and not stopped; when it dies, all are
+    given back at once.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        namespace: str,
+        app: str,
+        group: str,
+        incarnation: str,
+        lease_ms: int,
+        handover_timeout_s: float,
+    ) -> None:
+        if broker.scheme == "memory":
+            raise ConfigError("a memory:// broker can't be shared with the process that keeps leases: use redis://")
+        self._pid = os.getpid()
+        self._in = b""
+        self._out = bytearray()
+        self._keyed = False
+        self._died = False
+        start = {
+            "broker": _travelling(broker),
+            "namespace": namespace,
+            "app": app,
+            "group": group,
+            "incarnation": incarnation,
+            "lease_ms": lease_ms,
+            "handover_timeout_s": handover_timeout_s,
+            "numbers": next(_numbers),
+        }
+        self._sock, theirs = socket.socketpair()
+        try:
+            self._sock.setblocking(False)
+            self._process = subprocess.Popen(
+                [_python(), "-m", "streamtask.worker.keeper_main"],
+                env={**os.environ, **_import_path(), ENV_KEEPER: f"{theirs.fileno()},{self._pid}"},
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in our terminal is not for it
+            )
+        except BaseException:
+            self._sock.close()
+            raise
+        finally:
+            theirs.close()
+        self._send("start", **start)
+
+    @property
+    def pid(self) -> int:
+        """The keeper's process."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """Readable when orders have come, or the keeper has died."""
+        return self._sock.fileno()
+
+    def keep(self, lease: Lease) -> None:
+        """Renews the lease of a consumer of a shared stream, and removes dead consumers of that stream."""
+        self._send(
+            "keep",
+            prefix=lease.keys.prefix,
+            group=lease.group,
+            incarnation=lease.incarnation,
+            lease_ms=lease.lease_ms,
+            token=lease.token,
+        )
+
+    def forget(self, lease: Lease) -> None:
+        """Renews it no longer, nor gives it back when the client dies."""
+        self._send("forget", prefix=lease.keys.prefix, token=lease.token)
+
+    def consume(self, queue: str, shards: int) -> None:
+        """Takes part in the assignment of a queue's shards, as soon as Redis has recorded how many there are, whatever
+        ``shards`` is here."""
+        self._keyed = True
+        self._send("consume", queue=queue, shards=shards)
+
+    def adopt(self, order: Mapping[str, Any]) -> None:
+        """Tells a new keeper, after ``consume``, of a shard that the client still owns: the order with which the last one
+        gave it. It keeps its number."""
+        self._send("adopt", **{name: order[name] for name in ("number", "queue", "shard", "epoch", "token")})
+
+    def cancel(self, queue: str) -> None:
+        """Leaves the queue's members and gives back its shards, each when ``released`` answers its "release"."""
+        self._send("cancel", queue=queue)
+
+    def released(self, number: int) -> None:
+        """Nothing of a shard runs or is unsettled here any more."""
+        self._send("released", number=number)
+
+    def touch(self, queue: str, expires_ms: int) -> None:
+        """Puts off the end of a queue that expires unless it is used, until it is told 0."""
+        self._send("touch", queue=queue, expires_ms=expires_ms)
+
+    def orders(self) -> list[dict[str, Any]]:
+        """What the keeper has said since: mappings with ``op`` and
+
+        - ``own``: ``number queue shard epoch token by_expiry``: the client owns a shard; with a token that it knows, it
+          has owned it all the time;
+        - ``release``: ``number``: hand out nothing more of it, and say ``released`` when nothing of it runs;
+        - ``resume``: ``number``: go on with it after all;
+        - ``lost``: ``number queue shard token``: it is another's now;
+        - ``lost_shared``: ``prefix token``: so is what was delivered from a shared stream.
+
+        Raises ``StreamTaskError`` when the keeper has died: close this one, start another, and tell it all again.
+        """
+        self._flush()
+        while not self._died:
+            try:
+                data = self._sock.recv(65536)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                data = b""
+            if not data:
+                self._died = True
+            self._in += data
+        *lines, self._in = self._in.split(b"\n")
+        if lines or not self._died:
+            return [json.loads(line) for line in lines]
+        self.close()
+        raise StreamTaskError(
+            f"the process that keeps the leases has ended (pid {self.pid}, status {self._process.returncode}): they run out "
+            "unless another is started"
+        )
+
+    def close(self) -> None:
+        """Ends it. Nothing is given back, but the members of consumed queues are left."""
+        if os.getpid() != self._pid:
+            self._sock.close()  # it is our parent's
+            return
+        if self._keyed and not self._died:
+            self._send("close")
+            try:
+                self._sock.settimeout(CLOSE_S)
+                self._sock.sendall(self._out)
+                self._process.wait(CLOSE_S)
+            except (OSError, subprocess.TimeoutExpired):
+                pass
+        self._died = True
+        # Before the socket: at the end of that it would take us for dead, and give back what we have.
+        self._process.kill()
+        self._process.wait()
+        self._sock.close()
+
+    def _send(self, op: str, **fields: Any) -> None:
+        self._out += json.dumps({"op": op, **fields}).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._out:
+                del self._out[: self._sock.send(self._out)]
+        except OSError:
+            pass  # it has to read first, or it is dead, which its end of file tells
+
+
+def _travelling(broker: Broker) -> str:
+    """A broker as text for a private socket: its URL may hold a password, its options an object of the user's."""
+    try:
+        packed = pickle.dumps((broker.url, broker.timeout_s, broker.client_name, broker.options))
+    except Exception as exc:
+        raise ConfigError(
+            f"the options of the broker {broker.safe_url} can't be given to the process that keeps leases: {exc}. Use a "
+            "credential provider, and other options, that can be pickled"
+        ) from exc
+    return base64.b64encode(packed).decode()
+
+
+def unpack_broker(text: str) -> Broker:
+    """The other half of ``_travelling``."""
+    url, timeout_s, client_name, options = pickle.loads(base64.b64decode(text))
+    return Broker(url, timeout_s=timeout_s, client_name=client_name, options=options)
+
+
+def _import_path() -> dict[str, str]:
+    """Lets the keeper find the modules that this process finds, wherever the command line or a program has put them."""
+    return {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "PYTHONSAFEPATH": "1"}
+
+
+def _python() -> str:
+    """An interpreter, also inside a server (uWSGI, mod_wsgi) whose ``sys.executable`` is none."""
+    if re.fullmatch(r"(python|pypy)[\d.]*[a-z]*", os.path.basename(sys.executable or ""), re.IGNORECASE):
+        return sys.executable
+    for candidate in (os.path.join(sys.exec_prefix, "bin", "python3"), shutil.which("python3")):
+        if candidate and os.access(candidate, os.X_OK):
+            return candidate
+    raise ConfigError("no Python interpreter was found to keep leases with: put python3 on PATH")

@@ -1,0 +1,459 @@
+"""A keeper: the process that keeps the leases of its parent, which runs foreign code. ``keeper.py`` starts it.
+
+Its duties, in the order of a round:
+
+1. See whether its client died, is stopped or goes on. What a dead one had is given back at once; while it is stopped
+   nothing is renewed.
+2. Do what the client asks.
+3. Let the coordinator renew the leases, and spread the shards of the client's queues over it and others.
+4. Three times in a lease time, remove dead consumers from the shared streams that the client consumes, and put off the
+   end of queues that expire unless they are used.
+
+It holds nothing of the client open but one end of a socket, of which the client's forked children may hold the other one:
+that it is open proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..backoff import delays
+from ..clock import mono_s, wall_ms
+from ..coordination.lease import Lease, reap
+from ..errors import StreamTaskError
+from ..redis.keys import QueueKeys, ShardKeys, expiring
+from ..redis.link import pack
+from ..version import installed
+from .coordinator import Coordinator, Held, Member, QueueWatch
+from .keeper import ENV_KEEPER, unpack_broker
+from .wire import Closed, Wire
+
+log = logging.getLogger("streamtask.keeper")
+
+TICK_S = 0.5
+"""How long at most until it is seen that the client was stopped or goes on."""
+
+BURY_LEASES = 2
+"""For so many lease times it is tried to give back what a dead client had: then it has run out anyway."""
+
+
+class Process:
+    """Another process, this one's parent: whether it lives, and whether it is stopped."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.fd = -1
+        """Readable when it is dead; -1 where there is no such thing."""
+        self._stat = -1
+        if sys.platform == "linux":
+            try:
+                self.fd = os.pidfd_open(pid)
+                self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+            except OSError:
+                pass  # an old kernel, no /proc, or dead already: then we have another parent
+
+    def is_dead(self) -> bool:
+        return os.getppid() != self.pid
+
+    def is_stopped(self) -> bool:
+        if self._stat >= 0:
+            try:
+                return os.pread(self._stat, 1024, 0).rpartition(b")")[2].split()[0] == b"T"
+            except (OSError, IndexError):
+                return False  # dead
+        found = subprocess.run(["ps", "-o", "state=", "-p", str(self.pid)], capture_output=True, check=False)
+        return found.stdout.strip().startswith(b"T")
+
+
+class ClientWire(Wire):
+    """The socket to the client, which may read nothing for hours: nothing here waits for it."""
+
+    def __init__(self, sock: socket.socket, selector: selectors.BaseSelector) -> None:
+        super().__init__(sock)
+        sock.setblocking(False)
+        self._selector = selector
+        self._unsent: deque[tuple[str, int, bytes]] = deque()
+        selector.register(self, selectors.EVENT_READ, "wire")
+
+    def send(self, op: str, **fields: Any) -> None:
+        number = fields.get("number", -1)
+        if op == "resume" and ("release", number) in ((one[0], one[1]) for one in self._unsent):
+            # It has not read that it is to release it.
+            self._unsent = deque(one for one in self._unsent if one[:2] != ("release", number))
+        else:
+            self._unsent.append((op, number, json.dumps({"op": op, **fields}).encode() + b"\n"))
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what the socket takes."""
+        try:
+            while self._unsent:
+                data = self._unsent[0][2]
+                sent = self._sock.send(data)
+                self._unsent.popleft()
+                if sent < len(data):
+                    self._unsent.appendleft(("", -1, data[sent:]))
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()  # its end of file will tell
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+        if self._selector.get_key(self).events != events:
+            self._selector.modify(self, events, "wire")
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Client(Member):
+    """The process that leases are kept for."""
+
+    wire: ClientWire
+    about: Mapping[str, Any]
+    most: int = 1 << 53
+    stopped: bool = False
+
+    @property
+    def kept(self) -> bool:
+        return not self.stopped
+
+    @property
+    def leaving(self) -> bool:
+        return False
+
+    def info(self) -> Mapping[str, Any]:
+        return self.about
+
+    def own(self, held: Held) -> None:
+        lease = held.lease
+        self.wire.send(
+            "own",
+            number=held.number,
+            queue=held.watch.name,
+            shard=held.shard,
+            epoch=held.watch.epoch,
+            token=lease.token,
+            by_expiry=lease.by_expiry,
+        )
+
+    def release(self, held: Held) -> None:
+        self.wire.send("release", number=held.number)
+
+    def resume(self, held: Held) -> None:
+        self.wire.send("resume", number=held.number)
+
+    def lost(self, held: Held) -> None:
+        token = held.lease.token
+        if held.lease.shared:
+            self.wire.send("lost_shared", prefix=held.lease.keys.prefix, token=token)
+        else:
+            self.wire.send("lost", number=held.number, queue=held.watch.name, shard=held.shard, token=token)
+
+    def trust(self, held: Held, until: float) -> None:
+        """It has no need of that: whether it owns what it hands out is asked with each call to Redis."""
+
+    def revoked(self, watch: QueueWatch) -> None:
+        """Celery's workers tell each other what is revoked."""
+
+
+@dataclass(slots=True)
+class Contact:
+    """Since when the server of a stream has heard this keeper without a gap (its clock, ms): see ``lease.py``."""
+
+    since_ms: int = 0
+    heard_ms: int = 0
+    clock_ms: int = 0  # what to add to this machine's clock to get the server's
+    outages: int = -1
+
+    def heard(self, now_ms: int, lease_ms: int, outages: int) -> None:
+        self.clock_ms = now_ms - wall_ms()
+        if outages != self.outages or now_ms - self.heard_ms > lease_ms * 0.6:
+            self.since_ms = now_ms
+        self.heard_ms, self.outages = now_ms, outages
+
+
+class KeeperProcess:
+    """See the module. ``start``: the client's first order."""
+
+    def __init__(
+        self, process: Process, wire: ClientWire, selector: selectors.BaseSelector, start: Mapping[str, Any]
+    ) -> None:
+        self._process = process
+        self._wire = wire
+        self._selector = selector
+        self._namespace, self._app, self._group = start["namespace"], start["app"], start["group"]
+        self._lease_ms = start["lease_ms"]
+        self._broker = unpack_broker(start["broker"])
+        about = {
+            "host": socket.gethostname(),
+            "started": wall_ms() / 1000,
+            "version": installed(),
+            "pid": process.pid,
+            "keeper": os.getpid(),
+        }
+        self._client = Client(incarnation=start["incarnation"], wire=wire, about=about, numbers=start["numbers"])
+        self._watches: list[QueueWatch] = []
+        self._shared = self._watch("(shared streams)")  # of all leases that the client has itself joined
+        self._contacts: dict[ShardKeys, Contact] = {}
+        self._touched: dict[str, int] = {}
+        self._touch_at = 0.0
+        self._closed = self._gone = False
+        self._coordinator = Coordinator(
+            self._broker,
+            group=self._group,
+            lease_ms=self._lease_ms,
+            handover_timeout_s=start["handover_timeout_s"],
+            members=[self._client],
+            watches=self._watches,
+            selector=selector,
+            beaten=self._beaten,
+            log=log,
+        )
+
+    def _watch(self, queue: str) -> QueueWatch:
+        keys = QueueKeys(self._namespace, self._app, queue)
+        return QueueWatch(queue, keys, self._group, self._lease_ms, follows=True)
+
+    # The loop
+
+    def run(self, orders: Iterable[Mapping[str, Any]]) -> None:
+        """Works until the client is dead, or wants no more of it."""
+        for order in orders:
+            self._obey(order)
+        while not self._closed:
+            if self._gone or self._process.is_dead():
+                self._bury()
+                break
+            self._round()
+        self._coordinator.close()
+        self._broker.close()
+
+    def _round(self) -> None:
+        try:
+            for key, _ in self._selector.select(self._timeout_s()):
+                if key.data == "wire":
+                    self._wire.flush()
+                    self._take_orders()
+                elif key.data == "news":
+                    self._coordinator.take_news()
+                elif key.data == "client":
+                    self._gone = True
+                    return
+            self._look_at_client()
+            if not self._idle:
+                self._coordinator.work()
+                self._touch()
+        except StreamTaskError as exc:
+            self._coordinator.outage(exc)  # also a password that was changed: it may be changed back
+
+    @property
+    def _idle(self) -> bool:
+        return not (self._client.held or self._watches or self._touched)
+
+    def _timeout_s(self) -> float | None:
+        if self._idle:
+            return None if self._process.fd >= 0 else TICK_S
+        wake = self._coordinator.wake_at()
+        if self._touched and not self._client.stopped:
+            wake = min(wake, self._touch_at)
+        return min(TICK_S, max(0.0, wake - mono_s()))
+
+    def _look_at_client(self) -> None:
+        stopped = self._process.is_stopped()
+        if stopped == self._client.stopped:
+            return
+        self._client.stopped = stopped
+        if stopped:
+            log.warning("the process is stopped (SIGSTOP); its leases are not renewed pid=%d", self._process.pid)
+        else:
+            log.warning("the stopped process goes on pid=%d", self._process.pid)
+            self._coordinator.soon()
+
+    def _bury(self) -> None:
+        """Gives back what the dead client had."""
+        until = mono_s() + self._lease_ms / 1000 * BURY_LEASES
+        for wait in delays(0.05, 0.5):
+            try:
+                self._coordinator.bury(self._client, {})
+                return
+            except StreamTaskError as exc:
+                self._coordinator.outage(exc)
+            if mono_s() + wait > until:
+                log.warning("what a process had was not given back; its leases run out pid=%d", self._process.pid)
+                return
+            time.sleep(wait)
+
+    # Orders of the client
+
+    def _take_orders(self) -> None:
+        try:
+            for order in self._wire.receive():
+                self._obey(order)
+        except Closed:
+            # Nobody is there any more to say what becomes of its messages, also if it went on as another program.
+            self._gone = True
+
+    def _obey(self, order: Mapping[str, Any]) -> None:
+        op = order["op"]
+        try:
+            if op == "keep":
+                self._keep(order)
+            elif op == "forget":
+                self._forget(order["prefix"], order["token"])
+            elif op == "consume":
+                self._consume(order["queue"])
+            elif op == "adopt":
+                self._adopt(order)
+            elif op == "cancel":
+                self._cancel(order["queue"])
+            elif op == "released":
+                self._coordinator.released(self._client, order["number"])
+                self._drop_left()
+            elif op == "touch":
+                self._set_touch(order["queue"], order["expires_ms"])
+            elif op == "close":
+                self._closed = True
+                for watch in list(self._watches):
+                    self._coordinator.leave(watch)
+        except StreamTaskError as exc:
+            self._coordinator.outage(exc)
+
+    def _keep(self, order: Mapping[str, Any]) -> None:
+        keys = ShardKeys(order["prefix"])
+        held = self._client.holding(keys)
+        if held is not None:
+            del self._client.held[held.number]
+        lease = Lease(
+            keys, order["group"], order["incarnation"], order["lease_ms"], shared=True, token=order["token"], trusted_until=0.0
+        )  # fmt: skip
+        number = self._client.next_number()
+        self._client.held[number] = Held(number, self._shared, keys.prefix, lease)
+
+    def _forget(self, prefix: str, token: int) -> None:
+        keys = ShardKeys(prefix)
+        held = self._client.holding(keys)
+        if held is not None and held.lease.token == token:
+            del self._client.held[held.number]
+            self._contacts.pop(keys, None)
+
+    def _consume(self, queue: str) -> QueueWatch:
+        watch = next((watch for watch in self._watches if watch.name == queue), None)
+        if watch is None:
+            watch = self._watch(queue)
+            self._watches.append(watch)
+            self._coordinator.soon()
+        elif watch.leaving:
+            self._coordinator.return_to(watch)
+        return watch
+
+    def _adopt(self, order: Mapping[str, Any]) -> None:
+        watch = self._consume(order["queue"])
+        keys = watch.keys.shard(order["epoch"], order["shard"])
+        if self._client.holding(keys) is None:
+            lease = Lease(keys, self._group, self._client.incarnation, self._lease_ms, False, order["token"], 0.0)
+            self._client.held[order["number"]] = Held(order["number"], watch, order["shard"], lease)
+            self._coordinator.soon()
+
+    def _cancel(self, queue: str) -> None:
+        for watch in self._watches:
+            if watch.name == queue and not watch.leaving:
+                try:
+                    self._coordinator.leave(watch)
+                finally:
+                    self._drop_left()
+                return
+
+    def _drop_left(self) -> None:
+        """Forgets queues of which the last shard was given back."""
+        busy = [held.watch for held in self._client.held.values()]
+        self._watches[:] = [watch for watch in self._watches if not watch.leaving or watch in busy]
+
+    def _set_touch(self, queue: str, expires_ms: int) -> None:
+        self._touched.pop(queue, None)
+        if expires_ms > 0:
+            self._touched[queue] = expires_ms
+            self._touch_at = 0.0
+
+    # What is done beside the renewals
+
+    def _beaten(self, live: Sequence[Member]) -> None:
+        self._touch_at = 0.0
+        links, own = self._coordinator.links, self._client.held.values()
+        leases = [held.lease for held in own if held.lease.shared]
+        commands = []
+        for lease in leases:
+            key = lease.keys.consumers(lease.group)
+            now_ms = wall_ms() + self._contacts.setdefault(lease.keys, Contact()).clock_ms
+            commands += [(key, pack("TIME")), (key, pack("ZRANGEBYSCORE", key, "-inf", now_ms))]
+        replies = links.pipeline(commands)
+        for lease, time_read, expired in zip(leases, replies[::2], replies[1::2], strict=True):
+            for reply in (time_read, expired):
+                if isinstance(reply, Exception):
+                    raise reply
+            contact = self._contacts[lease.keys]
+            contact.heard(_ms(time_read), lease.lease_ms, self._coordinator.outages)
+            for name in expired:
+                if name.decode() != lease.incarnation:
+                    self._end_consumer(lease, name.decode(), contact.since_ms)
+
+    def _end_consumer(self, lease: Lease, incarnation: str, since_ms: int) -> None:
+        link = self._coordinator.links.at(lease.keys.stream)
+        if reap(link, lease.keys, lease.group, incarnation, lease.lease_ms, gone=False, since_ms=since_ms):
+            log.warning(
+                "removed the consumer of a process that is gone stream=%s consumer=%s", lease.keys.stream, incarnation
+            )
+
+    def _touch(self) -> None:
+        if not self._touched or self._client.stopped or mono_s() < self._touch_at:
+            return
+        self._touch_at = mono_s() + min(self._touched.values()) / 3000  # after an outage the first beat does it
+        key = expiring(self._namespace, self._app)
+        link = self._coordinator.links.at(key)
+        now_ms = _ms(link.command("TIME"))
+        parts: list[str | int] = []
+        for queue, expires_ms in self._touched.items():
+            parts += [now_ms + expires_ms, queue]
+        link.command("ZADD", key, *parts)
+
+
+def _ms(reply: Sequence[bytes]) -> int:
+    """Redis' answer to TIME in milliseconds."""
+    return int(reply[0]) * 1000 + int(reply[1]) // 1000
+
+
+def main() -> None:
+    """Keeps the leases of the parent process until that is dead."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Meant for the client, which may go on for long: it is followed, not overtaken.
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="[%(asctime)s: %(levelname)s/%(name)s] %(message)s")
+    fd, pid = (int(part) for part in os.environ[ENV_KEEPER].split(","))
+    process = Process(pid)
+    selector = selectors.DefaultSelector()
+    wire = ClientWire(socket.socket(fileno=fd), selector)
+    if process.fd >= 0:
+        selector.register(process.fd, selectors.EVENT_READ, "client")
+    orders: list[dict[str, Any]] = []
+    while not orders:
+        selector.select(TICK_S)
+        if process.is_dead():
+            return
+        try:
+            orders += wire.receive()
+        except Closed:
+            return
+    KeeperProcess(process, wire, selector, orders[0]).run(orders[1:])
+
+
+if __name__ == "__main__":
+    main()
