@@ -14,6 +14,10 @@ from ..redis.link import Link, pack
 from ..redis.scripts import script
 from .message import ORDERED
 
+COLD_S = (0.005, 0.1)
+"""How often a shard is read that has nothing, while messages come from elsewhere: the interval doubles. A process that has
+nothing at all to do waits for a bell, which rings for all of them."""
+
 
 class StreamConsumer(ShardConsumer):
     """Of a shard, or of one shared stream."""
@@ -25,6 +29,9 @@ class StreamConsumer(ShardConsumer):
         """Whether what is pending was another owner's."""
         self.woken = True
         """Whether the shard's bell rang for something else than a message."""
+        self.read_at = 0.0
+        """When (monotonic) to read again: a shard that had nothing is not asked each time."""
+        self._cold_s = COLD_S[0]
         self._ended: dict[bytes, Delivery] = {}  # acknowledged, and Redis has not answered yet
         self._generations: dict[bytes, int] = {}  # of those whose replacement was handed out
         self._replacements: dict[bytes, tuple[int, bytes]] = {}  # generation, envelope
@@ -115,6 +122,18 @@ class StreamConsumer(ShardConsumer):
         arrived = self._decode([[entry_id, [wire.MSGPACK, envelope]]])
         assert isinstance(arrived[0], Delivery)
         return arrived[0], due_ms
+
+    def was_read(self, full: bool, some: bool, now: float) -> None:
+        """Decides when to read again."""
+        self._cold_s = COLD_S[0] if some else min(COLD_S[1], 2 * self._cold_s)
+        self.read_at = 0.0 if full else now + self._cold_s
+
+    def may_have(self, now: float) -> bool:
+        """Whether there is something to hand out or to look after."""
+        if self.needs_audit or self.has_work():
+            return True
+        due = self.lanes.next_due()
+        return (due is not None and due <= now) or (self.next_due is not None and self.next_due <= now)
 
     def has_to_flush(self) -> bool:
         return bool(self.finished or self.settling or self._returned or self._notes or self._dead)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("streamtask.transport")
 
 BLOCK_S = 5.0
+TURNS = 10
+"""Fetches in one tick at most: others wait for the loop, too."""
+
 MOST = 100
 """Messages that one fetch brings where there is no prefetch limit, in the event loop."""
 
@@ -128,8 +131,6 @@ class Poller:
     def _fetch(self) -> Iterator[tuple[dict[str, Any], str, str]]:
         """Fetches for all queues with room; what is not taken from this iterator goes back."""
         session = self.session
-        if session.has_to_flush():
-            session.flush()
         for channel, queue in self._wanted():
             while session.ready(queue):
                 room = self._room(channel)
@@ -248,10 +249,12 @@ class Poller:
         self._thread = threading.get_ident()
         self._check()
         self._deliver_fanout(1000)
-        for payload, tag, queue in self._fetch():
-            self.deliver(payload, tag, queue)
-        if self.session.has_to_flush():
-            self.session.flush()
+        for _ in range(TURNS):
+            for payload, tag, queue in self._fetch():
+                self.deliver(payload, tag, queue)
+            if not self.session.has_to_flush():
+                break
+            self.session.flush()  # which may open lanes
         self._arm()
         if self.loop is not None:
             self._watch()

@@ -30,7 +30,7 @@ from ..redis import keys, wire
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import LARGE, REPLIES, Link, ReplyError
-from ..redis.scripts import script
+from ..redis.scripts import Code, script
 from ..worker.keeper import Keeper
 from . import hooks
 from .consumer import StreamConsumer
@@ -40,6 +40,9 @@ from .options import Options
 from .queues import GROUP, KombuQueue, shared
 
 log = logging.getLogger("streamtask.transport")
+
+LOOK_S = 0.005
+"""How often Redis is asked for more while what was read before is enough to go on with."""
 
 KEEPER_PAUSE_S = 1.0
 """Between two starts of a keeper, where it keeps dying."""
@@ -71,6 +74,7 @@ class Consumed:
         self.next_due: float | None = None
         self.in_keeper = False
         self.rung = True  # there may be something to read
+        self.look_at = 0.0
         self.shards_first = False
 
     def takes_for_good(self) -> bool:
@@ -347,16 +351,9 @@ class Session:
             if of is consumed and at == shard:
                 del self._numbers[other]
         self._numbers[number] = consumed, shard
-        lease = Lease(
-            consumed.queue.keys.shard(int(order["epoch"]), shard),
-            GROUP,
-            self.incarnation,
-            self.options.lease_ms,
-            False,
-            int(order["token"]),
-            0.0,
-            order["by_expiry"],
-        )
+        names = consumed.queue.keys.shard(int(order["epoch"]), shard)
+        token, by_expiry = int(order["token"]), bool(order["by_expiry"])
+        lease = Lease(names, GROUP, self.incarnation, self.options.lease_ms, False, token, 0.0, by_expiry)
         held = consumed.shards.get(shard)
         if held is not None and held.lease.token == lease.token:
             return  # told again by a new keeper
@@ -433,8 +430,12 @@ class Session:
                 consumed = self._consumed(name)
                 if consumed.takes_for_good():
                     return self._take(consumed, most)
+                # Shards and shared streams both get their turn, also while one of them alone could fill the room.
+                looked = mono_s() >= consumed.look_at
+                if looked:
+                    self._read(consumed, most)
                 out = self._hand_out(consumed, most)
-                if len(out) < most:
+                if len(out) < most and not looked:
                     self._read(consumed, most - len(out))
                     out += self._hand_out(consumed, most - len(out))
                 return out
@@ -459,27 +460,71 @@ class Session:
                 consumer.needs_audit = True
 
     def _read(self, consumed: Consumed, most: int) -> None:
-        """Reads from Redis what there is, into the consumers."""
+        """Reads from Redis what there is into the consumers, and settles what has ended, in one round trip."""
         link = self._link
-        queue = consumed.queue
-        for consumer in consumed.consumers():
+        for consumer in list(consumed.consumers()):
             if consumer.needs_audit:
                 consumer.recover(link, takeover=consumer.taken_over)
                 consumer.taken_over = False
+                consumer.read_at = 0.0
+        now = mono_s()
         consumed.rung = False
+        consumed.look_at = now + LOOK_S
+        settling = [c for c in consumed.consumers() if c.finished and not c.settling]
+        packed = [c.begin_settle() for c in settling]
         streams = list(consumed.streams.values())
-        room = max(0, most - sum(len(c.buffer) for c in streams))
-        names: list[str] = []
-        for c in streams:
-            k = c.keys
-            names += [c.lease.key, k.stream, k.requeued, k.delayed, k.state, k.notes(GROUP), k.wake]
-        args: list[Any] = [self.incarnation, GROUP, room, *(c.lease.token for c in streams)]
-        shards = [c for c in consumed.shards.values() if not c.closing and not c.halted]
-        readable = [c for c in shards if c.has_room()]
-        packed = [script("fetch_shared").pack(tuple(names), tuple(args))]
+        packed.append(self._pack_shared(streams, max(0, most - sum(len(c.buffer) for c in streams))))
+        shards = [c for c in consumed.shards.values() if not c.closing]
+        readable = [c for c in shards if now >= c.read_at and c.has_room()]
         packed += [c.pack_read(SHARD_READ) for c in readable]
-        replies = self._pipeline(packed)
-        now_ms, *parts = replies[0]
+        try:
+            replies = self._pipeline(packed)
+        except BaseException:
+            for consumer in settling:
+                consumer.settle_lost()
+            raise
+        for consumer, reply in zip(settling, replies, strict=False):
+            self._settled(consumed, consumer, reply)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        self._take_shared(consumed, streams, replies[len(settling)])
+        for consumer, reply in zip(readable, replies[len(settling) + 1 :], strict=True):
+            if reply == Code.LEASE_LOST:
+                self._lost_consumer(consumed, consumer, f"shard {consumer.shard} of a queue is another's")
+                continue
+            consumer.was_read(len(reply) >= SHARD_READ, bool(reply), now)
+            if reply:
+                consumer.absorb(link, reply)
+        for consumer in shards:
+            if consumer.woken or (consumer.next_due is not None and now >= consumer.next_due):
+                consumer.woken = False
+                consumer.move_due(link)
+                consumer.read_at = 0.0
+                consumed.rung = True
+
+    def _settled(self, consumed: Consumed, consumer: StreamConsumer, reply: Any) -> None:
+        if isinstance(reply, Exception):
+            consumer.settle_lost()
+            return
+        try:
+            consumer.end_settle(reply)
+        except LeaseLost as exc:
+            self._lost_consumer(consumed, consumer, str(exc))
+
+    def _pack_shared(self, streams: Sequence[StreamConsumer], room: int) -> bytes:
+        names: list[str] = []
+        for consumer in streams:
+            keys_of = consumer.keys
+            names += [
+                consumer.lease.key, keys_of.stream, keys_of.requeued, keys_of.delayed, keys_of.state,
+                keys_of.notes(GROUP), keys_of.wake,
+            ]  # fmt: skip
+        tokens = [consumer.lease.token for consumer in streams]
+        return script("fetch_shared").pack(tuple(names), (self.incarnation, GROUP, room, *tokens))
+
+    def _take_shared(self, consumed: Consumed, streams: Sequence[StreamConsumer], reply: Any) -> None:
+        now_ms, *parts = reply
         due_at: list[int] = []
         woken = False
         for consumer, part in zip(streams, parts, strict=True):
@@ -494,35 +539,22 @@ class Session:
             if next_ms >= 0:
                 due_at.append(int(next_ms))
             if fresh:
-                consumer.absorb(link, fresh)
+                consumer.absorb(self._link, fresh)
             if again:
                 consumer.absorb_again(again)
-        for consumer, reply in zip(readable, replies[1:], strict=True):
-            if reply == -1:
-                self._lost_consumer(consumed, consumer, f"shard {consumer.shard} of queue {queue.name!r} is another's")
-            elif reply:
-                consumer.absorb(link, reply)
-                consumed.rung = consumed.rung or len(reply) >= SHARD_READ
-        for consumer in shards:
-            if consumer.next_due is None or mono_s() >= consumer.next_due or consumer.woken:
-                consumer.woken = False
-                consumer.move_due(link)
-                consumed.rung = True
+        if any(consumer.buffer for consumer in streams):
+            consumed.rung = True
         if woken:
             # Something else than a message may have come: a stream of another priority.
-            queue.refresh()
-            if set(queue.priorities) != set(consumed.streams):
+            consumed.queue.refresh()
+            if set(consumed.queue.priorities) != set(consumed.streams):
                 self._join(consumed)
-        if any(c.buffer for c in streams):
-            consumed.rung = True
         consumed.next_due = None if not due_at else mono_s() + max(0, min(due_at) - int(now_ms)) / 1000
 
     def _pipeline(self, packed: Sequence[bytes]) -> list[Any]:
-        replies = self._link.pipeline(packed) if len(packed) > 1 else [self._link.call(packed[0])]
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return replies
+        if len(packed) > 1:
+            return self._link.pipeline(packed)
+        return [self._link.call(packed[0])]
 
     def _hand_out(self, consumed: Consumed, most: int) -> list[tuple[dict[str, Any], str]]:
         out: list[tuple[dict[str, Any], str]] = []
@@ -594,16 +626,10 @@ class Session:
         consumed = self.consumed.get(name)
         if consumed is None or consumed.rung:
             return True
-        if consumed.next_due is not None and mono_s() >= consumed.next_due:
-            return True
         now = mono_s()
-        for consumer in consumed.consumers():
-            due = consumer.lanes.next_due()
-            if consumer.needs_audit or consumer.has_work() or (due is not None and due <= now):
-                return True
-            if consumer.next_due is not None and consumer.next_due <= now:
-                return True
-        return False
+        if consumed.next_due is not None and now >= consumed.next_due:
+            return True
+        return any(consumer.may_have(now) for consumer in consumed.consumers())
 
     def bell(self, names: Iterable[str]) -> dict[bytes, tuple[str, str]]:
         """The streams to wait for, as {key: (queue, id after which something is new)}."""
@@ -634,6 +660,8 @@ class Session:
                     continue
                 consumed.rung = True
                 for consumer in consumed.shards.values():
+                    if consumer.keys.stream.encode() == key:
+                        consumer.read_at = 0.0
                     if consumer.keys.wake.encode() == key:
                         consumer.wake_id = entries[-1][0].decode()
                         consumer.woken = True
