@@ -16,7 +16,7 @@ unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME
 .PHONY: help
 help: ## Show this list
 	@echo "Usage: make TARGET [ARGS='...'] [PYTHON=python3]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, and watch them
@@ -44,9 +44,13 @@ bench: $(VENV)/.bench ## Measure against bare Redis programs, some minutes (make
 bench-peers: $(VENV)/.bench ## Measure against other task frameworks too, most of an hour; installs them into .bench
 	$(BIN)/python -m benchmarks --peers all $(ARGS)
 
+.PHONY: test-conformance
+test-conformance: $(VENV)/.test ## Run kombu's and Celery's own test suites, some minutes (make test-conformance ARGS='--help')
+	$(BIN)/python -m tests.conformance $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv, build output and caches
-	rm -rf $(VENV) .bench build dist *.egg-info .tox .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .bench .conformance build dist *.egg-info .tox .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find streamtask tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp says: this extra is installed as pyproject.toml has it. All installs are editable, so that the source
