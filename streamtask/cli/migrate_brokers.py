@@ -29,7 +29,8 @@ from typing import Any
 
 import click
 
-from ..errors import BrokerUnavailable, ConfigError, StreamTaskError
+from ..errors import BrokerUnavailable, ConfigError, QueueFull, StreamTaskError
+from ..queue.seen import PAGE
 from ..redis.connection import safe_url
 
 OWN = "_streamtask.migrate"
@@ -365,8 +366,8 @@ class OldRedis(Broker):
         batch, _, first = (self.client.hget(self.batches_key, key) or b"").decode().partition(":")
         # Numbered from the newest end, which does not change while they are removed from the other one.
         numbers = range(int(first or 0) + len(raws) - 1, -1, -1)
-        space = uuid.UUID(batch) if batch else uuid.uuid4()
-        return [(uuid.uuid5(space, str(number)).hex, raw) for number, raw in zip(numbers, raws, strict=False)]
+        space = batch or uuid.uuid4().hex
+        return [(f"{space} {number}", raw) for number, raw in zip(numbers, raws, strict=False)]
 
     def remove(self, key: str, raw: bytes, junk: bool = False) -> None:
         with self.client.pipeline() as pipe:
@@ -480,20 +481,64 @@ class OldRedis(Broker):
 class Streams(Broker):
     """Our transport, through kombu."""
 
+    def __init__(self, url: str, options: dict[str, Any], connection: Any) -> None:
+        super().__init__(url, options, connection)
+        # By name: the command line works without the transport, too.
+        self.names = importlib.import_module("streamtask.transport.message")
+
+    # --- as the source
+
     def move(self, names: list[str], unacked: bool, target: Broker, outcome: Outcome) -> None:
         from kombu.utils.encoding import str_to_bytes
         from kombu.utils.json import dumps
 
         for queue in self.find(names):
-            while (message := self.channel.basic_get(queue)) is not None:
-                payload = message._raw
-                # What was delivered and not acknowledged comes back by itself if we die or give up here.
-                target.store(queue, payload, str_to_bytes(dumps(payload)), payload["properties"].get(self.id_name))
+            self.make_due(queue)
+            while (message := self.next(queue)) is not None:
+                payload, identity = self.plain(message._raw)
+                # If we die before the acknowledgement, or give up here, it comes back to its queue by itself.
+                target.store(queue, payload, str_to_bytes(dumps(payload)), identity)
                 self.channel.basic_ack(message.delivery_tag)
                 outcome.moved[queue][self.channel._get_message_priority(payload)] += 1
-            # Held by live workers, or waiting for their eta.
             if left := self.size(queue):
                 outcome.left[queue] = left
+
+    def make_due(self, queue: str) -> None:
+        """What waits in the broker for its eta is to be had now; its eta stays in its headers, for the worker."""
+        session = self.channel.session
+        found = session.queue(queue)
+        for shard in found.recorded():
+            key = found.shard_keys(shard).delayed
+            # Members begin with a sequence number: with one score for all, they stay in the order of their publishing.
+            session.once_more(lambda link, key=key: link.command("ZUNIONSTORE", key, 1, key, "WEIGHTS", 0), key)
+
+    def next(self, queue: str) -> Any:
+        """The next message; None if there is none, or none that live workers leave to us."""
+        end = time.monotonic() + RETRY_S
+        while (message := self.channel.basic_get(queue)) is None:
+            # A shard is ours some moments after we asked for it.
+            if not self.size(queue) or time.monotonic() > end:
+                return None
+            self.keep_alive()
+            time.sleep(0.05)
+        return message
+
+    def plain(self, delivered: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """The message without what its delivery added, and what is the same in each of its deliveries, if that is known."""
+        from kombu.utils.encoding import bytes_to_str, str_to_bytes
+
+        headers, properties = dict(delivered["headers"] or {}), dict(delivered["properties"])
+        delivery = headers.pop(self.names.DELIVERY, None) or {}
+        properties.pop(self.names.PRODUCE_ID, None)
+        properties["delivery_tag"] = str(uuid.uuid4())
+        body = delivered["body"]
+        if not properties.get("body_encoding"):
+            # Streams hold bytes as they are; the lists of kombu's redis transport hold JSON.
+            body = bytes_to_str(base64.b64encode(str_to_bytes(body)))
+            properties["body_encoding"] = "base64"
+        place = [delivery.get(name) for name in ("queue", "epoch", "shard", "entry")]
+        identity = None if None in place else f"{uuid.uuid5(uuid.NAMESPACE_OID, repr(place)).hex} 0"
+        return {**delivered, "body": body, "headers": headers, "properties": properties}, identity
 
     def count(self, names: list[str], outcome: Outcome) -> None:
         for queue in self.find(names):
@@ -502,23 +547,27 @@ class Streams(Broker):
 
     def find(self, names: list[str]) -> list[str]:
         if not names:
-            raise click.UsageError("name the queues with --queues a,b: --all works from redis:// only")
+            raise click.UsageError("name the queues with --queues a,b: --all is for redis://")
         return list(dict.fromkeys(names))
 
     def size(self, queue: str) -> int:
         number: int = self.channel._size(queue)
         return number
 
-    @property
-    def id_name(self) -> str:
-        name: str = self.channel.produce_id_property
-        return name
+    # --- as the target
 
     def put(self, queue: str, payload: dict[str, Any], raw: bytes, identity: str | None) -> None:
-        if identity is not None:
-            payload["properties"][self.id_name] = identity
+        payload["headers"] = payload.get("headers") or {}
+        if identity is None:
+            identity = f"{uuid.uuid4().hex} 0"
+        # As ids.py has them: a page, and a number in it.
+        batch, _, number = identity.partition(" ")
+        page, place = divmod(int(number), PAGE)
+        payload["properties"][self.names.PRODUCE_ID] = f"m{batch}.{page:x} {place}"
         try:
             self.channel._put(queue, payload)
+        except QueueFull:
+            raise
         except (TypeError, ValueError) as exc:
             raise NotMoved(f"refused by {self.url}: {exc}") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import signal
@@ -16,17 +15,12 @@ import kombu
 import pytest
 import redis
 
+import streamtask.transport  # noqa: F401  registers its schemes
 from tests.fix_proxy import Proxy
 from tests.fix_redis import RedisServer
 from tests.helpers import free_port, spawn, wait_until
 
 LEFT = "_streamtask.migrate"
-
-needs_transport = pytest.mark.skipif(
-    importlib.util.find_spec("streamtask.transport") is None
-    or importlib.util.find_spec("streamtask.transport.transport") is None,
-    reason="the transport is not there",
-)
 
 
 class Old:
@@ -95,6 +89,46 @@ def run(tmp_path: Path) -> Run:
         return done
 
     return call
+
+
+# In a process of its own: a consumer of streams has a keeper beside it, which ends with its process.
+DRAIN = """
+import base64, json, sys, time
+import kombu, streamtask.transport
+
+url, queue, total = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with kombu.Connection(url) as connection:
+    channel = connection.channel()
+    found, end = 0, time.monotonic() + 20
+    while found < total and time.monotonic() < end:
+        message = channel.basic_get(queue)
+        if message is None:
+            time.sleep(0.02)
+            continue
+        found += 1
+        body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
+        print(json.dumps({
+            "body": base64.b64encode(body).decode(),
+            "content-type": message.content_type,
+            "content-encoding": message.content_encoding,
+            "headers": message.headers,
+            "properties": message.properties,
+            "payload": message.payload,
+        }))
+        channel.basic_ack(message.delivery_tag)
+    assert channel.basic_get(queue) is None, "more than expected"
+"""
+
+
+def drain(url: str, queue: str, total: int) -> list[dict[str, Any]]:
+    """All messages of a queue, taken as a consumer takes them."""
+    with spawn("-c", DRAIN, url, queue, str(total)) as process:
+        assert process.wait(30) == 0, str(process)
+        return [json.loads(line) for line in process.lines]
+
+
+def streams(url: str) -> str:
+    return url.replace("redis://", "streamtask://")
 
 
 def numbers(items: list[bytes]) -> list[int]:
@@ -319,7 +353,7 @@ def test_live_workers_and_a_migration_share_the_messages(old: Old, tmp_path: Pat
         while one.returncode is None:
             message = queue.basic_get("celery")
             if message is not None:
-                taken.append(int(message.headers["id"].partition("-")[2]))
+                taken.append(int(message["headers"]["id"].partition("-")[2]))
                 queue.basic_ack(message.delivery_tag)
         assert one.wait() == 0
     there = numbers(old.moved.lrange("celery", 0, -1))
@@ -362,3 +396,101 @@ def test_wrong_use_and_dead_servers_get_one_line(old: Old, run: Run) -> None:
         assert "can't be reached" in error("--from", url[0], "--to", url[1], "--all", status=1)
     old.client.set("text", "x")
     assert "WRONGTYPE" in error(*both, "--queues", "text", status=1)
+
+
+def test_to_streams_with_every_byte(old: Old, run: Run) -> None:
+    for number in range(40):
+        old.send(number, priority=(0, 3, 9)[number % 3], expiration=3600)
+    keys = ["celery", "celery\x06\x163", "celery\x06\x169"]
+    before = [json.loads(item) for key in keys for item in reversed(old.client.lrange(key, 0, -1))]
+    target = streams(old.target)
+    report = json.loads(run("--from", old.source, "--to", target, "--queues", "celery", "--json").stdout)
+    assert report["moved"] == {"celery": 40}
+    assert not old.client.exists(*keys)
+    assert run("--from", old.source, "--to", target, "--queues", "celery").stdout == "nothing to move\n"
+    found = drain(target, "celery", 40)
+    assert len(found) == 40
+    by_id = {message["headers"]["id"]: message for message in found}
+    for payload in before:
+        message = by_id[payload["headers"]["id"]]
+        for part in ("body", "content-type", "content-encoding"):
+            assert message[part] == payload[part], part
+        for name, value in payload["properties"].items():
+            assert name == "delivery_tag" or message["properties"][name] == value, name
+        assert {name: message["headers"][name] for name in payload["headers"]} == payload["headers"]
+    # They have a shard key, so their order holds; it does within a priority without one.
+    assert [message["headers"]["id"] for message in found] == [payload["headers"]["id"] for payload in before]
+
+
+def test_a_move_to_streams_may_be_killed_at_any_instant(
+    old: Old, run: Run, proxy: Callable[[Any], Proxy], redis_server: RedisServer, tmp_path: Path
+) -> None:
+    total = 200
+    for number in range(total):
+        old.send(number)
+    link = proxy(redis_server)
+    dice = random.Random(4)
+    args = ["--from", f"{link.url[:-1]}0", "--to", streams(f"{link.url[:-1]}1"), "--queues", "celery"]
+
+    def left() -> int:
+        return old.client.llen("celery") + old.client.llen(f"{LEFT}.aside.celery")
+
+    for _ in range(5):
+        goal = left() - dice.randrange(5, 30)
+        link.delay(0.002)
+        with spawn(*command(*args), cwd=tmp_path) as one:
+            wait_until(lambda goal=goal: left() <= goal, 30, lambda one=one: str(one))
+            time.sleep(dice.random() * 0.006)  # not for something to happen: for a random place
+            one.kill()
+    link.delay(0)
+    run("--from", old.source, "--to", streams(old.target), "--queues", "celery")
+    found = drain(streams(old.target), "celery", total)
+    assert [message["headers"]["id"] for message in found] == [f"id-{number}" for number in range(total)]
+
+
+def test_back_to_lists_with_what_waits_for_its_time(old: Old, run: Run) -> None:
+    source = streams(old.source)
+    later = "2099-01-01T00:00:00+00:00"
+    with kombu.Connection(source) as connection:
+        producer = connection.Producer()
+        for number in range(30):
+            headers = {"task": "shop.work", "id": f"id-{number}", "eta": None}
+            if number % 3 == 1:
+                headers["shard_key"] = str(number % 2)
+            if number % 5 == 4:
+                headers["eta"] = later
+            producer.publish(
+                [[number], {}, {}], routing_key="celery", headers=headers, serializer="json", correlation_id=f"id-{number}",
+                reply_to="me", priority=9 * (number % 2), declare=[kombu.Queue("celery")],
+            )  # fmt: skip
+    report = json.loads(run("--from", source, "--to", old.target, "--queues", "celery", "--json").stdout)
+    assert (report["moved"], report["left"]) == ({"celery": 30}, {})
+    for key, rest in (("celery", 0), ("celery\x06\x169", 1)):
+        assert sorted(numbers(old.moved.lrange(key, 0, -1))) == list(range(rest, 30, 2))
+    found = drain(old.target, "celery", 30)
+    tags = set()
+    for message in found:
+        number = message["payload"][0][0]
+        headers, properties = message["headers"], message["properties"]
+        assert (properties["correlation_id"], properties["reply_to"]) == (f"id-{number}", "me")
+        assert headers["eta"] == (later if number % 5 == 4 else None)
+        assert not [name for name in [*headers, *properties] if name.startswith("streamtask")]
+        tags.add(properties["delivery_tag"])
+    assert len(tags) == 30
+    assert run("--from", source, "--to", old.target, "--queues", "celery").stdout == "nothing to move\n"
+
+
+def test_there_and_back_again(old: Old, run: Run) -> None:
+    for number in range(60):
+        old.send(number, priority=(0, 3, 9)[number % 3])
+    before = {
+        key: [json.loads(item) for item in old.client.lrange(key, 0, -1)] for key in ("celery", "celery\x06\x163")
+    }
+    middle = streams(old.source)
+    run("--from", old.source, "--to", middle, "--queues", "celery")
+    run("--from", middle, "--to", old.target, "--queues", "celery")
+    for key, payloads in before.items():
+        after = [json.loads(item) for item in old.moved.lrange(key, 0, -1)]
+        for payload in (*payloads, *after):
+            del payload["properties"]["delivery_tag"]
+        assert after == payloads
