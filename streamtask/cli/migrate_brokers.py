@@ -41,6 +41,8 @@ BATCH = 100
 
 LOCK_MS = 15_000
 RETRY_S = 10.0
+WAIT_S = 15.0
+"""How long a queue of streams is waited for that holds messages and gives none: longer than a lease."""
 MARKS = 64
 MARKS_S = 86_400
 PRIORITIES = range(10)
@@ -485,6 +487,7 @@ class Streams(Broker):
         super().__init__(url, options, connection)
         # By name: the command line works without the transport, too.
         self.names = importlib.import_module("streamtask.transport.message")
+        self.queues = importlib.import_module("streamtask.transport.queues")
 
     # --- as the source
 
@@ -495,50 +498,64 @@ class Streams(Broker):
         for queue in self.find(names):
             self.make_due(queue)
             while (message := self.next(queue)) is not None:
-                payload, identity = self.plain(message._raw)
+                payload, identity = self.plain(message._raw), self.identity(message.delivery_tag)
                 # If we die before the acknowledgement, or give up here, it comes back to its queue by itself.
                 target.store(queue, payload, str_to_bytes(dumps(payload)), identity)
                 self.channel.basic_ack(message.delivery_tag)
                 outcome.moved[queue][self.channel._get_message_priority(payload)] += 1
-            if left := self.size(queue):
+            if left := self.left(queue):
                 outcome.left[queue] = left
+
+    def keys(self, queue: str) -> Iterator[Any]:
+        """The keys of each of the queue's streams."""
+        found = self.channel.session.queue(queue)
+        for shard in found.recorded():
+            yield found.shard_keys(shard)
 
     def make_due(self, queue: str) -> None:
         """What waits in the broker for its eta is to be had now; its eta stays in its headers, for the worker."""
-        session = self.channel.session
-        found = session.queue(queue)
-        for shard in found.recorded():
-            key = found.shard_keys(shard).delayed
+        for keys in self.keys(queue):
             # Members begin with a sequence number: with one score for all, they stay in the order of their publishing.
-            session.once_more(lambda link, key=key: link.command("ZUNIONSTORE", key, 1, key, "WEIGHTS", 0), key)
+            self.command("ZUNIONSTORE", keys.delayed, 1, keys.delayed, "WEIGHTS", 0)
+
+    def command(self, name: str, key: str, *args: Any) -> Any:
+        return self.channel.session.once_more(lambda link: link.command(name, key, *args), key)
+
+    def left(self, queue: str) -> int:
+        """Messages that wait, or that somebody holds."""
+        held = sum(self.command("XPENDING", keys.stream, self.queues.GROUP)[0] for keys in self.keys(queue))
+        return self.size(queue) + int(held)
 
     def next(self, queue: str) -> Any:
         """The next message; None if there is none, or none that live workers leave to us."""
-        end = time.monotonic() + RETRY_S
+        end = time.monotonic() + WAIT_S
         while (message := self.channel.basic_get(queue)) is None:
-            # A shard is ours some moments after we asked for it.
-            if not self.size(queue) or time.monotonic() > end:
+            # A shard is ours some moments after we asked for it, and what a dead process held when its lease has expired.
+            if not self.left(queue) or time.monotonic() > end:
                 return None
             self.keep_alive()
             time.sleep(0.05)
         return message
 
-    def plain(self, delivered: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-        """The message without what its delivery added, and what is the same in each of its deliveries, if that is known."""
+    def identity(self, tag: str) -> str:
+        """What is the same in each delivery of a message: its entry in its stream."""
+        handed = self.channel.session.handed[tag]
+        place = (handed.consumer.keys.stream, handed.batch.deliveries[0].entry_id)
+        return f"{uuid.uuid5(uuid.NAMESPACE_OID, repr(place)).hex} 0"
+
+    def plain(self, delivered: dict[str, Any]) -> dict[str, Any]:
+        """The message without what its delivery added, and as JSON can hold it."""
         from kombu.utils.encoding import bytes_to_str, str_to_bytes
 
         headers, properties = dict(delivered["headers"] or {}), dict(delivered["properties"])
-        delivery = headers.pop(self.names.DELIVERY, None) or {}
+        headers.pop(self.names.DELIVERY, None)
         properties.pop(self.names.PRODUCE_ID, None)
         properties["delivery_tag"] = str(uuid.uuid4())
         body = delivered["body"]
         if not properties.get("body_encoding"):
-            # Streams hold bytes as they are; the lists of kombu's redis transport hold JSON.
             body = bytes_to_str(base64.b64encode(str_to_bytes(body)))
             properties["body_encoding"] = "base64"
-        place = [delivery.get(name) for name in ("queue", "epoch", "shard", "entry")]
-        identity = None if None in place else f"{uuid.uuid5(uuid.NAMESPACE_OID, repr(place)).hex} 0"
-        return {**delivered, "body": body, "headers": headers, "properties": properties}, identity
+        return {**delivered, "body": body, "headers": headers, "properties": properties}
 
     def count(self, names: list[str], outcome: Outcome) -> None:
         for queue in self.find(names):

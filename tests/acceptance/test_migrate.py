@@ -120,6 +120,19 @@ with kombu.Connection(url) as connection:
 """
 
 
+HOLD = """
+import sys, time
+import kombu, streamtask.transport
+
+with kombu.Connection(sys.argv[1]) as connection:
+    channel = connection.channel()
+    while (message := channel.basic_get(sys.argv[2])) is None:
+        time.sleep(0.02)
+    print("got", message.headers["id"])
+    time.sleep(100)
+"""
+
+
 def drain(url: str, queue: str, total: int) -> list[dict[str, Any]]:
     """All messages of a queue, taken as a consumer takes them."""
     with spawn("-c", DRAIN, url, queue, str(total)) as process:
@@ -494,3 +507,43 @@ def test_there_and_back_again(old: Old, run: Run) -> None:
         for payload in (*payloads, *after):
             del payload["properties"]["delivery_tag"]
         assert after == payloads
+
+
+def test_a_move_back_may_be_killed_at_any_instant(
+    old: Old, run: Run, proxy: Callable[[Any], Proxy], redis_server: RedisServer, tmp_path: Path
+) -> None:
+    total = 120
+    for number in range(total):
+        old.send(number)
+        if number % 2:  # without a shard key
+            old.client.lset("celery", 0, old.client.lindex("celery", 0).replace(b'"shard_key"', b'"other"'))
+    middle = streams(old.source)
+    run("--from", old.source, "--to", middle, "--queues", "celery")
+    link = proxy(redis_server)
+    dice = random.Random(4)
+    args = ["--from", streams(f"{link.url[:-1]}0"), "--to", f"{link.url[:-1]}1", "--queues", "celery"]
+    for _ in range(4):
+        goal = old.moved.llen("celery") + dice.randrange(4, 20)
+        link.delay(0.002)
+        with spawn(*command(*args), cwd=tmp_path) as one:
+            wait_until(lambda goal=goal: old.moved.llen("celery") >= goal, 30, lambda one=one: str(one))
+            time.sleep(dice.random() * 0.006)  # not for something to happen: for a random place
+            one.kill()
+    link.delay(0)
+    report = json.loads(run("--from", middle, "--to", old.target, "--queues", "celery", "--json").stdout)
+    assert report["left"] == {}
+    assert sorted(numbers(old.moved.lrange("celery", 0, -1))) == list(range(total))
+
+
+def test_what_live_workers_hold_is_left_and_said(old: Old, run: Run, tmp_path: Path) -> None:
+    for number in range(3):
+        old.send(number)
+    middle = streams(old.source)
+    run("--from", old.source, "--to", middle, "--queues", "celery")
+    with spawn("-c", HOLD, middle, "celery", cwd=tmp_path) as worker:
+        worker.wait_line("got id-0")
+        done = run("--from", middle, "--to", old.target, "--queues", "celery", status=1)
+        assert "celery: 3 are left" in done.stdout
+    # It is gone: what it held is back when its lease has expired.
+    assert "celery: moved 3 messages" in run("--from", middle, "--to", old.target, "--queues", "celery").stdout
+    assert numbers(old.moved.lrange("celery", 0, -1)) == [0, 1, 2]
