@@ -159,6 +159,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         properties: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         # One dict for all attempts of a publish, so the id stays the same when kombu repeats it.
+        self.session.check_process()
         properties = {} if properties is None else properties
         properties.setdefault(PRODUCE_ID, self.session.produce_ids.take())
         message: dict[str, Any] = super().prepare_message(

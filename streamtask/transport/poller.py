@@ -60,30 +60,40 @@ class Poller:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.channels: list[Channel] = []
-        self.listener = Listener(session)
-        self.loop: Any = None
         self.closed = False
+        self._begin()
+        session.add_waker(self)
+
+    def _begin(self) -> None:
+        """Waits for nothing yet: at first, and in a forked child, whose parent goes on with its sockets."""
+        self.listener = Listener(self.session)
+        self.loop: Any = None
+        self._pid = os.getpid()
+        self._thread = 0
         self._bells: dict[str, Bell] = {}
         self._waiting: deque[tuple[dict[str, Any], str, str]] = (
             deque()
         )  # fetched for ``drain``, which delivers one a call
-        self._epoch = session.epoch
+        self._epoch = self.session.epoch
         self._turn = 0
         self._fds: dict[int, object] = {}
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self._pid = os.getpid()
+        self._wakers: tuple[socket.socket, socket.socket] | None = None  # made when somebody waits: most only publish
         self._asleep = False
-        self._thread = 0
-        session.add_waker(self)
 
     def wake(self) -> None:
         """Ends the current wait; from any thread."""
-        try:
-            self._wake_write.send(b".")
-        except OSError:
-            pass  # it is awake already, or closed
+        if self._wakers is not None:
+            try:
+                self._wakers[1].send(b".")
+            except OSError:
+                pass  # it is awake already, or closed
+
+    def _wake_fd(self) -> int:
+        if self._wakers is None:
+            self._wakers = socket.socketpair()
+            for end in self._wakers:
+                end.setblocking(False)
+        return self._wakers[0].fileno()
 
     # What to take
 
@@ -214,15 +224,15 @@ class Poller:
         }
         found[self.listener.fileno()] = self.listener.stamp
         found[self.session.keeper_fd()] = self.session.keeper_stamp()
-        found[self._wake_read.fileno()] = None
+        found[self._wake_fd()] = None
         found.pop(-1, None)
         return found
 
     def _take(self, fd: int) -> None:
         """Reads from a socket that is readable."""
-        if fd == self._wake_read.fileno():
+        if self._wakers is not None and fd == self._wakers[0].fileno():
             try:
-                while self._wake_read.recv(4096):
+                while self._wakers[0].recv(4096):
                     pass
             except OSError:
                 pass
@@ -244,7 +254,7 @@ class Poller:
 
     def tick(self) -> None:
         """Before each wait of the loop."""
-        if self.closed or self.loop is None:
+        if self.closed or self.loop is None or self._pid != os.getpid():
             return
         self._thread = threading.get_ident()
         self._check()
@@ -284,6 +294,8 @@ class Poller:
     def drain(self, timeout: float | None) -> None:
         """Delivers one message. Raises ``socket.timeout``."""
         deadline = None if timeout is None else mono_s() + timeout
+        if self._pid != os.getpid():
+            self._begin()
         while True:
             self._check()
             if self._deliver_fanout(1):
@@ -354,5 +366,7 @@ class Poller:
         for bell in self._bells.values():
             bell.drop()
         self.listener.close()
-        self._wake_read.close()
-        self._wake_write.close()
+        if self._wakers is not None:
+            for end in self._wakers:
+                end.close()
+            self._wakers = None

@@ -67,7 +67,8 @@ class Consumed:
 
     def __init__(self, queue: KombuQueue) -> None:
         self.queue = queue
-        self.users: dict[Any, bool] = {}  # channels that consume it; True: without acknowledging
+        # Channels that consume it; True: without acknowledging. Weak: one that nobody closed must not hold messages.
+        self.users: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self.streams: dict[int, StreamConsumer] = {}  # shared streams by priority, the most urgent first
         self.shards: dict[int, StreamConsumer] = {}  # by shard
         self.positions: dict[str, list[str]] = {}  # last delivered id and newest wake id, by stream's prefix
@@ -92,29 +93,34 @@ class Session:
     def __init__(self, broker: Broker, options: Options) -> None:
         self.broker = broker
         self.options = options
-        self.pid = os.getpid()
-        self.lock = threading.RLock()
-        self.incarnation = uuid.uuid4().hex[:16]
         self.producer = Producer(options.producer_settings())
         self.queues: dict[str, KombuQueue] = {}
-        self.consumed: dict[str, Consumed] = {}
-        self.handed: dict[str, Handed] = {}
-        self.epoch = 0
-        """Grows when leases were lost: what was delivered before is others' now."""
-        self.changed = threading.Event()
-        self.wakers: weakref.WeakSet[Any] = (
-            weakref.WeakSet()
-        )  # pollers that may sleep while there is something for them
         self.fanout_queues: dict[str, tuple[str, str]] = {}
         """Queues that are bound to a fanout exchange: the exchange and the routing key."""
         self.touched: dict[str, int] = {}
         """Queues with ``x-expires``, ms."""
+        self.wakers: weakref.WeakSet[Any] = (
+            weakref.WeakSet()
+        )  # pollers that may sleep while there is something for them
+        self._settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ)
+        self.begin()
+
+    def begin(self) -> None:
+        """Holds nothing yet: at first, and in a forked child, which must neither write on its parent's sockets nor settle
+        what was delivered to its parent."""
+        self.pid = os.getpid()
+        self.lock = threading.RLock()
+        self.incarnation = uuid.uuid4().hex[:16]
+        self.consumed: dict[str, Consumed] = {}
+        self.handed: dict[str, Handed] = {}
+        self.epoch = getattr(self, "epoch", 0) + 1
+        """Grows when leases were lost: what was delivered before is others' now."""
         self.listened: set[str] = set()
         """Queues of fanout exchanges that somebody here listens to."""
         self._touch_at: dict[str, float] = {}
         self._upkeep_at = 0.0
         self.produce_ids = ProduceIds()
-        self._link = broker.link(buffer_bytes=LARGE)
+        self._link = self.broker.link(buffer_bytes=LARGE)
         self._idle: list[Link] = []
         self._keeper: Keeper | None = None
         self._keeper_started = 0.0
@@ -122,7 +128,11 @@ class Session:
         self._numbers: dict[int, tuple[Consumed, int]] = {}  # the keeper's numbers of shards
         self._releasing: set[int] = set()
         self.new_tag: Callable[[], str] = _tags().__next__
-        self._settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ)
+
+    def check_process(self) -> None:
+        """Where a server forks without Python's hooks (uWSGI), two processes must not draw the same ids."""
+        if os.getpid() != self.pid:
+            _after_fork()
 
     # Queues
 
@@ -239,7 +249,7 @@ class Session:
                 if consumer.idle() and not consumer.handed:
                     self._end_stream(consumed, priority, consumer)
         except StreamTaskError as exc:
-            log.warning("a consumer could not be ended, its lease runs out: %s", exc)
+            log.info("a consumer could not be ended now: %s", exc)
             for consumer in consumed.streams.values():
                 if consumer.idle() and self._keeper is not None:
                     self._keeper.forget(consumer.lease)
@@ -546,7 +556,7 @@ class Session:
             consumed.rung = True
         if woken:
             # Something else than a message may have come: a stream of another priority.
-            consumed.queue.refresh()
+            consumed.queue.recorded()
             if set(consumed.queue.priorities) != set(consumed.streams):
                 self._join(consumed)
         consumed.next_due = None if not due_at else mono_s() + max(0, min(due_at) - int(now_ms)) / 1000
@@ -864,11 +874,17 @@ def _still_ours(delivery: dict[str, Any]) -> bool:
 
 
 def _after_fork() -> None:
-    # A child must not write on its parent's sockets, nor settle what was delivered to its parent.
     global _sessions_lock
     _sessions_lock = threading.Lock()
-    _sessions.clear()
     hooks.still_ours = None
+    for key, session in list(_sessions.items()):
+        # Connections that the child has inherited go on with it.
+        del _sessions[key]
+        here = (os.getpid(), *key[1:])
+        _sessions[here] = session
+        session.begin()
+        for queue in session.queues.values():
+            queue.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -10,8 +10,9 @@ from typing import Any
 import redis
 from kombu.transport import virtual
 
-from ..errors import BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull
 from ..redis.connection import safe_url
+from ..redis.link import ReplyError
 from .channel import Channel
 from .options import _url, broker_of, options_of
 from .poller import Poller
@@ -29,7 +30,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]
     polling_interval = None
 
     connection_errors = (*virtual.Transport.connection_errors, BrokerUnavailable, LeaseLost, QueueFull, OSError)
-    channel_errors = (*virtual.Transport.channel_errors, StreamTaskError)
+    channel_errors = (*virtual.Transport.channel_errors, ReplyError)
 
     implements = virtual.Transport.implements.extend(
         asynchronous=True, batch_publish=True, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
