@@ -1,0 +1,131 @@
+"""kill -9 and SIGSTOP of Celery workers: nothing lost, every key in order, what ran twice had not been acknowledged."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.celery.rig import LEASE
+from tests.helpers import is_alive, wait_until
+
+
+@pytest.mark.parametrize("what", ["main process", "pod"])
+def test_a_worker_dies_and_its_messages_are_back_in_seconds(own_server, site, what):
+    """Its messages wait until its lease has expired, and not one second of any visibility timeout."""
+    s = site(own_server)
+    # Started first, the victim holds what is published.
+    victim = s.worker()
+    s.mix(keys=6, each=12, late=40, early=40, ms=60)
+    other = s.start_worker()
+    s.wait_ended(20)
+    other.wait_ready()
+    busy = {(event.key, event.n) for event in s.events() if event.kind == "S" and event.main == victim.pid}
+    busy -= {(event.key, event.n) for event in s.events() if event.kind in "ED"}
+    died = time.monotonic()
+    (victim.kill if what == "main process" else victim.kill_all)()
+    s.wait_done(timeout=30)
+    s.check()
+    again = [event.at for event in s.of("S", main=other.pid) if event.redelivered or (event.key, event.n) in busy]
+    assert again, "the victim held nothing: the test is wrong"
+    assert min(again) - died < LEASE + 2
+    s.nothing_left()
+
+
+def test_a_killed_workers_pool_processes_do_not_go_on(own_server, site):
+    """An orphan that went on would run beside the redelivered message."""
+    s = site(own_server)
+    victim = s.worker(c=2)
+    n = s.send("gated", "a")
+    pid = s.wait("S", n).pid
+    victim.kill()
+    wait_until(lambda: not is_alive(pid), LEASE + 5, f"pool process {pid} ends")
+    s.worker(c=2)
+    assert s.wait("S", n, count=2).pid != pid
+    s.gate(n)
+    s.wait_done()
+    s.check()
+
+
+def test_a_pool_process_dies_in_a_keyed_body(own_server, site):
+    """It is rejected and redelivered at the head of its key, by the same worker, at once."""
+    s = site(own_server)
+    worker = s.worker()
+    n = s.send("gated", "a")
+    first = s.wait("S", n)
+    for _ in range(5):
+        s.send("put", "a")
+        s.send("put", "b")
+    worker.kill_child(first.pid)
+    second = s.wait("S", n, count=2)
+    assert second.pid != first.pid
+    assert second.at - s.killed[first.pid] < 5
+    assert second.redelivered
+    s.gate(n)
+    s.wait_done()
+    assert len(s.check().repeated) == 1
+    s.nothing_left()
+
+
+def test_pool_processes_die_under_load(own_server, site):
+    """Those of keyed and late-acknowledged bodies, one after the other."""
+    s = site(own_server)
+    worker = s.worker(c=4)
+    s.mix(keys=5, each=20, late=40, ms=30)
+    for i in range(4):
+        s.wait_ended(10 + 15 * i)
+        ended = {(event.key, event.n) for event in s.events() if event.kind == "E"}
+        running = [event for event in s.of("S") if (event.key, event.n) not in ended and is_alive(event.pid)]
+        if running:
+            worker.kill_child(running[-1].pid)
+    s.wait_done(timeout=30)
+    s.check()
+    assert s.killed
+    s.nothing_left()
+
+
+def test_a_worker_is_stopped_beyond_its_lease_and_continued(own_server, site):
+    """The other worker goes on meanwhile; the continued one starts nothing that was taken from it."""
+    s = site(own_server)
+    paused = s.worker()
+    running = [s.send("gated", f"held{i}") for i in range(3)]
+    for n in running:
+        s.wait("S", n)
+    other = s.worker()
+    s.mix(keys=8, each=8, late=30, ms=30)
+    for i in range(3):
+        s.send("put", f"held{i}")
+    s.wait_ended(15)
+    paused.pause()
+    for n in running:
+        s.wait("S", n, count=2, timeout=LEASE + 8)  # the other one has it now
+        s.gate(n, main=other.pid)
+    s.wait_done(timeout=30)
+    for n in running:
+        s.gate(n, main=paused.pid)  # the old bodies end, which changes nothing
+    before = s.events()
+    paused.resume()
+    with_it = [s.send("put", f"after{i}") for i in range(6)] + [s.send("late") for _ in range(6)]
+    s.wait_done(timeout=20)
+    s.check()
+    fresh = s.events()[len(before) :]
+    assert {event.n for event in fresh if event.kind == "S"} == set(with_it)
+    s.nothing_left()
+    print("the continued worker lives" if is_alive(paused.pid) else "the continued worker was ended")
+
+
+def test_a_short_stop_costs_nothing(own_server, site):
+    """Shorter than the lease: nothing moves, nothing runs twice."""
+    s = site(own_server, lease=5)
+    worker, _ = s.start_workers(2, c=4)
+    s.mix(keys=8, each=10, late=20, ms=20)
+    s.wait_ended(20)
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        s.wait_ended(25)
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+    s.wait_done(timeout=30)
+    assert s.check().repeated == []

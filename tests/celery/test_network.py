@@ -1,0 +1,200 @@
+"""Cut, silent and half-open connections, lost replies and a restarted server: each message runs once, and in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+
+import pytest
+
+from tests.celery.rig import LEASE, Load, broker_url
+from tests.helpers import free_port, wait_until
+
+
+def test_the_reply_of_a_fetch_is_lost(own_server, site, wire):
+    """The messages in it were delivered for Redis, and the worker has never seen them."""
+    s, line = site(own_server), wire(own_server)
+    s.worker(c=4, port=line.port)
+    for i in range(4):
+        for key in (None, "a"):
+            task_id = str(uuid.uuid4())
+            line.lose_reply(task_id.encode())
+            s.send("put" if key else "late", key, apply={"task_id": task_id})
+            s.send("put" if key else "early", key)
+        wait_until(lambda lost=2 * i + 2: line.lost >= lost, 15, lambda: f"{line.lost} replies lost; {s}")
+        s.wait_done(timeout=15)
+    assert line.lost == 8
+    assert s.check().repeated == []
+    s.nothing_left()
+
+
+@pytest.mark.parametrize("name, key", [("early", None), ("put", "a")])
+def test_the_reply_of_a_publish_is_lost(own_server, site, proxy, name, key):
+    """kombu publishes it again: there is one message."""
+    s, line = site(own_server), proxy(own_server)
+    app = s.producer(line.port)
+    s.send(name, key, app=app)
+    for _ in range(5):
+        task_id = str(uuid.uuid4())
+        line.cut_after_request(task_id.encode())
+        s.send(name, key, app=app, apply={"task_id": task_id})
+    assert line.cuts == 5
+    s.worker("threads", c=2)
+    s.wait_done()
+    s.nothing_left()
+    assert s.check().repeated == []
+    assert len(s.of("S")) == 6
+
+
+def test_two_publishes_at_once_over_a_bad_line(own_server, site, proxy):
+    """Whatever dies between the producer and Redis: what was returned is stored once, in the order of the calls."""
+    s, line = site(own_server), proxy(own_server)
+    app = s.producer(line.port)
+    stop = threading.Event()
+
+    def cut() -> None:
+        while not stop.wait(0.05):
+            line.cut()
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    try:
+        for i in range(150):
+            s.send("put", f"user{i % 4}", app=app)
+            s.send("late", app=app)
+    finally:
+        stop.set()
+        cutter.join()
+    s.worker("threads", c=4)
+    s.wait_done()
+    assert s.check().repeated == []
+    s.nothing_left()
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "restarted"])
+def test_the_server_restarts(own_server, site, kill):
+    """The workers go on without help, and producers' calls made meanwhile are kept."""
+    s = site(own_server)
+    s.start_workers(2, c=4)
+    with Load(s, ms=10):
+        s.wait_ended(40)
+        own_server.restart(kill=kill)
+        s.wait_ended(s.ended() + 100, timeout=30)
+    s.wait_done(timeout=30)
+    assert s.check().repeated == []
+    s.nothing_left()
+
+
+def test_the_server_is_away_for_longer_than_the_lease(own_server, site):
+    """An outage of Redis alone kills no running body and moves nothing."""
+    s = site(own_server)
+    s.start_workers(2, c=4)
+    running = [s.send("gated", f"user{i}") for i in range(4)]
+    for n in running:
+        s.wait("S", n)
+    for i in range(4):
+        s.send("put", f"user{i}")
+    own_server.kill()
+    gone = time.monotonic()
+    s.gate(running[0])  # ends meanwhile: its ack waits
+    s.wait("E", running[0])
+    wait_until(lambda: time.monotonic() > gone + 2 * LEASE, 10)
+    own_server.start()
+    for n in running[1:]:
+        s.gate(n)
+    s.wait_done(timeout=30)
+    assert s.check().repeated == []
+    s.nothing_left()
+
+
+def test_a_half_open_connection(own_server, site, wire):
+    """Everything sent is swallowed and nothing is closed: the worker finds out by itself, and goes on."""
+    s, line = site(own_server, health_check_interval=1, socket_timeout=2), wire(own_server)
+    s.worker(c=4, port=line.port)
+    s.mix(keys=4, each=5, late=5, ms=10)
+    s.wait_done()
+    assert line.freeze() > 0
+    s.mix(keys=4, each=5, late=5, ms=10)
+    s.wait_done(timeout=30)
+    s.check()
+    s.nothing_left()
+
+
+def test_a_half_open_connection_of_a_busy_worker(own_server, site, wire):
+    """Running bodies end, and are not run again by the same worker; what it had not started comes back."""
+    s, line = site(own_server, health_check_interval=1, socket_timeout=2), wire(own_server)
+    s.worker(c=4, port=line.port)
+    running = [s.send("gated", f"user{i}") for i in range(2)]
+    for n in running:
+        s.wait("S", n)
+    s.mix(keys=4, each=3, late=5)
+    frozen = line.freeze()
+    assert frozen > 0
+    for n in running:
+        s.gate(n)
+    s.wait_done(timeout=40)
+    s.check()
+    s.nothing_left()
+
+
+def test_silence_and_a_second_worker(own_server, site, proxy):
+    """A worker is cut off from Redis for longer than its lease: the other one takes over, and it comes back."""
+    s, line = site(own_server, health_check_interval=1, socket_timeout=2), proxy(own_server)
+    lonely = s.worker(c=4, port=line.port)
+    s.mix(keys=8, each=4, late=10, ms=20)
+    s.worker(c=4)
+    s.wait_ended(10)
+    s.paused[lonely.pid] = time.monotonic()  # cut off: what it runs may run again elsewhere
+    line.blackhole()
+    s.mix(keys=8, each=4, late=10, ms=20)
+    s.wait_done(timeout=30)
+    line.blackhole(False)
+    s.mix(keys=8, each=2, late=10, ms=20)
+    s.wait_done(timeout=30)
+    s.check()
+    s.nothing_left()
+
+
+def test_the_connection_is_cut_under_long_keyed_bodies(own_server, site, proxy):
+    """With -c 8 and bodies of more than a lease: each runs once, in order, though its ack goes over another connection."""
+    s, line = site(own_server), proxy(own_server)
+    s.worker(c=8, port=line.port)
+    for _ in range(2):
+        for i in range(6):
+            s.send("put", f"user{i}", ms=2.5 * LEASE * 1000)
+    for _ in range(2):
+        s.send("late", ms=2.5 * LEASE * 1000)
+    for i in range(20):
+        s.send("put", f"user{i % 6}")
+        s.send("late")
+    wait_until(lambda: len(s.of("S")) >= 8, 10, lambda: f"8 running; {s}")
+    assert line.cut() > 0
+    s.wait_ended(4, timeout=20)
+    line.cut()
+    s.wait_done(timeout=40)
+    assert s.check().repeated == []
+    s.nothing_left()
+
+
+def test_many_cuts_under_load(own_server, site, proxy):
+    s, line = site(own_server), proxy(own_server)
+    s.worker(c=4, port=line.port)
+    with Load(s, ms=5, retries=True):
+        for i in range(6):
+            s.wait_ended(30 * (i + 1), timeout=30)
+            line.cut()
+    s.wait_done(timeout=30)
+    assert s.check().repeated == []
+    s.nothing_left()
+
+
+def test_a_failover_list_with_a_dead_first_server(own_server, site):
+    """The second address of the list is used where the first one refuses."""
+    s = site(own_server)
+    url = f"{broker_url(free_port())};{broker_url(own_server.port)}"
+    s.worker("threads", c=2, broker_url=url)
+    s.send("put", "a")
+    s.send("late")
+    s.wait_done()
+    s.check()
