@@ -15,6 +15,8 @@ class Reference:
     passed: int
     failed: frozenset[str] = field(default_factory=frozenset)
     skipped: frozenset[str] = field(default_factory=frozenset)
+    off: frozenset[str] = field(default_factory=frozenset)
+    """Tests that excuse themselves from a ``redis://`` broker, and fail with kombu's redis transport by another name."""
 
     def same_version(self) -> bool:
         return importlib.metadata.version(self.package) == self.version
@@ -46,6 +48,8 @@ REFERENCE = {
                 "test_tasks::test_task_accepted",
             }
         ),
+        # Its handler of a signal raises before it has published what it wants to.
+        off=frozenset({"test_chain::test_chord_header_id_duplicated_on_rabbitmq_msg_duplication[redis-group-ids]"}),
     ),
 }
 
