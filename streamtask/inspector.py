@@ -19,7 +19,7 @@ from .queue.consumer import OWNER
 from .queue.lanes import id_order
 from .redis import wire
 from .redis.connection import MIN_VERSION
-from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
+from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, is_shared
 from .redis.link import Link, ReplyError, pack
 from .redis.scripts import by_sha, script
 
@@ -41,15 +41,17 @@ _MULTI, _EXEC = pack("MULTI"), pack("EXEC")
 
 @dataclass(slots=True)
 class Shape:
-    """A queue as Redis has it recorded. ``groups``: the registered ones, the app's own first."""
+    """A queue as Redis has it recorded. ``groups``: the registered ones, the app's own first. ``priorities``: those beside 0
+    that have a shared stream of their own (queues of the kombu transport)."""
 
     keys: QueueKeys
     shards: int
     epoch: int
     groups: list[str]
+    priorities: list[int] = field(default_factory=list)
 
     def all_shards(self) -> list[int | str]:
-        return [*range(self.shards), SHARED]
+        return [*range(self.shards), SHARED, *(f"{SHARED}.{priority}" for priority in self.priorities)]
 
     def shard(self, shard: int | str) -> ShardKeys:
         return self.keys.shard(self.epoch, shard)
@@ -171,10 +173,11 @@ class Inspector:
         found = {}
         for name, reply in zip(names, replies, strict=True):
             meta = _texts(reply)
-            if "shards" in meta:
+            if "epoch" in meta:
                 groups = sorted(one[6:] for one in meta if one.startswith("group:"))
                 groups.sort(key=lambda group: group != settings.group)
-                found[name] = Shape(keys[name], int(meta["shards"]), int(meta.get("epoch", 0)), groups)
+                priorities = sorted(int(one[9:]) for one in meta if one.startswith("priority:"))
+                found[name] = Shape(keys[name], int(meta.get("shards", 0)), int(meta["epoch"]), groups, priorities)
         return found
 
     def _asked(self, queue: str | None) -> dict[str, Shape]:
@@ -559,7 +562,7 @@ def _pack_shard(keys: ShardKeys, shard: int | str, shape: Shape, consumers: bool
     for group in shape.groups:
         block.append(
             pack("ZRANGE", keys.consumers(group), 0, -1, "WITHSCORES")
-            if shard == SHARED
+            if is_shared(shard)
             else pack("HMGET", keys.lease(group), "owner", "token", "expires_at")
         )
         if consumers:
@@ -584,7 +587,7 @@ def _read_shard(shape: Shape, shard: int | str, replies: list[Any]) -> ShardStat
             last_id=info.get("last-delivered-id", "0-0"),
         )
         lease = next(each)
-        if shard == SHARED:
+        if is_shared(shard):
             group.leases = {member: int(float(expires_at)) for member, expires_at in _texts(lease).items()}
         else:
             owner, token, expires_at = lease
@@ -680,13 +683,13 @@ def _consumer_rows(shot: Snapshot) -> list[Row]:
         for name, group in state.groups.items():
             for consumer, pending in group.consumers:
                 worker = None
-                if shard == SHARED:
+                if is_shared(shard):
                     if group.leases.get(consumer, 0) > shot.now_ms:
                         worker = consumer
                 elif consumer == OWNER:
                     worker = _live_owner(shot, group)
                 # The one name of a shard's consumer stays over its owners: given back in good order it is not stale.
-                given_back = shard != SHARED and consumer == OWNER and not group.owner
+                given_back = not is_shared(shard) and consumer == OWNER and not group.owner
                 info = shot.members[name].get(worker or "", {})
                 rows.append(
                     {
@@ -773,9 +776,10 @@ def _dead_letter(queue: str, shard: int | str, entry_id: bytes, fields: list[byt
 def _split_id(dead_id: str) -> tuple[int | str, str]:
     shard, _, entry_id = dead_id.partition(":")
     ms, _, seq = entry_id.partition("-")
-    if not (shard == SHARED or _is_number(shard)) or not _is_number(ms) or not _is_number(seq):
+    shared = shard == SHARED or (shard.startswith(f"{SHARED}.") and _is_number(shard[len(SHARED) + 1 :]))
+    if not (shared or _is_number(shard)) or not _is_number(ms) or not _is_number(seq):
         raise StreamTaskError(f"{dead_id!r} is no id of a dead letter: one looks like 3:1795000000000-0 or shared:17-1")
-    return (shard if shard == SHARED else int(shard)), entry_id
+    return (shard if shared else int(shard)), entry_id
 
 
 def _is_number(text: str) -> bool:
@@ -983,7 +987,7 @@ def _ownerless(shots: dict[str, Snapshot]) -> set[str]:
         for name, shot in shots.items()
         for shard, state in shot.shards.items()
         for group, one in state.groups.items()
-        if shard != SHARED and shot.members[group] and _live_owner(shot, one) is None
+        if not is_shared(shard) and shot.members[group] and _live_owner(shot, one) is None
     }
 
 

@@ -14,6 +14,11 @@ SHARED = "shared"
 """The SHARD segment of a queue's shared stream, which takes the messages without a shard key."""
 
 
+def is_shared(shard: int | str) -> bool:
+    """Whether that is a shared stream: the queue's, or that of a further priority (``shared.3``)."""
+    return isinstance(shard, str)
+
+
 def encode(text: str) -> str:
     """User text as one segment of a key: letters, digits, ``-`` and ``_`` stay, all else is percent-encoded."""
     return quote(text, safe="").replace(".", "%2E").replace("~", "%7E")
@@ -112,6 +117,11 @@ class QueueKeys:
         return f"{self.namespace}:{{{self._tag}}}:events:{segment(group)}"
 
     def shard(self, epoch: int, shard: int | str) -> ShardKeys:
+        if isinstance(shard, str):
+            # Those of further priorities lie in the slot of the first, so that one call reads them all.
+            _, _, priority = shard.partition(".")
+            prefix = f"{self.namespace}:{{{self._tag}.{epoch}.{SHARED}}}:"
+            return ShardKeys(f"{prefix}{priority}:" if priority else prefix)
         return ShardKeys(f"{self.namespace}:{{{self._tag}.{epoch}.{shard}}}:")
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 from ..queue.declare import Queue, Shape
 from ..redis.connection import Broker
-from ..redis.keys import SHARED, ShardKeys, app_queues
+from ..redis.keys import SHARED, app_queues
 from ..redis.link import Link, pack
 from ..redis.scripts import script
 from ..sharding import shard_of
@@ -81,7 +81,7 @@ class KombuQueue(Queue):
             keyed = any(isinstance(shard, int) for shard in wanted)
             steps = [shard.partition(".")[2] for shard in wanted if isinstance(shard, str) and shard != SHARED]
             epoch, shards, *priorities = link.run(
-                "open_queue", [self.keys.meta], [str(self.shards) if keyed else "", *steps]
+                "open_queue", [self.keys.meta], [str(self.shards) if keyed else "", GROUP, *steps]
             )
             shape = Shape(int(shards or 0), int(epoch))
             streams: Iterable[int | str] = {*wanted, *(range(shape.shards) if keyed else ())}
@@ -102,13 +102,6 @@ class KombuQueue(Queue):
         self.keyed = shape.shards > 0
         self.priorities = (0, *sorted(int(step) for step in priorities))
         return shape
-
-    def shard_keys(self, shard: int | str, shape: Shape | None = None) -> ShardKeys:
-        shape = shape or self.shape()
-        if isinstance(shard, str) and shard != SHARED:
-            # In the slot of the shared stream, so that one call reads all priorities.
-            return ShardKeys(self.keys.shard(shape.epoch, SHARED).prefix + shard.partition(".")[2] + ":")
-        return self.keys.shard(shape.epoch, shard)
 
     def shard_for(self, key: bytes | None) -> int | str:
         if key is None:

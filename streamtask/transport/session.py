@@ -526,10 +526,7 @@ class Session:
         names: list[str] = []
         for consumer in streams:
             keys_of = consumer.keys
-            names += [
-                consumer.lease.key, keys_of.stream, keys_of.requeued, keys_of.delayed, keys_of.state,
-                keys_of.notes(GROUP), keys_of.wake,
-            ]  # fmt: skip
+            names += [consumer.lease.key, keys_of.stream, keys_of.requeued, keys_of.delayed, keys_of.wake]
         tokens = [consumer.lease.token for consumer in streams]
         return script("fetch_shared").pack(tuple(names), (self.incarnation, GROUP, room, *tokens))
 
@@ -780,7 +777,7 @@ class Session:
             names = queue.shard_keys(shared(priority))
             now_ms, last, rung, next_ms, entries = self._link.run(
                 "take",
-                [names.stream, names.requeued, names.delayed, names.state, names.notes(GROUP), names.wake],
+                [names.stream, names.requeued, names.delayed, names.state, names.wake],
                 [GROUP, most - len(out)],
             )
             position = [last.decode(), rung.decode()]

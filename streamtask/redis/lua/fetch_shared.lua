@@ -1,12 +1,7 @@
 -- Gives a consumer what waits in the shared streams of a queue, one stream for each priority, the most urgent first: what
 -- is due moves into its stream, then requeued entries come, the oldest first, then new ones.
--- KEYS[7i + 1] lease      hash of the consumer for stream i, from i = 0
--- KEYS[7i + 2] stream     stream
--- KEYS[7i + 3] requeued   sorted set of entry ids
--- KEYS[7i + 4] delayed    sorted set by due time, ms
--- KEYS[7i + 5] state      hash
--- KEYS[7i + 6] notes      hash
--- KEYS[7i + 7] wake       stream
+-- KEYS[1...] for each stream: lease of the consumer (hash), stream, requeued (sorted set of entry ids), delayed (sorted set
+-- by due time, ms), wake (stream)
 -- ARGV[1] incarnation
 -- ARGV[2] group
 -- ARGV[3] most entries to give
@@ -20,7 +15,7 @@ local now = now_ms()
 local left = tonumber(ARGV[3])
 local reply = { now }
 for i = 0, #ARGV - 4 do
-  local lease, stream, requeued, delayed, wake = KEYS[7 * i + 1], KEYS[7 * i + 2], KEYS[7 * i + 3], KEYS[7 * i + 4], KEYS[7 * i + 7]
+  local lease, stream, requeued, delayed, wake = unpack(KEYS, 5 * i + 1, 5 * i + 5)
   if not owns(lease, ARGV[4 + i], ARGV[1]) then
     reply[i + 2] = 0
   else

@@ -2,7 +2,8 @@
 -- priorities. Repeating it changes nothing.
 -- KEYS[1] meta     hash
 -- ARGV[1] number of shards to record where none is, or ''
--- ARGV[2...] further priorities to record
+-- ARGV[2] group of the consumers
+-- ARGV[3...] further priorities to record
 -- Returns: {epoch, shards or '', priority ...}
 -- Looks before it writes: what is there can be used also above maxmemory.
 if redis.call('HEXISTS', KEYS[1], 'epoch') == 0 then
@@ -11,7 +12,10 @@ end
 if ARGV[1] ~= '' and redis.call('HEXISTS', KEYS[1], 'shards') == 0 then
   redis.call('HSET', KEYS[1], 'shards', ARGV[1])
 end
-for i = 2, #ARGV do
+if redis.call('HEXISTS', KEYS[1], 'group:' .. ARGV[2]) == 0 then
+  redis.call('HSET', KEYS[1], 'group:' .. ARGV[2], 1)
+end
+for i = 3, #ARGV do
   if redis.call('HEXISTS', KEYS[1], 'priority:' .. ARGV[i]) == 0 then
     redis.call('HSET', KEYS[1], 'priority:' .. ARGV[i], 1)
   end

@@ -4,8 +4,7 @@
 -- KEYS[2] requeued   sorted set of entry ids
 -- KEYS[3] delayed    sorted set by due time, ms
 -- KEYS[4] state      hash
--- KEYS[5] notes      hash
--- KEYS[6] wake       stream
+-- KEYS[5] wake       stream
 -- ARGV[1] group
 -- ARGV[2] most entries to take
 -- Returns: {now (ms), last delivered id, newest wake id, when the next is due (ms) or -1, entries}
@@ -65,6 +64,6 @@ if last == '0-0' then
     end
   end
 end
-local rung = redis.call('XREVRANGE', KEYS[6], '+', '-', 'COUNT', 1)[1]
+local rung = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)[1]
 local following = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
 return { now, last, rung and rung[1] or '0-0', tonumber(following[2] or '-1'), entries }

@@ -8,6 +8,7 @@
 -- ARGV[4] 'all', 'expired' (all, but only if its time is over), or one member of the queue's bindings
 -- Returns: 1 if it was there
 --- @include now
+local sep = ARGV[3]
 if ARGV[4] == 'expired' then
   local at = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or 'inf')
   if at > now_ms() then
@@ -19,9 +20,9 @@ if ARGV[4] == 'all' or ARGV[4] == 'expired' then
   members = redis.call('SMEMBERS', KEYS[3])
 end
 for i = 1, #members do
-  local at = members[i]:find(ARGV[3], 1, true)
+  local at = members[i]:find(sep, 1, true)
   if at then
-    redis.call('SREM', ARGV[2] .. members[i]:sub(1, at - 1), members[i]:sub(at + #ARGV[3]))
+    redis.call('SREM', ARGV[2] .. members[i]:sub(1, at - 1), members[i]:sub(at + #sep))
     redis.call('SREM', KEYS[3], members[i])
   end
 end
