@@ -57,7 +57,7 @@ PARTS = {"test_canvas.py": 8, "test_tasks.py": 2, "test_inspect.py": 2, "kombu_g
 """Files that take long are run in parts, each by a process of its own."""
 
 QUICK = (
-    Chosen("celery", "test_canvas.py", part=3, parts=8),
+    Chosen("celery", "test_canvas.py", part=1, parts=8),
     Chosen("celery", "test_tasks.py", part=1, parts=4),
     Chosen("celery", "test_inspect.py", part=1, parts=2),
     Chosen("celery", "test_inspect.py", part=2, parts=2),

@@ -9,13 +9,13 @@ from .reference import QUICK
 from .suites import FileResult, Limits, NoSuite, run
 
 # All files are run at once, while the first test is set up.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, FileResult]:
     try:
-        return {result.name: result for result in run(QUICK, "streamtask", limits=Limits(test_s=60, file_s=240))}
+        return {result.name: result for result in run(QUICK, "streamtask", limits=Limits(test_s=90, file_s=170))}
     except NoSuite as error:
         pytest.fail(str(error), pytrace=False)
 
