@@ -359,7 +359,8 @@ class Coordinator:
         for member in self._members:
             for held in member.held.values():
                 if held.watch is watch and held.handover_until is not None:
-                    held.handover_until = 0.0
+                    self._take_back(member, held)
+        watch.look_at = 0.0
         self.soon()
 
     def _compare(self, watch: QueueWatch) -> None:
@@ -477,10 +478,13 @@ class Coordinator:
                     self._log.info(
                         "a body still runs: hand-over put off queue=%s shard=%s", held.watch.name, held.shard
                     )
-                    held.handover_until = None
                     held.not_before = now + self._handover_timeout_s
-                    member.trust(held, held.lease.trusted_until)
-                    member.resume(held)
+                    self._take_back(member, held)
+
+    def _take_back(self, member: Member, held: Held) -> None:
+        held.handover_until = None
+        member.trust(held, held.lease.trusted_until)
+        member.resume(held)
 
     # News of other coordinators
 
@@ -493,9 +497,9 @@ class Coordinator:
         if missing:
             if self._news is None:
                 self._news = self._broker.link(timeout_s=5.0)
-            self._news.send(pack("SUBSCRIBE", *missing))
-            if not self._subscribed:
+                self._news.connect()
                 self._selector.register(self._news, selectors.EVENT_READ, "news")
+            self._news.send(pack("SUBSCRIBE", *missing))
             while not self._subscribed.issuperset(missing):
                 self._take_one(self._news)
         for watch in self._watches:
@@ -518,7 +522,8 @@ class Coordinator:
 
     def take_news(self) -> None:
         """Reads what others have told."""
-        assert self._news is not None
+        if self._news is None:
+            return  # closed since the selector answered
         try:
             while True:
                 self._take_one(self._news)

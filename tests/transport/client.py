@@ -1,0 +1,130 @@
+"""A keeper's client under test: in the test's own process, or, to be killed and stopped, in one of its own.
+
+``python -m tests.transport.client URL NAME LEASE_MS`` consumes the queue "q", and writes the keeper's pid and each of its
+orders as a line of JSON. With ``fork`` as the last word it has a child that holds its end of the socket.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import time
+from typing import Any
+
+from streamtask.coordination.lease import Lease, join_shared
+from streamtask.redis.connection import Broker
+from streamtask.redis.keys import SHARED, QueueKeys
+from streamtask.redis.link import pack
+from streamtask.worker.keeper import Keeper
+
+APP, GROUP = "kombu", "workers"
+
+
+def queue_keys(queue: str = "q") -> QueueKeys:
+    return QueueKeys("streamtask", APP, queue)
+
+
+def make_keyed(broker: Broker, shards: int = 8, epoch: int = 0, queue: str = "q") -> None:
+    """Records the queue's shards as its first keyed message does, and tells it."""
+    keys = queue_keys(queue)
+    link = broker.link()
+    link.command("HSET", keys.meta, "epoch", epoch, "shards", shards)
+    link.command("PUBLISH", keys.channel(GROUP), "keyed")
+    link.close()
+
+
+class Client:
+    """Starts a keeper, and does what it says when ``pump`` is called. While ``busy`` it releases nothing."""
+
+    def __init__(
+        self, broker: Broker, name: str, lease_ms: int = 1000, handover_timeout_s: float = 5.0, queue: str = "q"
+    ) -> None:
+        self.broker = broker
+        self.name = name
+        self.lease_ms = lease_ms
+        self.handover_timeout_s = handover_timeout_s
+        self.queue = queue
+        self.busy = False
+        self.owned: dict[int, dict[str, Any]] = {}
+        self.asked: set[int] = set()
+        self.seen: list[dict[str, Any]] = []
+        self.lost: list[int] = []
+        self.shared: Lease | None = None
+        self.start()
+
+    def start(self) -> None:
+        self.keeper = Keeper(
+            self.broker,
+            namespace="streamtask",
+            app=APP,
+            group=GROUP,
+            incarnation=self.name,
+            lease_ms=self.lease_ms,
+            handover_timeout_s=self.handover_timeout_s,
+        )
+
+    def consume(self) -> Client:
+        self.keeper.consume(self.queue, 8)
+        return self
+
+    def join(self) -> Lease:
+        """Becomes a consumer of the shared stream, with an entry of its own to be seen as one."""
+        keys = queue_keys(self.queue).shard(0, SHARED)
+        link = self.broker.link()
+        link.pipeline([pack("XGROUP", "CREATE", keys.stream, GROUP, "0", "MKSTREAM")])
+        self.shared = join_shared(link, keys, GROUP, self.name, self.lease_ms)
+        link.command("XGROUP", "CREATECONSUMER", keys.stream, GROUP, self.name)
+        link.close()
+        self.keeper.keep(self.shared)
+        return self.shared
+
+    def pump(self) -> list[dict[str, Any]]:
+        orders = self.keeper.orders()
+        for order in orders:
+            number = order.get("number")
+            if order["op"] == "own":
+                self.owned = {n: one for n, one in self.owned.items() if one["shard"] != order["shard"]}
+                self.owned[number] = order
+            elif order["op"] == "release":
+                self.asked.add(number)
+            elif order["op"] == "resume":
+                self.asked.discard(number)
+            elif order["op"] == "lost":
+                self.lost.append(self.owned.pop(number)["shard"])
+        self.seen += orders
+        if not self.busy:
+            for number in self.asked & self.owned.keys():
+                del self.owned[number]
+                self.keeper.released(number)
+            self.asked.clear()
+        return orders
+
+    def ops(self) -> list[str]:
+        return [order["op"] for order in self.seen]
+
+    @property
+    def shards(self) -> list[int]:
+        return sorted(order["shard"] for order in self.owned.values())
+
+    @property
+    def tokens(self) -> dict[int, int]:
+        return {order["shard"]: order["token"] for order in self.owned.values()}
+
+
+def main(url: str, name: str, lease_ms: str, *words: str) -> None:
+    client = Client(Broker(url), name, int(lease_ms)).consume()
+    client.join()
+    if "fork" in words and os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    print(json.dumps({"op": "keeper", "pid": client.keeper.pid}), flush=True)
+    while True:
+        select.select([client.keeper], [], [])
+        for order in client.pump():
+            print(json.dumps(order), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,581 @@
+"""The keeper: leases of a foreign process that is alive, dead, stopped or busy, and shards spread over several of them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamtask.errors import ConfigError, StreamTaskError
+from streamtask.redis.connection import Broker
+from streamtask.redis.keys import SHARED, expiring
+from tests.fix_redis import RedisServer
+from tests.helpers import Spawned, is_alive, spawn, wait_until
+from tests.transport.client import APP, GROUP, Client, make_keyed, queue_keys
+
+
+class Rig:
+    """Clients on one server, in this process, and what Redis says of them."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self.server = server
+        self.redis: Any = server.client(decode_responses=True)
+        self.broker = Broker(server.url)
+        self.clients: list[Client] = []
+        self._stack = contextlib.ExitStack()
+
+    def client(self, name: str, *, broker: Broker | None = None, **options: Any) -> Client:
+        client = Client(broker or self.broker, name, **options)
+        self.clients.append(client)
+        return client
+
+    def other(self, name: str, lease_ms: int, *words: str) -> Spawned:
+        """A client in a process of its own, which owns all 8 shards and the shared stream when this returns."""
+        spawned = self._stack.enter_context(
+            spawn("-m", "tests.transport.client", self.server.url, name, str(lease_ms), *words)
+        )
+        spawned.wait_line('"keeper"')
+        return spawned
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.keeper.close()
+        self._stack.close()
+        self.broker.close()
+
+    def until(self, condition: Callable[[], Any], timeout: float = 10) -> None:
+        """Waits for a condition while the clients of this process do what they are told."""
+
+        def pumped() -> Any:
+            for client in self.clients:
+                client.pump()
+            return condition()
+
+        wait_until(
+            pumped, timeout, lambda: str({client.name: (client.shards, client.ops()) for client in self.clients})
+        )
+
+    def pass_time(self, seconds: float) -> None:
+        """For what must not happen: the clients go on for so long."""
+        end = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() > end, seconds + 10)
+
+    # What Redis says
+
+    def now_ms(self) -> int:
+        seconds, micros = self.redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def lease(self, shard: int, epoch: int = 0) -> dict[str, str]:
+        found: dict[str, str] = self.redis.hgetall(queue_keys().shard(epoch, shard).lease(GROUP))
+        return found
+
+    def owners(self, shards: int = 8) -> list[str]:
+        """The owner of each shard, '' where the lease is free or has run out."""
+        now = self.now_ms()
+        found = [self.lease(shard) for shard in range(shards)]
+        return [lease["owner"] if lease.get("owner") and int(lease["expires_at"]) > now else "" for lease in found]
+
+    def members(self) -> list[str]:
+        found: list[str] = self.redis.zrange(queue_keys().members(GROUP), 0, -1)
+        return found
+
+    def consumers(self) -> list[str]:
+        """The consumers of the shared stream whose leases hold, which must be all that the stream has."""
+        keys = queue_keys().shard(0, SHARED)
+        found: list[str] = sorted(self.redis.zrangebyscore(keys.consumers(GROUP), self.now_ms(), "+inf"))
+        return found
+
+    def stream_consumers(self) -> list[str]:
+        keys = queue_keys().shard(0, SHARED)
+        return sorted(row["name"] for row in self.redis.xinfo_consumers(keys.stream, GROUP))
+
+
+@pytest.fixture
+def rig(redis_server: RedisServer) -> Iterator[Rig]:
+    with contextlib.closing(Rig(redis_server)) as rig:
+        yield rig
+
+
+@pytest.fixture
+def rig_all(redis_server_all: RedisServer) -> Iterator[Rig]:
+    with contextlib.closing(Rig(redis_server_all)) as rig:
+        yield rig
+
+
+@pytest.fixture
+def own_rig(own_server: RedisServer) -> Iterator[Rig]:
+    with contextlib.closing(Rig(own_server)) as rig:
+        yield rig
+
+
+def orders_of(spawned: Spawned) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in spawned.lines]
+
+
+def keeper_of(spawned: Spawned) -> int:
+    return int(orders_of(spawned)[0]["pid"])
+
+
+# A client that dies, stops, or goes away
+
+
+def test_a_killed_client_leaves_nothing_though_its_child_holds_the_socket(rig_all):
+    make_keyed(rig_all.broker)
+    heir = rig_all.client("heir", lease_ms=5000)
+    heir.join()
+    victim = rig_all.other("victim", 5000, "fork")
+    wait_until(lambda: rig_all.owners() == ["victim"] * 8)
+    keys = queue_keys().shard(0, SHARED)
+    entry = rig_all.redis.xadd(keys.stream, {"m": "1"})
+    rig_all.redis.xreadgroup(GROUP, "victim", {keys.stream: ">"})
+    keeper = keeper_of(victim)
+    victim.kill()
+    died = time.monotonic()
+    wait_until(lambda: rig_all.members() == [] and rig_all.stream_consumers() == ["heir"], timeout=3)
+    took = time.monotonic() - died
+    print(f"given back {took:.3f} s after the kill")
+    assert took < 0.5
+    assert all(lease["owner"] == "" for lease in map(rig_all.lease, range(8)))
+    assert rig_all.consumers() == ["heir"]
+    assert rig_all.redis.zrange(keys.requeued, 0, -1) == [entry]
+    wait_until(lambda: not is_alive(keeper), timeout=3)
+
+
+def test_a_client_that_ends_by_itself_is_followed(rig):
+    make_keyed(rig.broker)
+    client = rig.other("client", 5000)
+    wait_until(lambda: rig.owners() == ["client"] * 8)
+    client.signal(signal.SIGTERM)
+    client.wait()
+    wait_until(lambda: rig.members() == [] and not is_alive(keeper_of(client)), timeout=3)
+    assert all(lease["owner"] == "" for lease in map(rig.lease, range(8)))
+
+
+def test_who_is_stopped_beyond_the_lease_loses_it(rig_all):
+    make_keyed(rig_all.broker)
+    stopped = rig_all.other("stopped", 1000)
+    wait_until(lambda: rig_all.owners() == ["stopped"] * 8)
+    stopped.signal(signal.SIGSTOP)
+    other = rig_all.client("other").consume()
+    other.join()
+    rig_all.until(lambda: other.shards == list(range(8)))
+    assert all(order["by_expiry"] for order in other.owned.values())
+    rig_all.until(lambda: rig_all.stream_consumers() == ["other"])
+    other.busy = True
+    stopped.signal(signal.SIGCONT)
+    rig_all.until(lambda: sum(order["op"].startswith("lost") for order in orders_of(stopped)) == 9)
+    owned = {order["number"]: order for order in orders_of(stopped) if order["op"] == "own"}
+    lost = [order for order in orders_of(stopped) if order["op"] == "lost"]
+    assert sorted(order["shard"] for order in lost) == list(range(8))
+    assert all(owned[order["number"]]["token"] == order["token"] for order in lost)
+    shared = next(order for order in orders_of(stopped) if order["op"] == "lost_shared")
+    assert shared["prefix"] == queue_keys().shard(0, SHARED).prefix
+    # It is a member again, and gets its part.
+    other.busy = False
+    rig_all.until(lambda: rig_all.owners().count("stopped") == 4 and len(other.shards) == 4)
+
+
+def test_who_was_stopped_and_not_missed_goes_on(rig):
+    make_keyed(rig.broker)
+    client = rig.other("client", 500)
+    wait_until(lambda: rig.owners() == ["client"] * 8)
+    before = [rig.lease(shard)["token"] for shard in range(8)]
+    client.signal(signal.SIGSTOP)
+    wait_until(lambda: rig.owners() == [""] * 8 and rig.consumers() == [])
+    client.signal(signal.SIGCONT)
+    wait_until(lambda: rig.owners() == ["client"] * 8 and rig.consumers() == ["client"])
+    assert [rig.lease(shard)["token"] for shard in range(8)] == before
+    assert not [order for order in orders_of(client) if "lost" in order["op"]]
+
+
+def test_what_the_client_lets_go_of_runs_out(rig):
+    client = rig.client("client", lease_ms=500)
+    lease = client.join()
+    other = rig.client("other", lease_ms=500)
+    other.join()
+    rig.pass_time(1.0)
+    assert rig.consumers() == ["client", "other"]
+    client.keeper.forget(lease)
+    rig.until(lambda: rig.stream_consumers() == ["other"])
+    assert client.ops() == []
+    # What was forgotten is another lease by now: the new one stays.
+    again = client.join()
+    assert again.token > lease.token
+    client.keeper.forget(lease)
+    rig.pass_time(1.0)
+    assert rig.consumers() == ["client", "other"]
+
+
+def test_signals_for_the_client_do_not_end_the_keeper(rig):
+    client = rig.client("client", lease_ms=500)
+    client.join()
+    rig.until(lambda: _ignores(client.keeper.pid, signal.SIGTERM))
+    assert os.getsid(client.keeper.pid) == client.keeper.pid
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.kill(client.keeper.pid, number)
+    rig.pass_time(1.0)
+    assert rig.consumers() == ["client"]
+
+
+def _ignores(pid: int, number: int) -> bool:
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigIgn"], 16) & 1 << number - 1)
+
+
+# Shards
+
+
+def test_shards_are_spread_and_move_no_more_than_they_must(rig_all):
+    make_keyed(rig_all.broker)
+    one = rig_all.client("one").consume()
+    rig_all.until(lambda: len(one.shards) == 8)
+    two = rig_all.client("two").consume()
+    rig_all.until(lambda: len(one.shards) == len(two.shards) == 4)
+    assert sorted(one.shards + two.shards) == list(range(8))
+    before = {**one.tokens, **two.tokens}
+    three = rig_all.client("three").consume()
+    rig_all.until(lambda: len(three.shards) == 2 and sorted(map(len, (one.shards, two.shards))) == [3, 3])
+    after = {**one.tokens, **two.tokens, **three.tokens}
+    assert sorted(after) == list(range(8))
+    assert {shard for shard in after if after[shard] != before[shard]} == set(three.shards)
+    assert all(after[shard] >= before[shard] for shard in after)
+    rig_all.pass_time(1.5)
+    assert {**one.tokens, **two.tokens, **three.tokens} == after
+    infos = {name: json.loads(text) for name, text in rig_all.redis.hgetall(queue_keys().member_info(GROUP)).items()}
+    assert {info["pid"] for info in infos.values()} == {os.getpid()}
+    assert infos["two"]["host"] == socket.gethostname()
+    assert infos["two"]["keeper"] == two.keeper.pid
+
+
+def test_cancel_hands_over(rig_all):
+    make_keyed(rig_all.broker)
+    # A lease so long that nothing here can come of its running out.
+    one = rig_all.client("one", lease_ms=30_000).consume()
+    two = rig_all.client("two", lease_ms=30_000).consume()
+    rig_all.until(lambda: len(one.shards) == len(two.shards) == 4)
+    two.busy = True
+    two.keeper.cancel("q")
+    rig_all.until(lambda: two.asked == two.owned.keys() and rig_all.members() == ["one"])
+    assert len(one.shards) == 4
+    two.busy = False
+    rig_all.until(lambda: len(one.shards) == 8, timeout=5)
+    assert two.shards == []
+    assert "resume" not in two.ops()
+    # It may come back, also while it still gives back.
+    one.busy = True
+    two.consume()
+    rig_all.until(lambda: len(one.asked) == 4)
+    one.keeper.cancel("q")
+    rig_all.until(lambda: rig_all.members() == ["two"])
+    one.consume()
+    rig_all.until(lambda: sorted(rig_all.members()) == ["one", "two"] and one.ops().count("resume") == 8)
+    one.busy = False
+    rig_all.until(lambda: len(one.shards) == len(two.shards) == 4)
+
+
+def test_shards_that_come_late_are_found_at_once(rig):
+    one = rig.client("one", lease_ms=30_000).consume()
+    one.join()
+    rig.until(lambda: rig.redis.pubsub_numsub(queue_keys().channel(GROUP))[0][1] == 1)
+    assert rig.members() == []
+    make_keyed(rig.broker, shards=3)
+    began = time.monotonic()
+    rig.until(lambda: one.shards == [0, 1, 2])
+    print(f"owned {time.monotonic() - began:.3f} s after the first keyed message")
+    assert time.monotonic() - began < 1.0
+
+
+def test_shards_that_come_late_are_found_without_being_told(rig):
+    one = rig.client("one").consume()
+    rig.until(lambda: rig.redis.pubsub_numsub(queue_keys().channel(GROUP))[0][1] == 1)
+    rig.redis.hset(queue_keys().meta, mapping={"epoch": 5, "shards": 2})
+    rig.until(lambda: one.shards == [0, 1], timeout=5)
+    assert {order["epoch"] for order in one.owned.values()} == {5}
+    assert rig.lease(1, epoch=5)["owner"] == "one"
+
+
+def test_a_queue_that_is_made_anew_has_other_shards(rig):
+    make_keyed(rig.broker, 4)
+    one = rig.client("one").consume()
+    rig.until(lambda: one.shards == [0, 1, 2, 3])
+    make_keyed(rig.broker, 2)
+    rig.until(lambda: one.shards == [0, 1])
+    assert [rig.lease(shard)["owner"] for shard in range(4)] == ["one", "one", "", ""]
+    make_keyed(rig.broker, 3, epoch=1)
+    rig.until(lambda: one.shards == [0, 1, 2] and {order["epoch"] for order in one.owned.values()} == {1})
+
+
+def test_a_client_that_stays_busy_keeps_its_shards(rig):
+    make_keyed(rig.broker)
+    one = rig.client("one", handover_timeout_s=0.3).consume()
+    rig.until(lambda: len(one.shards) == 8)
+    one.busy = True
+    two = rig.client("two").consume()
+    rig.until(lambda: one.ops().count("resume") >= 8)
+    assert len(one.shards) == 8
+    assert two.shards == []
+    one.busy = False
+    rig.until(lambda: len(one.shards) == len(two.shards) == 4)
+
+
+def test_a_client_that_does_not_read_keeps_its_shards(rig):
+    """A body may hold Python's lock for hours, while others want its shards again and again."""
+    make_keyed(rig.broker, 128)
+    busy = rig.client("busy", lease_ms=300, handover_timeout_s=0.01).consume()
+    rig.until(lambda: len(busy.shards) == 128)
+    rig.clients.remove(busy)
+    try:
+        rig.client("other", lease_ms=300).consume()
+        beats = _beats(rig)
+        rig.until(lambda: next(beats) >= 60, timeout=30)
+        assert rig.owners(128) == ["busy"] * 128
+    finally:
+        rig.clients.append(busy)
+    rig.until(lambda: len(busy.shards) == 64)
+
+
+def _beats(rig: Rig) -> Iterator[int]:
+    """How often the lease of shard 0 was renewed since."""
+    before, count = "", 0
+    while True:
+        now = rig.lease(0)["expires_at"]
+        count += now != before
+        before = now
+        yield count
+
+
+# Redis goes away
+
+
+def test_an_outage_moves_nothing(own_rig, proxy):
+    make_keyed(own_rig.broker)
+    way = proxy(own_rig.server)
+    via = Broker(way.url)
+    one, two = (own_rig.client(name, lease_ms=600).consume() for name in ("one", "two"))
+    three = own_rig.client("three", lease_ms=600, broker=via).consume()
+    for client in own_rig.clients:
+        client.join()
+    own_rig.until(lambda: sorted(len(client.shards) for client in own_rig.clients) == [2, 3, 3])
+    before = [client.tokens for client in (one, two, three)]
+    # Not even an answer: all leases run out together.
+    own_rig.server.pause()
+    own_rig.pass_time(2.5)
+    own_rig.server.resume()
+    wait_until(lambda: own_rig.consumers() == ["one", "three", "two"] and "" not in own_rig.owners())
+    own_rig.pass_time(1.5)
+    assert [client.tokens for client in (one, two, three)] == before
+    # Its process ends, and starts again with what was on disk.
+    own_rig.server.kill()
+    own_rig.pass_time(1.5)
+    own_rig.server.restart()
+    wait_until(lambda: own_rig.consumers() == ["one", "three", "two"] and "" not in own_rig.owners())
+    own_rig.pass_time(1.5)
+    assert [client.tokens for client in (one, two, three)] == before
+    assert not any("lost" in op for client in own_rig.clients for op in client.ops())
+    # One alone is cut off: its shards are the others'.
+    way.refuse()
+    way.cut()
+    own_rig.until(lambda: len(one.shards) == len(two.shards) == 4)
+    way.accept()
+    own_rig.until(lambda: three.lost and "lost_shared" in three.ops() and len(three.shards) >= 2)
+
+
+def test_a_flush_moves_nothing(rig):
+    make_keyed(rig.broker)
+    one, two = (rig.client(name).consume() for name in ("one", "two"))
+    rig.until(lambda: len(one.shards) == len(two.shards) == 4)
+    before = {**one.tokens, **two.tokens}
+    rig.redis.flushall()
+    rig.until(lambda: "" not in rig.owners() and len(rig.members()) == 2)
+    rig.pass_time(2.0)
+    assert {**one.tokens, **two.tokens} == before
+    assert {shard: int(rig.lease(shard)["token"]) for shard in range(8)} == before
+
+
+def test_redis_that_is_not_there_yet_is_waited_for(own_rig):
+    own_rig.server.stop()
+    client = own_rig.client("client").consume()
+    wait_until(lambda: _ignores(client.keeper.pid, signal.SIGTERM))
+    own_rig.pass_time(1.0)
+    own_rig.server.restart()
+    make_keyed(own_rig.broker)
+    own_rig.until(lambda: len(client.shards) == 8)
+
+
+# The keeper dies, or is ended
+
+
+def test_another_keeper_goes_on_where_one_died(rig):
+    make_keyed(rig.broker)
+    one, two = (rig.client(name, lease_ms=2000).consume() for name in ("one", "two"))
+    shared = one.join()
+    rig.until(lambda: len(one.shards) == len(two.shards) == 4)
+    before, numbers = one.tokens, set(one.owned)
+    os.kill(one.keeper.pid, signal.SIGKILL)
+    rig.clients.remove(one)
+    with pytest.raises(StreamTaskError, match=r"has ended .*-9"):
+        wait_until(lambda: one.pump() and False)
+    one.start()
+    rig.clients.append(one)
+    one.keeper.keep(shared)
+    one.consume()
+    # It finds by itself what is recorded as its client's.
+    rig.until(lambda: numbers.isdisjoint(one.owned) and len(one.shards) == 4)
+    assert one.tokens == before
+    rig.pass_time(3.0)
+    assert one.tokens == before
+    assert rig.consumers() == ["one"]
+    assert not any("lost" in op for op in one.ops() + two.ops())
+
+
+def test_a_new_keeper_can_be_told_of_shards(rig):
+    make_keyed(rig.broker)
+    one = rig.client("one", lease_ms=600).consume()
+    rig.until(lambda: len(one.shards) == 8)
+    before = dict(one.owned)
+    os.kill(one.keeper.pid, signal.SIGKILL)
+    rig.clients.remove(one)
+    with pytest.raises(StreamTaskError):
+        wait_until(lambda: one.pump() and False)
+    # Nobody renews, and another takes shard 3.
+    two = rig.client("two", lease_ms=600)
+    wait_until(lambda: rig.owners() == [""] * 8)
+    keys = queue_keys().shard(0, 3)
+    rig.redis.hset(keys.lease(GROUP), mapping={"owner": "two", "token": before[next(iter(before))]["token"] + 10**6,
+                                               "expires_at": rig.now_ms() + 60_000})  # fmt: skip
+    assert two.ops() == []
+    one.start()
+    rig.clients.append(one)
+    one.consume()
+    for order in before.values():
+        one.keeper.adopt(order)
+    rig.until(lambda: one.lost == [3])
+    rig.pass_time(1.0)
+    assert {**one.owned} == {number: order for number, order in before.items() if order["shard"] != 3}
+    assert rig.owners() == ["one" if shard != 3 else "two" for shard in range(8)]
+
+
+def test_close_gives_back_nothing_but_leaves_the_members(rig):
+    make_keyed(rig.broker)
+    client = rig.client("client", lease_ms=5000).consume()
+    client.join()
+    rig.until(lambda: len(client.shards) == 8)
+    client.keeper.close()
+    client.keeper.close()
+    assert not is_alive(client.keeper.pid)
+    assert rig.members() == []
+    assert rig.owners() == ["client"] * 8
+    assert rig.consumers() == ["client"]
+    rig.clients.clear()
+
+
+def test_close_does_first_what_was_asked_before(rig):
+    make_keyed(rig.broker)
+    client = rig.client("client", lease_ms=30_000).consume()
+    rig.until(lambda: len(client.shards) == 8)
+    client.keeper.cancel("q")
+    for number in client.owned:
+        client.keeper.released(number)
+    client.keeper.close()
+    rig.clients.clear()
+    assert [rig.lease(shard)["owner"] for shard in range(8)] == [""] * 8
+
+
+def test_a_keeper_that_nobody_holds_any_more_gives_all_back(rig):
+    """As when the client becomes another program (exec): then nobody can end what it had."""
+    client = rig.client("client", lease_ms=30_000)
+    client.join()
+    keeper = client.keeper
+    rig.until(lambda: _ignores(keeper.pid, signal.SIGTERM))
+    keeper._sock.close()
+    rig.clients.clear()
+    wait_until(lambda: rig.stream_consumers() == [])
+    assert keeper._process.wait(5) == 0
+
+
+def test_a_forked_child_does_not_end_its_parents_keeper(rig):
+    client = rig.client("client", lease_ms=600)
+    client.join()
+    gc.collect()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            client.keeper.close()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    rig.pass_time(1.5)
+    assert rig.consumers() == ["client"]
+
+
+# What it is given
+
+
+def test_a_queue_is_kept_from_expiring(rig):
+    client = rig.client("client", lease_ms=500)
+    key = expiring("streamtask", APP)
+    client.keeper.touch("reply", 60_000)
+    rig.until(lambda: rig.redis.zscore(key, "reply"))
+    first = rig.redis.zscore(key, "reply")
+    assert abs(first - rig.now_ms() - 60_000) < 5000
+    rig.until(lambda: rig.redis.zscore(key, "reply") > first)
+    client.keeper.touch("soon", 90)
+    rig.until(lambda: rig.redis.zscore(key, "soon"))
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        assert rig.redis.zscore(key, "soon") > rig.now_ms()
+    client.keeper.touch("soon", 0)
+    rig.until(lambda: rig.redis.zscore(key, "soon") < rig.now_ms() - 300)
+
+
+def test_passwords_and_objects_travel_unseen(own_rig, tmp_path, monkeypatch):
+    (tmp_path / "my_credentials.py").write_text(
+        "from redis.credentials import CredentialProvider\n"
+        "class Mine(CredentialProvider):\n"
+        "    def get_credentials(self):\n"
+        "        return ('s3cret-word',)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from my_credentials import Mine  # type: ignore[import-not-found]
+
+    make_keyed(own_rig.broker)
+    own_rig.server.config_set(requirepass="s3cret-word")
+    port = own_rig.server.port
+    brokers = [
+        Broker(f"redis://:s3cret-word@127.0.0.1:{port}/0"),
+        Broker(f"redis://127.0.0.1:{port}/0", options={"credential_provider": Mine()}),
+    ]
+    one, two = (own_rig.client(f"c{i}", broker=broker).consume() for i, broker in enumerate(brokers))
+    own_rig.until(lambda: len(one.shards) == len(two.shards) == 4)
+    for client in (one, two):
+        for name in ("cmdline", "environ"):
+            assert b"s3cret" not in Path(f"/proc/{client.keeper.pid}/{name}").read_bytes()
+    with pytest.raises(ConfigError, match="can't be given to the process"):
+        Client(Broker(f"redis://127.0.0.1:{port}/0", options={"credential_provider": lambda: 1}), "x")
+    with pytest.raises(ConfigError, match="memory://"):
+        Client(Broker("memory://x"), "x")
+
+
+def test_it_is_small_and_imports_no_kombu(rig):
+    client = rig.client("client").consume()
+    client.join()
+    rig.until(lambda: rig.redis.pubsub_numsub(queue_keys().channel(GROUP))[0][1] == 1)
+    maps = Path(f"/proc/{client.keeper.pid}/status").read_text()
+    resident = int(next(line.split()[1] for line in maps.splitlines() if line.startswith("VmRSS")))
+    print(f"{resident / 1024:.1f} MB")
+    assert resident < 60 * 1024
+    found = os.popen(
+        f"{sys.executable} -c 'import sys, streamtask.worker.keeper_main; print(\"kombu\" in sys.modules)'"
+    )
+    assert found.read() == "False\n"
+    assert found.close() is None
