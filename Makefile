@@ -44,6 +44,10 @@ bench: $(VENV)/.bench ## Measure against bare Redis programs, some minutes (make
 bench-peers: $(VENV)/.bench ## Measure against other task frameworks too, most of an hour; installs them into .bench
 	$(BIN)/python -m benchmarks --peers all $(ARGS)
 
+.PHONY: bench-celery
+bench-celery: $(VENV)/.bench ## Measure a Celery worker on our transport against one on kombu's redis transport, some minutes
+	$(BIN)/python -m benchmarks --celery $(ARGS)
+
 .PHONY: test-conformance
 test-conformance: $(VENV)/.test ## Run kombu's and Celery's own test suites, some minutes (make test-conformance ARGS='--help')
 	$(BIN)/python -m tests.conformance $(ARGS)

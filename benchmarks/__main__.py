@@ -16,14 +16,15 @@ from pathlib import Path
 
 from . import page
 from .bench import Bench, Contestant, Entry
-from .contestants import OURS, PEERS, peers
+from .contestants import OURS, PEERS, celery, peers
 from .processes import ROOT, BenchmarkFailed, stop
 from .report import as_text, target_rows, workload_rows
 from .results import Results
 from .server import awake_cpus, server
 from .targets import outcomes
+from .venvs import NotInstalled
 from .workloads import Workload
-from .workloads.all import QUICK, WORKLOADS
+from .workloads.all import CELERY, QUICK, WORKLOADS
 
 PAGE = ROOT / "docs" / "benchmarks"
 
@@ -77,12 +78,22 @@ def options_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measures streamtask against bare programs and other task frameworks."
     )
-    names = ",".join(one.name for one in WORKLOADS)
+    names, celery_names = (",".join(one.name for one in some) for some in (WORKLOADS, CELERY))
     parser.add_argument(
-        "--only", metavar="A,B", help=f"these workloads of {names}; all with --peers, else {','.join(QUICK)}"
+        "--only",
+        metavar="A,B",
+        help=f"these workloads of {names}; all with --peers, else {','.join(QUICK)}. With --celery of {celery_names}",
     )
     parser.add_argument(
         "--peers", metavar="A,B", help=f"other frameworks too, 'all' or some of: {','.join(PEERS)}; installs them"
+    )
+    parser.add_argument(
+        "--celery",
+        nargs="?",
+        const="",
+        metavar="PYTHON",
+        help="instead: Celery on our transport against Celery on kombu's redis transport, "
+        "both run by this interpreter (default: by one in an environment that is made for them)",
     )
     parser.add_argument("--rounds", type=int, help="how often all are measured in turn (5; 1 with --smoke)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it works, not how fast it is")
@@ -90,7 +101,11 @@ def options_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--write", action="store_true", help=f"write tables and pictures to {PAGE.relative_to(ROOT)}")
     parser.add_argument("--redis-server", metavar="PATH", help="which server to start (default: as embedded://)")
     options = parser.parse_args()
-    if options.only and (unknown := set(options.only.split(",")) - {one.name for one in WORKLOADS}):
+    if options.celery is not None:
+        names = celery_names
+        if options.peers:
+            parser.error("--celery is a run of its own, without --peers")
+    if options.only and (unknown := set(options.only.split(",")) - set(names.split(","))):
         parser.error(f"--only: no workload {', '.join(sorted(unknown))}; there are {names}")
     options.peers = list(PEERS) if options.peers == "all" else options.peers.split(",") if options.peers else []
     if unknown := set(options.peers) - set(PEERS):
@@ -100,6 +115,16 @@ def options_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return parser, options
+
+
+def workloads_of(options: argparse.Namespace) -> list[Workload]:
+    catalogue = WORKLOADS if options.celery is None else CELERY
+    names = [one.name for one in catalogue]
+    if options.only:
+        names = options.only.split(",")
+    elif options.celery is None and not options.peers and not options.smoke:
+        names = list(QUICK)
+    return [one for one in catalogue if one.name in names]
 
 
 def main() -> int:
@@ -115,10 +140,17 @@ def main() -> int:
     except EmbeddedServerError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, stop)
-    names = options.only.split(",") if options.only else None if options.peers or options.smoke else QUICK
-    chosen = [one for one in WORKLOADS if names is None or one.name in names]
-    others, missing = peers(options.peers, progress)
-    contestants = [*OURS, *others]
+    chosen = workloads_of(options)
+    contestants, missing = list(OURS), {}
+    if options.celery is None:
+        others, missing = peers(options.peers, progress)
+        contestants += others
+    else:
+        try:
+            contestants = celery(options.celery, progress)
+        except NotInstalled as error:
+            print(f"error: Celery could not be installed: {error}", file=sys.stderr)
+            return 1
     results = Results()
     folder = Path(tempfile.mkdtemp(prefix="streamtask-bench-"))
     began = time.monotonic()
@@ -146,7 +178,7 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
     if options.write:
-        page.write(results, chosen, PAGE)
+        page.write(results, chosen, PAGE, page.ALL if options.celery is None else page.CELERY)
     return 0
 
 

@@ -32,6 +32,8 @@ class Contestant:
     title: str
     python: str = sys.executable
     peer: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Told to its adapter in all workloads, with those of the entry."""
 
     def argv(self, *words: object) -> list[str]:
         return [self.python, str(ADAPTERS / f"{self.adapter}.py"), *map(str, words)]
@@ -99,7 +101,8 @@ class Bench:
         return {
             "BENCH_URL": f"redis://127.0.0.1:{self.port}/0",
             "BENCH_FOLDER": str(self.folder),
-            "BENCH_OPTIONS": json.dumps(dict(entry.options)),
+            "TMPDIR": str(self.folder),  # who is killed leaves its files there
+            "BENCH_OPTIONS": json.dumps({**entry.contestant.options, **entry.options}),
             "PYTHONPATH": os.pathsep.join(path),
             "PYTHONUNBUFFERED": "1",
         }

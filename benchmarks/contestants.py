@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .bench import Contestant
 from .venvs import NotInstalled, python_of
@@ -15,6 +16,21 @@ OURS = (
 
 # Each has adapters/NAME_.py and requirements/NAME.txt.
 PEERS = ("celery", "dramatiq", "rq", "huey", "arq", "saq", "taskiq", "streaq", "ardiq", "tarsk", "docket")
+
+
+# Where the transport and the plugin are measured: Celery on both, from one environment.
+CELERY = (
+    Contestant("redis", "celery_stock", "Celery on kombu's redis transport", peer=True, options={"broker": "redis"}),
+    Contestant("streamtask", "celery_stock", "Celery on our transport", options={"broker": "streamtask"}),
+)
+
+
+def celery(python: str, say: Callable[[str], None]) -> list[Contestant]:
+    """Both run by this interpreter, or by one in an environment of their own. Raises ``NotInstalled``."""
+    if not python:
+        say("installing celery")
+        python = python_of("celery")
+    return [replace(one, python=python) for one in CELERY]
 
 
 def peers(names: Sequence[str], say: Callable[[str], None]) -> tuple[list[Contestant], dict[str, str]]:

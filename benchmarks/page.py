@@ -1,9 +1,10 @@
-"""The page ``docs/benchmarks/README.md``: all that was measured, with pictures, versions and settings."""
+"""A page in ``docs/benchmarks/``: all that was measured, with pictures, versions and settings."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .plots import draw
@@ -14,18 +15,31 @@ from .workloads import Workload
 
 HEAD = """# Measured
 
-Made by `make bench-peers ARGS='--write'`; [the method](../benchmarks.md) says what each line means.
-Don't edit this page: it is written anew by the next run. All figures of all rounds are in [results.json](results.json).
+Made by `make {target} ARGS='--write'`; [the method](../benchmarks.md) says what each line means.
+Don't edit this page: it is written anew by the next run. All figures of all rounds are in [{figures}]({figures}).
 
 {facts}
 """
 
 
-def write(results: Results, workloads: Sequence[Workload], folder: Path) -> None:
+@dataclass(frozen=True)
+class Page:
+    """Names of files, and the target of ``make`` that writes them."""
+
+    name: str
+    figures: str
+    target: str
+
+
+ALL = Page("README.md", "results.json", "bench-peers")
+CELERY = Page("celery.md", "celery.json", "bench-celery")
+
+
+def write(results: Results, workloads: Sequence[Workload], folder: Path, page: Page) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results.as_json(), indent=1) + "\n")
+    (folder / page.figures).write_text(json.dumps(results.as_json(), indent=1) + "\n")
     pictures = draw(results, folder)
-    parts = [HEAD.format(facts=_facts(results)), _targets(results)]
+    parts = [HEAD.format(facts=_facts(results), target=page.target, figures=page.figures), _targets(results)]
     if pictures:
         parts.append("## Pictures\n\nRed: streamtask. Grey: bare programs. Blue: other frameworks. Medians.\n")
     parts += [f"![{title}]({name}.png)\n" for name, title in pictures]
@@ -38,7 +52,7 @@ def write(results: Results, workloads: Sequence[Workload], folder: Path) -> None
                 f"{_failures(results, workload.name)}"
             )
     parts += [_settings(results)]
-    (folder / "README.md").write_text("\n".join(parts))
+    (folder / page.name).write_text("\n".join(parts))
 
 
 def _facts(results: Results) -> str:

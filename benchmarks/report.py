@@ -10,23 +10,27 @@ from .targets import Outcome
 Column = tuple[str, str]
 """A figure's name, and what stands above it."""
 
+ENQUEUE: tuple[Column, ...] = (("one", "one by one /s"), ("bulk", "in bulk /s"), ("at_once", "50 at once /s"))
+DRAIN: tuple[Column, ...] = (
+    ("rate", "tasks/s"),
+    ("cpu_us_per_task", "worker CPU us/task"),
+    ("redis_cpu_us_per_task", "Redis CPU us/task"),
+    ("commands_per_task", "commands/task"),
+    ("rss", "RSS of all MB"),
+    ("rss_runner", "RSS of one MB"),
+    ("startup_s", "start-up s"),
+)
+LATENCY: tuple[Column, ...] = (("p50_ms", "p50 ms"), ("p99_ms", "p99 ms"))
+
 COLUMNS: dict[str, tuple[Column, ...]] = {
-    "enqueue": (("one", "one by one /s"), ("bulk", "in bulk /s"), ("at_once", "50 at once /s")),
-    "drain": (
-        ("rate", "tasks/s"),
-        ("cpu_us_per_task", "worker CPU us/task"),
-        ("redis_cpu_us_per_task", "Redis CPU us/task"),
-        ("commands_per_task", "commands/task"),
-        ("rss", "RSS of all MB"),
-        ("rss_runner", "RSS of one MB"),
-        ("startup_s", "start-up s"),
-    ),
+    "enqueue": ENQUEUE,
+    "drain": DRAIN,
     "each": (("rate", "tasks/s"), ("commands_per_task", "commands/task")),
     "two": (("rate", "tasks/s"),),
     "sleep1": (("efficiency", "efficiency"), ("rate", "tasks/s")),
     "sleep10": (("efficiency", "efficiency"), ("rate", "tasks/s")),
-    "latency": (("p50_ms", "p50 ms"), ("p99_ms", "p99 ms")),
-    "load": (("offered_per_s", "offered /s"), ("p50_ms", "p50 ms"), ("p99_ms", "p99 ms")),
+    "latency": LATENCY,
+    "load": (("offered_per_s", "offered /s"), *LATENCY),
     "order": (("out_of_order", "pairs out of order"), ("pairs", "of"), ("processes", "processes that ran some")),
     "crash": (
         ("lost", "lost"),
@@ -44,6 +48,10 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
     "shards": (("rate", "tasks/s"), ("commands_per_task", "commands/task")),
     "backlog": (("window_rate", "tasks/s, same number"), ("rate", "tasks/s, all")),
+    "celery_enqueue": ENQUEUE,
+    "celery_1": DRAIN,
+    "celery_4": DRAIN,
+    "celery_latency": LATENCY,
 }
 
 

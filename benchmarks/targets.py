@@ -94,6 +94,45 @@ TARGETS = (
         ("two", "streamtask, 2 shards, 2 processes", "rate"),
         ("two", "streamtask, 1 shard, 1 process", "rate"),
     ),
+    Target("Celery drain, -c 1 / redis", ">=1.3x", ("celery_1", ST, "rate"), ("celery_1", "redis", "rate")),
+    Target("Celery drain, -c 4 / redis", ">=1.3x", ("celery_4", ST, "rate"), ("celery_4", "redis", "rate")),
+    Target(
+        "Celery drain, late acks, -c 1 / redis",
+        ">=1.3x",
+        ("celery_1", f"{ST}, late", "rate"),
+        ("celery_1", "redis, late", "rate"),
+    ),
+    Target(
+        "Celery drain, late acks, -c 4 / redis",
+        ">=1.3x",
+        ("celery_4", f"{ST}, late", "rate"),
+        ("celery_4", "redis, late", "rate"),
+    ),
+    Target(
+        "Celery drain, -c 1, keyed / plain with late acks",
+        ">=0.8x",
+        ("celery_1", "keyed", "rate"),
+        ("celery_1", f"{ST}, late", "rate"),
+    ),
+    Target(
+        "Celery drain, -c 4, keyed / plain with late acks",
+        ">=0.8x",
+        ("celery_4", "keyed", "rate"),
+        ("celery_4", f"{ST}, late", "rate"),
+    ),
+    Target("Celery delay() / redis", ">=1.0x", ("celery_enqueue", ST, "one"), ("celery_enqueue", "redis", "one")),
+    Target(
+        "Celery latency at rest, p50 / redis",
+        "<=1.0x",
+        ("celery_latency", ST, "p50_ms"),
+        ("celery_latency", "redis", "p50_ms"),
+    ),
+    Target(
+        "Celery latency at rest, p99 / redis",
+        "<=1.0x",
+        ("celery_latency", ST, "p99_ms"),
+        ("celery_latency", "redis", "p99_ms"),
+    ),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import Workload, crash, drain, enqueue, idle, latency, memory, order, scale
+from . import Workload, celery, crash, drain, enqueue, idle, latency, memory, order, scale
 
 WORKLOADS: tuple[Workload, ...] = (
     enqueue.WORKLOAD,
@@ -21,6 +21,9 @@ WORKLOADS: tuple[Workload, ...] = (
     scale.SHARDS_WORKLOAD,
     scale.BACKLOG,
 )
+
+CELERY = celery.WORKLOADS
+"""What runs with --celery, instead of those."""
 
 QUICK = ("enqueue", "drain", "each", "two", "latency", "idle", "memory", "ids")
 """What runs where nothing else is asked for: under five minutes, without other frameworks."""

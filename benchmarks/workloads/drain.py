@@ -24,13 +24,22 @@ class TooQuick(BenchmarkFailed):
 
 
 def drain(
-    bench: Bench, entry: Entry, n: int, task: str = "noop", ms: float = 0.0, window: tuple[int, int] | None = None
+    bench: Bench,
+    entry: Entry,
+    n: int,
+    task: str = "noop",
+    ms: float = 0.0,
+    window: tuple[int, int] | None = None,
+    warm_up: int = 1,
 ) -> Figures:
+    """The rate is that of all tasks after the first WARM_UP; the window is one within these."""
     bench.clear()
     bench.fill(entry, task, n, ms=ms)
     client = bench.client
     with bench.counters() as counters, bench.worker(entry) as worker:
         worker.wait_for(counters, 1, START_TIMEOUT_S, POLL_S)
+        started = time.perf_counter()
+        worker.wait_for(counters, warm_up, DRAIN_TIMEOUT_S, POLL_S)
         first, began = counters.total(), time.perf_counter()
         pids = tree(worker.process.pid)
         cpu, redis_cpu, commands = cpu_seconds(pids), cpu_of(client), commands_of(client)
@@ -47,7 +56,7 @@ def drain(
             raise TooQuick(f"all {n} were run between two looks: take more")
         figures |= {
             "rate": (n - first) / (ended - began),
-            "startup_s": began - worker.began,
+            "startup_s": started - worker.began,
             "n": n,
             "seconds": ended - began,
             "rss": float(sum(memory.values())),

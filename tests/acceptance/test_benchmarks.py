@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.helpers import spawn, wait_until
 
 RUN = ("-m", "benchmarks")
 WORKLOADS = "enqueue,drain,each,two,sleep10,latency,load,order,crash,idle,memory,ids"
+CELERY = "celery_enqueue,celery_4,celery_latency"
 
 
 @pytest.fixture
@@ -23,15 +25,21 @@ def env(tmp_path: Path) -> dict[str, str | None]:
 
 
 @pytest.mark.slow
-def test_smoke(tmp_path: Path, env: dict[str, str | None]) -> None:
-    """With streamtask and the bare programs: nothing is installed. Other workloads only repeat one of these."""
+@pytest.mark.parametrize(
+    "chosen, workloads", [((), WORKLOADS), (("--celery", sys.executable), CELERY)], ids=["ours", "celery"]
+)
+def test_smoke(chosen: tuple[str, ...], workloads: str, tmp_path: Path, env: dict[str, str | None]) -> None:
+    """With streamtask and the bare programs, then with the Celery of the tests: nothing is installed.
+
+    Other workloads only repeat one of these.
+    """
     file = tmp_path / "figures.json"
-    with spawn(*RUN, "--smoke", "--only", WORKLOADS, "--json", file, env=env, cwd=tmp_path) as run:
+    with spawn(*RUN, "--smoke", *chosen, "--only", workloads, "--json", file, env=env, cwd=tmp_path) as run:
         assert run.wait(100) == 0, str(run)
         output = run.stdout
     found = json.loads(file.read_text())
     assert not any(found["failures"].values())
-    assert list(found["rounds"]) == WORKLOADS.split(",")
+    assert list(found["rounds"]) == workloads.split(",")
     for workload, rounds in found["rounds"].items():
         assert len(rounds) == 1
         assert set(rounds[0]) == set(found["order"][workload])
