@@ -334,7 +334,9 @@ def open_link(
     client: Any, where: str, *, timeout_s: float | None = None, buffer_bytes: int = SMALL, memory: bool = False
 ) -> Link:
     """A new, unconnected link to the server of a redis-py client."""
-    conn: redis.Connection = client.connection_pool.make_connection()
+    pool = client.connection_pool
+    # Not by the pool's make_connection: the pool counts these, and nobody would give them back to it.
+    conn: redis.Connection = pool.connection_class(**pool.connection_kwargs)
     if timeout_s is not None:
         conn.socket_timeout = timeout_s
     return (MemoryLink if memory else Link)(conn, where, buffer_bytes)

@@ -18,7 +18,7 @@ SCHEMES = (
 )  # fmt: skip
 
 for scheme in SCHEMES:
-    TRANSPORT_ALIASES[scheme] = "streamtask.transport:Transport"
+    TRANSPORT_ALIASES[scheme] = "streamtask.transport.transport:SchemeTransport"
 
 __all__ = ["Transport"]
 

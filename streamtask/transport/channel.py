@@ -202,6 +202,11 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         """The queues with streams that this channel takes messages from."""
         return self._no_ack
 
+    @property
+    def _in_poll(self) -> bool:
+        """Whether a wait for messages is under way, by the name that kombu's redis transport has for it."""
+        return bool(self.poller.waits())
+
     def room(self) -> int | None:
         """How many more messages this channel may be given; None: as many as there are."""
         if not self.qos.can_consume():
@@ -247,12 +252,17 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self.connection._callbacks.pop(queue, None)
         if self._pid != os.getpid():
             return
-        if self._no_ack.pop(queue, None) is None:
-            self.poller.listener.unsubscribe(queue)
-            self.session.listened.discard(queue)
-        else:
+        if self._no_ack.pop(queue, None) is not None:
             self.poller.forget(queue)
             self.session.cancel(queue, self)
+        else:
+            self.poller.listener.unsubscribe(queue)
+            self.session.listened.discard(queue)
+
+    def queue_gone(self, queue: str) -> None:
+        """A queue that this channel consumes was deleted: nothing more comes of it."""
+        self._no_ack.pop(queue, None)
+        self._got.discard(queue)
 
     def deliver(self, payload: dict[str, Any], tag: str, queue: str) -> None:
         """Gives a message to its consumer."""

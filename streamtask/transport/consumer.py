@@ -109,12 +109,21 @@ class StreamConsumer(ShardConsumer):
             self._returned.append(delivery[0] if isinstance(delivery, list) else delivery.entry_id)
         self.buffer.clear()
 
-    def look_for_replacement(self, link: Link, delivery: Delivery) -> Delivery:
-        """What is to be delivered in a rejected message's place: a retry may have been stored before its process died."""
+    def replaced(self, link: Link, batch: Batch) -> Delivery | None:
+        """What is to be delivered in place of a message that comes again: a retry may have been stored before its process
+        died. None if that is not due yet."""
+        delivery = batch.deliveries[0]
         text = link.command("HGET", self._replaced_key, delivery.entry_id)
         if text is None or _parse(text)[0] <= self.generation(delivery.entry_id):
             return delivery
-        return self._replace(delivery.entry_id, text)[0]
+        following, due_ms = self._replace(delivery.entry_id, text)
+        wait_s = (due_ms - self.redis_ms()) / 1000
+        if wait_s <= 0:
+            batch.items = [following]
+            return following
+        self.handed.pop(batch.number, None)
+        self.lanes.close(following.lane_key, following, mono_s() + wait_s, self._numbers)
+        return None
 
     def _replace(self, entry_id: bytes, text: bytes) -> tuple[Delivery, int]:
         generation, due_ms, envelope = _parse(text)

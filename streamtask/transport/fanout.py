@@ -49,7 +49,8 @@ class Listener:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._link: Link = session.broker.link()
+        self._opened: Link | None = None  # most connections listen to nothing
+        self._confirmed = False
         self._queues: dict[bytes, set[str]] = {}  # by pattern
         self._arrived: deque[tuple[str, bytes]] = deque()
         self._heard_at = mono_s()
@@ -59,8 +60,14 @@ class Listener:
         return self._link.fileno() if self._queues else -1
 
     @property
+    def _link(self) -> Link:
+        if self._opened is None:
+            self._opened = self._session.broker.link()
+        return self._opened
+
+    @property
     def stamp(self) -> object:
-        return id(self._link), self._link.connects
+        return None if self._opened is None else (id(self._opened), self._opened.connects)
 
     def subscribe(self, queue: str, exchange: str, routing_key: str) -> None:
         """Returns when Redis has answered: what is published from then on is heard."""
@@ -71,6 +78,7 @@ class Listener:
         if new:
             self._link.send(pack("PSUBSCRIBE", *new))
             self._await(b"psubscribe", len(new))
+            self._confirmed = True
 
     def unsubscribe(self, queue: str) -> None:
         gone = []
@@ -117,21 +125,29 @@ class Listener:
             return queue, payload
         return None
 
-    def check(self) -> None:
-        """Finds out about a connection whose other end is gone. Raises ``BrokerUnavailable``."""
+    def confirmed(self) -> bool:
+        """Whether a subscription has begun since the last call: an event like others to who drains, as with kombu's redis."""
+        confirmed, self._confirmed = self._confirmed, False
+        return confirmed
+
+    def overdue(self) -> bool:
+        """Whether Redis was asked for a sign and has given none; asks where it was quiet for long."""
         if not self._queues:
-            return
+            return False
         quiet_s = mono_s() - self._heard_at
         if quiet_s > PING_S and not self._pinged:
             self._pinged = True
             self._heard_at = mono_s()
             self._link.send(pack("PING"))
-        elif self._pinged and quiet_s > self._session.broker.timeout_s:
-            self._link.close()
-            raise BrokerUnavailable(
-                f"Redis at {self._session.broker.safe_url} does not answer on its pub/sub connection"
-            )
+            return False
+        return self._pinged and quiet_s > self._session.broker.timeout_s
+
+    def fail(self) -> None:
+        """The other end is gone. Raises ``BrokerUnavailable``."""
+        self._link.close()
+        raise BrokerUnavailable(f"Redis at {self._session.broker.safe_url} does not answer on its pub/sub connection")
 
     def close(self) -> None:
         self._queues = {}
-        self._link.close()
+        if self._opened is not None:
+            self._opened.close()

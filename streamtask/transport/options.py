@@ -7,12 +7,15 @@ URLs: ``streamtask://[user:password@]host[:port][/db]``; ``streamtasks://`` with
 
 from __future__ import annotations
 
+import functools
 import logging
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+from kombu.utils.url import url_to_parts
 
 from ..errors import ConfigError
 from ..queue.producer import ProducerSettings
@@ -93,11 +96,10 @@ def options_of(client: Any) -> Options:
     order = given.get("queue_order_strategy", "round_robin")
     if order not in ("round_robin", "sorted", "priority"):
         raise ConfigError(f"queue_order_strategy must be round_robin, sorted or priority, not {order!r}")
-    steps = tuple(sorted(int(step) for step in given.get("priority_steps", (0, 3, 6, 9))))
-    if not steps or steps[0] != 0:
-        raise ConfigError(f"priority_steps must begin with 0, as in [0, 3, 6, 9]; they are {list(steps)}")
+    if given.get("body_encoding") not in (None, "base64"):
+        raise ConfigError(f"body_encoding must be None or base64, not {given['body_encoding']!r}")
     return Options(
-        namespace=f"{given.get('global_keyprefix', '')}{given.get('namespace', 'streamtask')}",
+        namespace=_text(given, "global_keyprefix", "", empty=True) + _text(given, "namespace", "streamtask"),
         shards=_number(given, "shards", 8, least=1, most=1024),
         lease_ms=int(_number(given, "lease", 5.0, least=0.2) * 1000),
         handover_timeout_s=_number(given, "handover_timeout", 10.0, least=0.0),
@@ -105,36 +107,55 @@ def options_of(client: Any) -> Options:
         produce_ttl_ms=int(_number(given, "produce_ttl", 120.0, least=1.0) * 1000),
         max_backlog=_number(given, "max_backlog", 0, least=0),
         send_timeout_s=_number(given, "send_timeout", 1.0, least=0.0),
-        priority_steps=steps,
+        priority_steps=_steps(given.get("priority_steps", (0, 3, 6, 9))),
         queue_order=order,
         fanout_patterns=bool(given.get("fanout_patterns", True)),
         db=_db(client),
     )
 
 
-def _number(given: Mapping[str, Any], name: str, default: Any, *, least: float, most: float = float("inf")) -> Any:
+def _number(given: Mapping[str, Any], name: str, default: Any, *, least: float, most: float = 1e9) -> Any:
     value = given.get(name, default)
     try:
         number = type(default)(value)
-        if isinstance(value, bool) or not least <= number <= most:
+        if isinstance(value, bool) or (isinstance(value, float) and number != value) or not least <= number <= most:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        kind = "a whole number" if isinstance(default, int) else "a number"
         raise ConfigError(
-            f"the transport option {name} must be a number of at least {least:g}, not {value!r}"
+            f"the transport option {name} must be {kind} from {least:g} to {most:g}, not {value!r}"
         ) from None
     return number
+
+
+def _text(given: Mapping[str, Any], name: str, default: str, *, empty: bool = False) -> str:
+    value = given.get(name, default)
+    if not isinstance(value, str) or not (value or empty):
+        raise ConfigError(f"the transport option {name} must be a text, not {value!r}")
+    return value
+
+
+def _steps(given: Any) -> tuple[int, ...]:
+    try:
+        steps = tuple(sorted({int(step) for step in given}))
+    except (TypeError, ValueError):
+        steps = ()
+    if not steps or steps[0] != 0:
+        raise ConfigError(f"priority_steps must be numbers of which 0 is the least, as in [0, 3, 6, 9], not {given!r}")
+    return steps
 
 
 def broker_of(client: Any) -> Broker:
     """The broker of a kombu connection. Raises ``ConfigError``."""
     given: Mapping[str, Any] = client.transport_options or {}
     options: dict[str, Any] = {}
-    for name in ("socket_connect_timeout", "socket_keepalive", "socket_keepalive_options"):
+    for name in ("socket_keepalive", "socket_keepalive_options"):
         if given.get(name) is not None:
             options[name] = given[name]
-    for name in ("min_other_sentinels", "sentinel_kwargs"):
-        if given.get(name):
-            options[name] = given[name]
+    # The timeout of the kombu connection itself is that of Celery's ``broker_connection_timeout``.
+    connect = {"socket_connect_timeout": given.get("socket_connect_timeout") or client.connect_timeout or 5.0}
+    options["socket_connect_timeout"] = _number(connect, "socket_connect_timeout", 5.0, least=0.001)
+    options |= _for_sentinel(given)
     if client.ssl:
         options |= _tls(client.ssl if isinstance(client.ssl, Mapping) else {})
     provider = given.get("credential_provider") or getattr(client, "credential_provider", None)
@@ -143,17 +164,34 @@ def broker_of(client: Any) -> Broker:
         url = "rediss" + url[len("redis") :]
     options |= _tls({name: query.pop(name) for name in list(query) if name.startswith("ssl_")})
     provider = query.pop("credential_provider", None) or provider
+    if provider is None and callable(client.password):
+        provider = _CalledPassword(client.userid, client.password)
     if provider:
         options["credential_provider"] = _provider(provider)
     if query:
         url += "?" + urlencode(query)
-    # A Connection's connect_timeout counts where nothing else is said, as in kombu.
+    name = given.get("client_name") or "streamtask"
+    if not isinstance(name, str) or not all("!" <= letter <= "~" for letter in name):
+        raise ConfigError(f"client_name may have no spaces and no special characters, unlike {name!r}")
+    timeout = {"socket_timeout": given.get("socket_timeout") or 5.0}
     return Broker(
         url,
-        timeout_s=float(given.get("socket_timeout") or 5.0),
-        client_name=str(given.get("client_name") or "streamtask"),
+        timeout_s=_number(timeout, "socket_timeout", 5.0, least=0.001),
+        client_name=name,
         options=options,
     )
+
+
+def _for_sentinel(given: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if given.get("min_other_sentinels"):
+        found["min_other_sentinels"] = _number(given, "min_other_sentinels", 0, least=0)
+    kwargs = given.get("sentinel_kwargs")
+    if kwargs:
+        if not isinstance(kwargs, Mapping):
+            raise ConfigError(f"sentinel_kwargs must be a dict of options for connections to Sentinels, not {kwargs!r}")
+        found["sentinel_kwargs"] = dict(kwargs)
+    return found
 
 
 def _tls(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,6 +203,8 @@ def _tls(given: Mapping[str, Any]) -> dict[str, Any]:
             value = {ssl.CERT_NONE: "none", ssl.CERT_OPTIONAL: "optional"}.get(ssl.VerifyMode(value), "required")
         elif name == "ssl_cert_reqs" and isinstance(value, str):
             value = value.lower().removeprefix("cert_")
+            if value not in ("none", "optional", "required"):
+                raise ConfigError(f"ssl_cert_reqs must be none, optional or required, not {value!r}")
         elif name == "ssl_check_hostname" and isinstance(value, str):
             value = value.lower() != "false"
         found[name] = value
@@ -174,51 +214,106 @@ def _tls(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _provider(provider: Any) -> Any:
-    from kombu.utils.imports import symbol_by_name
-
     if isinstance(provider, str):
-        provider = symbol_by_name(provider)()
+        provider = _named_provider(provider)
     if not hasattr(provider, "get_credentials"):
         raise ConfigError(f"the credential provider {provider!r} has no get_credentials: it must be one of redis-py's")
     return provider
 
 
+@functools.cache
+def _named_provider(name: str) -> Any:
+    """One for all connections of the process: what differs in its provider would be another broker's session."""
+    from kombu.utils.imports import symbol_by_name
+
+    try:
+        return symbol_by_name(name)()
+    except Exception as exc:
+        raise ConfigError(f"the credential provider {name!r} can't be made: {exc!r}") from exc
+
+
+@dataclass(frozen=True)
+class _CalledPassword:
+    """A password that kombu's connection was given as a callable: asked for at every connect. One of redis-py's providers
+    by its methods, and equal and shown alike for all connections that were given the same callable."""
+
+    user: str | None
+    password: Callable[[], str]
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        return (self.user, self.password()) if self.user else (self.password(),)
+
+
 def _url(client: Any) -> tuple[str, dict[str, str]]:
     """The broker's URL, and what was in its query."""
-    hostname = client.hostname or "localhost"
-    if "://" in hostname:
-        scheme, _, rest = hostname.partition("://")
+    given = _whole_url(client)
+    if given is not None:
+        scheme, _, rest = given.partition("://")
         scheme = scheme.removeprefix("streamtask+")
         rest, _, text = rest.partition("?")
         query = dict(parse_qsl(text))
     else:
-        # kombu took the URL apart: Connection(hostname=...), or the next of a failover list.
+        # Connection(hostname=..., port=...)
         scheme = client.transport_cls if isinstance(client.transport_cls, str) else "redis"
         scheme = scheme.removeprefix("streamtask+")
         if scheme not in SCHEMES and scheme not in ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster"):
             scheme = "redis"
         query = {}
         rest = ""
-        if client.userid or client.password:
-            rest = f"{quote(client.userid or '', safe='')}:{quote(client.password or '', safe='')}@"
-        rest += hostname + (f":{client.port}" if client.port else "")
+        password = "" if callable(client.password) else client.password or ""
+        if password or (client.userid and not client.password):
+            rest = f"{quote(client.userid or '', safe='')}:{quote(password, safe='')}@"
+        host = client.hostname or "localhost"
+        rest += f"[{host}]" if ":" in host and not host.startswith("[") and "," not in host else host
+        rest += f":{client.port}" if client.port else ""
         path = str(client.virtual_host or "").lstrip("/")
         rest += f"/{path}" if path else ""
     scheme = SCHEMES.get(scheme, scheme)
     if scheme == "unix":
-        rest = "/" + rest.lstrip("/") if not rest.startswith("/") else rest
-        query.setdefault("db", str(_db_number(query.pop("virtual_host", None) or _vhost_of_socket(client))))
+        rest = "/" + rest.lstrip("/") if rest else ""
+        query.setdefault("db", str(_db_number(query.pop("virtual_host", None))))
     elif "virtual_host" in query:
         rest = f"{rest.partition('/')[0]}/{_db_number(query.pop('virtual_host'))}"
     if scheme == "redis+sentinel":
         rest = _sentinel(client, rest)
     elif scheme == "redis+cluster":
         rest = rest.partition("/")[0]
+    if scheme in ("redis", "rediss", "redis+cluster", "redis+sentinel"):
+        rest = _with_host(rest)
     return f"{scheme}://{rest.rstrip('/')}", query
 
 
-def _vhost_of_socket(client: Any) -> Any:
-    return None if "://" in (client.hostname or "") else 0
+def _whole_url(client: Any) -> str | None:
+    """The URL that a kombu connection was given, None if it was given its parts.
+
+    When kombu goes on to the next URL of a failover list it takes that apart, keeps the port and the database of the last
+    one where the next names none, and can't tell a socket's path; so what it is at now is looked up in the list.
+    """
+    hostname = client.hostname or ""
+    if "://" in hostname:
+        return str(hostname)
+    hostname = hostname.removeprefix("streamtask+")  # as a clone has it
+    for url in client.alt or ():
+        if not isinstance(url, str) or "://" not in url:
+            continue
+        try:
+            scheme, host, port, user, password, path, _ = url_to_parts(url)
+        except ValueError:
+            continue  # several hosts in one URL
+        if (scheme, host or "") != (client.transport_cls, hostname):
+            continue
+        pairs = (
+            (port, client.port), (path, client.virtual_host), (user, client.userid), (password, client.password),
+        )  # fmt: skip
+        if all(named is None or str(named) == str(current) for named, current in pairs):
+            return url
+    return None
+
+
+def _with_host(rest: str) -> str:
+    """``redis://`` is the server of this machine."""
+    userinfo, at, place = rest.rpartition("@")
+    return f"{userinfo}{at}localhost{place}" if not place or place[0] in ":/" else rest
 
 
 def _sentinel(client: Any, rest: str) -> str:
@@ -228,8 +323,7 @@ def _sentinel(client: Any, rest: str) -> str:
     service, _, db = path.strip("/").partition("/")
     if service.isdigit() and not db:
         service, db = "", service
-    name = (client.transport_options or {}).get("master_name")
-    service = service or name or ""
+    service = service or _text(client.transport_options or {}, "master_name", "", empty=True)
     if "," not in hosts and client.alt:
         found = [urlsplit(url if "://" in url else f"//{url}").netloc.rpartition("@")[2] for url in client.alt if url]
         hosts = ",".join(dict.fromkeys(host for host in found if host)) or hosts

@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
@@ -27,11 +27,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("streamtask.transport")
 
 BLOCK_S = 5.0
+WRITE_S = 0.005
+"""Longest time for which what has ended waits to be written, while messages are being delivered."""
+
 TURNS = 10
 """Fetches in one tick at most: others wait for the loop, too."""
 
 MOST = 100
 """Messages that one fetch brings where there is no prefetch limit, in the event loop."""
+
+
+def readable(fds: Iterable[int], timeout_s: float) -> list[int]:
+    """Which of these can be read from, after at most so long. With gevent and eventlet others run meanwhile."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        return [fd for fd, _ in poll.poll(max(0, int(timeout_s * 1000 + 0.999)))]
+    return select.select(list(fds), [], [], timeout_s)[0]
 
 
 class Bell:
@@ -132,11 +145,23 @@ class Poller:
             self._epoch = session.epoch
             self._waiting.clear()
             raise LeaseLost("messages that were delivered to this process are others' now; it begins anew")
-        self.listener.check()
+        # Who did not look for a while has to look before judging.
+        if self.listener.overdue() and not self._look(self.listener.fileno()):
+            self.listener.fail()
         for bell in self._bells.values():
-            if bell.asked and mono_s() > bell.overdue_at:
+            if bell.asked and mono_s() > bell.overdue_at and not self._look(bell.link.fileno()):
                 self._drop(bell)
                 raise BrokerUnavailable(f"Redis at {session.broker.safe_url} does not answer")
+
+    def _look(self, fd: int) -> bool:
+        """Reads from a socket if there is something to read."""
+        if fd < 0 or not readable([fd], 0.0):
+            return False
+        self._take(fd)
+        return True
+
+    def waits(self) -> bool:
+        return any(bell.asked for bell in self._bells.values())
 
     def _fetch(self) -> Iterator[tuple[dict[str, Any], str, str]]:
         """Fetches for all queues with room; what is not taken from this iterator goes back."""
@@ -260,8 +285,13 @@ class Poller:
         self._check()
         self._deliver_fanout(1000)
         for _ in range(TURNS):
+            written_at = mono_s()
             for payload, tag, queue in self._fetch():
                 self.deliver(payload, tag, queue)
+                # A pool that runs bodies in this very thread takes its time.
+                if mono_s() > written_at + WRITE_S and self.session.has_to_flush():
+                    self.session.flush()
+                    written_at = mono_s()
             if not self.session.has_to_flush():
                 break
             self.session.flush()  # which may open lanes
@@ -297,8 +327,9 @@ class Poller:
         if self._pid != os.getpid():
             self._begin()
         while True:
+            self.session.take_orders()
             self._check()
-            if self._deliver_fanout(1):
+            if self._deliver_fanout(1) or self.listener.confirmed():
                 return
             if not self._waiting:
                 # The room counts what lies here already, so this must grow one by one.
@@ -307,6 +338,9 @@ class Poller:
             if self._waiting:
                 self.deliver(*self._waiting.popleft())
                 return
+            if self.session.has_to_flush():
+                self.session.flush()
+                continue
             left = None if deadline is None else deadline - mono_s()
             if left is not None and left <= 0:
                 raise TimeoutError("timed out")
@@ -320,13 +354,7 @@ class Poller:
             timeout_s = min(timeout_s, max(0.0, due - mono_s()))
         self._asleep = True
         try:
-            if hasattr(select, "poll"):
-                poll = select.poll()
-                for fd in fds:
-                    poll.register(fd, select.POLLIN)
-                ready = [fd for fd, _ in poll.poll(max(0, int(timeout_s * 1000 + 0.999)))]
-            else:
-                ready = select.select(list(fds), [], [], timeout_s)[0]
+            ready = readable(fds, timeout_s)
         finally:
             self._asleep = False
         for fd in ready:

@@ -214,9 +214,11 @@ class Session:
     def _join(self, consumed: Consumed) -> None:
         """Becomes a consumer of the queue's shared streams, and takes part in its shards."""
         queue = consumed.queue
-        queue.refresh()
-        if SHARED not in queue.opened:
-            queue.open(SHARED)
+        if queue.declared:
+            queue.refresh()
+        else:
+            queue.shape()  # after a flush this makes all streams again that were made before
+        queue.open(SHARED)
         for priority in queue.priorities:
             if priority not in consumed.streams:
                 queue.open(shared(priority))
@@ -269,6 +271,8 @@ class Session:
             consumed = self.consumed.pop(name, None)
             self.queues.pop(name, None)
             if consumed is not None:
+                for user in list(consumed.users):
+                    user.queue_gone(name)
                 self._forget(consumed)
 
     def _forget(self, consumed: Consumed) -> None:
@@ -353,7 +357,7 @@ class Session:
 
     def _own(self, order: dict[str, Any]) -> None:
         consumed = self.consumed.get(order["queue"])
-        if consumed is None:
+        if consumed is None or not consumed.users:
             self.keeper().released(order["number"])
             return
         shard, number = int(order["shard"]), int(order["number"])
@@ -366,7 +370,8 @@ class Session:
         lease = Lease(names, GROUP, self.incarnation, self.options.lease_ms, False, token, 0.0, by_expiry)
         held = consumed.shards.get(shard)
         if held is not None and held.lease.token == lease.token:
-            return  # told again by a new keeper
+            held.closing = False  # told again by a new keeper
+            return
         if held is not None:
             self._forget_deliveries(held)
         consumer = StreamConsumer(lease, consumed.queue.name, shard, self._settings)
@@ -584,6 +589,11 @@ class Session:
 
     def _handed(self, consumed: Consumed, consumer: StreamConsumer, batch: Batch) -> tuple[dict[str, Any], str] | None:
         delivery = batch.deliveries[0]
+        if not delivery.fresh and not consumer.lease.shared:
+            following = consumer.replaced(self._link, batch)
+            if following is None:
+                return None
+            delivery = following
         payload = decode(delivery)
         if expired(payload, delivery.entry_id, consumer.redis_ms()):
             consumer.end(batch)
@@ -689,20 +699,11 @@ class Session:
             handed = self.handed.pop(tag, None)
             if handed is None:
                 return False
-            if not requeue:
-                handed.consumer.reject(handed.batch)
+            if requeue:
+                handed.consumer.give_back(handed.batch)
             else:
-                self._give_back(handed)
+                handed.consumer.reject(handed.batch)
             return True
-
-    def _give_back(self, handed: Handed) -> None:
-        consumer, batch = handed.consumer, handed.batch
-        if not consumer.lease.shared:
-            try:
-                batch.items = [consumer.look_for_replacement(self._link, batch.deliveries[0])]
-            except StreamTaskError as exc:
-                log.warning("could not look for a retry: %s", exc)
-        consumer.give_back(batch)
 
     def restore(self, tags: Iterable[str]) -> None:
         """A channel closes: what it was given and has not acknowledged is delivered again, but for what is worked on."""
@@ -713,7 +714,8 @@ class Session:
                 kept.update(ask(left))
             for tag in left:
                 if tag not in kept:
-                    self._give_back(self.handed.pop(tag))
+                    handed = self.handed.pop(tag)
+                    handed.consumer.give_back(handed.batch)
 
     def has_to_flush(self) -> bool:
         return any(c.has_to_flush() for consumed in self.consumed.values() for c in consumed.consumers())

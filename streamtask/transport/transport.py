@@ -20,10 +20,10 @@ from .session import Session, session_of
 
 
 class Transport(virtual.Transport):  # type: ignore[misc]
-    """``streamtask://`` for kombu and Celery: see ``docs/celery.md``."""
+    """The transport by its own name, ``broker_transport="streamtask.transport:Transport"``, with a ``redis://`` URL."""
 
     Channel = Channel
-    can_parse_url = True  # so that the URL comes whole, with its scheme
+    can_parse_url = True  # so that the URL comes whole: kombu would take its scheme away
     default_port = 6379
     driver_type = "redis"
     driver_name = "streamtask"
@@ -81,6 +81,12 @@ class Transport(virtual.Transport):  # type: ignore[misc]
 
     def verify_connection(self, connection: Any) -> bool:
         return not self.poller.closed
+
+
+class SchemeTransport(Transport):
+    """``streamtask://`` for kombu and Celery: see ``docs/celery.md``. The scheme says what it is, and kombu parses the rest."""
+
+    can_parse_url = False
 
 
 def _keep_failover(client: Any) -> None:
