@@ -324,6 +324,11 @@ def _sentinel(client: Any, rest: str) -> str:
     if service.isdigit() and not db:
         service, db = "", service
     service = service or _text(client.transport_options or {}, "master_name", "", empty=True)
+    if not service:
+        raise ConfigError(
+            "the broker URL names no service of the Sentinels: it goes behind the hosts, as in "
+            "streamtask+sentinel://host1:26379,host2:26379/mymaster/0, or into the transport option master_name"
+        )
     if "," not in hosts and client.alt:
         found = [urlsplit(url if "://" in url else f"//{url}").netloc.rpartition("@")[2] for url in client.alt if url]
         hosts = ",".join(dict.fromkeys(host for host in found if host)) or hosts

@@ -92,6 +92,8 @@ class Poller:
         self._fds: dict[int, object] = {}
         self._wakers: tuple[socket.socket, socket.socket] | None = None  # made when somebody waits: most only publish
         self._asleep = False
+        self._soon = False  # the loop was asked to pump
+        self._failed: Exception | None = None
 
     def wake(self) -> None:
         """Ends the current wait; from any thread."""
@@ -249,7 +251,7 @@ class Poller:
         }
         found[self.listener.fileno()] = self.listener.stamp
         found[self.session.keeper_fd()] = self.session.keeper_stamp()
-        found[self._wake_fd()] = None
+        found[self._wake_fd()] = id(self._wakers)
         found.pop(-1, None)
         return found
 
@@ -282,11 +284,25 @@ class Poller:
         if self.closed or self.loop is None or self._pid != os.getpid():
             return
         self._thread = threading.get_ident()
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
         self._check()
-        self._deliver_fanout(1000)
+        if self._pump():
+            # Others that are called before each wait (a pool that has something to write now) may have had their turn.
+            self._wake_fd()
+            self.wake()
+        self._arm()
+        if self.loop is not None:
+            self._watch()
+
+    def _pump(self) -> int:
+        """Delivers what there is, and writes what has ended. Returns how many messages were delivered."""
+        count = self._deliver_fanout(1000)
         for _ in range(TURNS):
             written_at = mono_s()
             for payload, tag, queue in self._fetch():
+                count += 1
                 self.deliver(payload, tag, queue)
                 # A pool that runs bodies in this very thread takes its time.
                 if mono_s() > written_at + WRITE_S and self.session.has_to_flush():
@@ -295,9 +311,18 @@ class Poller:
             if not self.session.has_to_flush():
                 break
             self.session.flush()  # which may open lanes
-        self._arm()
-        if self.loop is not None:
-            self._watch()
+        return count
+
+    def _pump_soon(self) -> None:
+        """At the begin of the loop's next turn, before anything waits: a message was acknowledged, so there is room."""
+        self._soon = False
+        if self.closed or self.loop is None:
+            return
+        try:
+            self._check()
+            self._pump()
+        except Exception as exc:
+            self._failed = exc  # for the tick that follows: from there it reaches whoever runs the loop
 
     def _watch(self) -> None:
         """Tells the loop which sockets to look at. A closed socket's number may have come back as another's."""
@@ -317,7 +342,7 @@ class Poller:
             if self._fds.pop(fd, None) is not None and self.loop is not None:
                 self.loop.remove_reader(fd)
             raise
-        self._deliver_fanout(1000)
+        self._pump()
 
     # drain_events
 
@@ -367,6 +392,9 @@ class Poller:
         if self.loop is not None and not self.closed and any(channel.consumed_queues() for channel in self.channels):
             if threading.get_ident() != self._thread:
                 self.wake()
+            elif not self._soon:
+                self._soon = True
+                self.loop.call_soon(self._pump_soon)
             return
         self.session.flush()
         if self._asleep:
