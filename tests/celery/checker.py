@@ -6,7 +6,8 @@ The record has one line per event; the order of the lines is the order of the wr
 - per key, starts follow the order of the publish calls, and a message starts only after the final event of the one before
   it - through retries too; only after a kill may they jump back, and then what repeats is a contiguous run in order;
 - bodies of a key never overlap, except with one of a process that was killed, or of a paused worker that began before;
-- a message runs again without a retry only when its process was killed or paused and its ack can't have reached Redis.
+- a message runs again without a retry only when its process was killed or paused and its ack can't have reached Redis;
+  a paused worker may, when it goes on, still run messages without a key that it had fetched.
 """
 
 from __future__ import annotations
@@ -157,10 +158,12 @@ def _check_repeats(
                                     (before.main, paused.get(before.main))) if when is not None),
             default=None,
         )  # fmt: skip
+        if event.key is None and event.main in paused:
+            continue
         if gone is None:
             report.problems.append(f"run twice though its process lived: {_who(before)}, then {_who(event)}")
             continue
-        if before.at > gone and before.main in paused:
+        if event.key is not None and before.at > gone and before.main in paused:
             report.problems.append(f"started after the pause, and elsewhere: {_who(before)}, then {_who(event)}")
         ack = acked.get((event.id, before.attempt))
         if ack is not None and ack < gone - slack:

@@ -24,7 +24,7 @@ import redis
 from tests.celery import app as sut
 from tests.celery.checker import END, FINAL, START, Event, Report, check, read
 from tests.fix_redis import RedisServer
-from tests.helpers import Spawned, is_alive, spawn, wait_until
+from tests.helpers import Spawned, is_alive, our_processes, spawn, wait_until
 
 SCHEME = os.environ.get("CELERY_TEST_SCHEME", "streamtask")
 LEASE = 1.0
@@ -62,9 +62,13 @@ class Worker:
         return self
 
     def kill(self) -> None:
-        """kill -9 of the main process alone."""
-        self._site.killed[self.pid] = time.monotonic()
+        """kill -9 of the main process alone; those of its pool are to follow it at once, or they are not excused."""
+        children = self.children()
+        now = self._site.killed[self.pid] = time.monotonic()
         self.spawned.kill()
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not any(is_alive(pid) for pid in children), LEASE / 2)
+        self._site.killed.update({pid: now for pid in children if not is_alive(pid)})
 
     def kill_all(self) -> None:
         """kill -9 of all its processes at once, as when a pod goes."""
@@ -302,6 +306,15 @@ class Site:
             lines.append(f"{key.decode()} {kind} {text}")
         return "\n".join(lines)
 
+    def unended(self) -> str:
+        """The events of the messages that have not come to their end, and of those that ran twice."""
+        events = self.events()
+        starts = Counter((event.id, event.attempt) for event in events if event.kind == START)
+        ended = {event.id for event in events if event.kind in FINAL}
+        odd = {event_id for event_id, _ in starts if event_id not in ended}
+        odd |= {event_id for (event_id, _), count in starts.items() if count > 1}
+        return "\n".join(str(tuple(event)) for event in events if event.id in odd)
+
     def __str__(self) -> str:
         events = self.events()
         kinds = dict(Counter(event.kind for event in events))
@@ -497,6 +510,10 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
         for one in made:
             with contextlib.suppress(redis.RedisError, OSError):
                 print(f"--- what Redis holds\n{shortened(one.keys())}")
+            print(f"--- events of what has not ended\n{shortened(one.unended())}")
+    # A keeper gives its leases back when its worker is gone, so it must be gone before the server is.
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not any("keeper" in command for command in our_processes().values()), 3)
 
 
 __all__ = ["END", "LEASE", "SCHEME", "Load", "Site", "Wire", "Worker", "site", "wire"]
