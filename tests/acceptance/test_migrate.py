@@ -357,19 +357,22 @@ def test_a_signal_puts_back_what_was_not_sent(
 
 
 def test_live_workers_and_a_migration_share_the_messages(old: Old, tmp_path: Path) -> None:
-    total = 600
+    total = 1000
     for number in range(total):
         old.send(number)
     taken: list[int] = []
     queue: Any = old.connection.channel()
     with spawn(*command("--from", old.source, "--to", old.target, "--queues", "celery"), cwd=tmp_path) as one:
+        wait_until(lambda: old.moved.llen("celery") > 0, 20, lambda: str(one))
         while one.returncode is None:
             message = queue.basic_get("celery")
             if message is not None:
-                taken.append(int(message["headers"]["id"].partition("-")[2]))
+                taken.append(int(message.headers["id"].partition("-")[2]))
                 queue.basic_ack(message.delivery_tag)
         assert one.wait() == 0
     there = numbers(old.moved.lrange("celery", 0, -1))
+    assert taken
+    assert there
     assert sorted(taken + there) == list(range(total))
 
 
