@@ -29,7 +29,7 @@ def queue_keys(queue: str = "q") -> QueueKeys:
 def make_keyed(broker: Broker, shards: int = 8, epoch: int = 0, queue: str = "q") -> None:
     """Records the queue's shards as its first keyed message does, and tells it."""
     keys = queue_keys(queue)
-    link = broker.link()
+    link = broker.link(keys.meta)
     link.command("HSET", keys.meta, "epoch", epoch, "shards", shards)
     link.command("PUBLISH", keys.channel(GROUP), "keyed")
     link.close()
@@ -72,7 +72,7 @@ class Client:
     def join(self) -> Lease:
         """Becomes a consumer of the shared stream, with an entry of its own to be seen as one."""
         keys = queue_keys(self.queue).shard(0, SHARED)
-        link = self.broker.link()
+        link = self.broker.link(keys.stream)
         link.pipeline([pack("XGROUP", "CREATE", keys.stream, GROUP, "0", "MKSTREAM")])
         self.shared = join_shared(link, keys, GROUP, self.name, self.lease_ms)
         link.command("XGROUP", "CREATECONSUMER", keys.stream, GROUP, self.name)

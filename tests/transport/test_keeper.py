@@ -19,9 +19,10 @@ import pytest
 from streamtask.errors import ConfigError, StreamTaskError
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED, expiring
-from tests.fix_redis import RedisServer
+from tests.fix_redis import RedisServer, chosen_binaries
 from tests.helpers import Spawned, is_alive, spawn, wait_until
 from tests.transport.client import APP, GROUP, Client, make_keyed, queue_keys
+from tests.transport.fix_servers import RedisCluster
 
 
 class Rig:
@@ -411,6 +412,58 @@ def test_redis_that_is_not_there_yet_is_waited_for(own_rig):
     own_rig.server.restart()
     make_keyed(own_rig.broker)
     own_rig.until(lambda: len(client.shards) == 8)
+
+
+@pytest.fixture
+def cluster(redis_version: str, request: pytest.FixtureRequest) -> Iterator[RedisCluster]:
+    with contextlib.closing(RedisCluster(chosen_binaries(request.config)[redis_version], 2)) as cluster:
+        cluster.start()
+        yield cluster
+
+
+def test_on_a_cluster(cluster):
+    """Shards on both servers; then all slots move to one of them."""
+    broker = Broker(f"redis+cluster://127.0.0.1:{cluster.port}")
+    nodes = {broker.node(queue_keys().shard(0, shard).state) for shard in range(8)}
+    assert len(nodes) == 2
+    clients = [Client(broker, name) for name in ("one", "two")]
+    one, two = clients
+    try:
+        make_keyed(broker)
+        for client in clients:
+            client.consume()
+            client.join()
+        wait_until(lambda: [client.pump() for client in clients] and len(one.shards) == len(two.shards) == 4)
+        assert sorted(one.shards + two.shards) == list(range(8))
+        _move_slots(*cluster.nodes)
+        before = {**one.tokens, **two.tokens}
+        leases = [queue_keys().shard(0, shard).lease(GROUP) for shard in range(8)]
+        client = cluster.nodes[0].client(decode_responses=True)
+        for _ in range(3):
+            for lease in leases:
+                seen = client.hget(lease, "expires_at")
+                wait_until(lambda lease=lease, seen=seen: client.hget(lease, "expires_at") > seen)
+        assert [int(client.hget(lease, "token")) for lease in leases] == [before[shard] for shard in range(8)]
+        consumers = queue_keys().shard(0, SHARED).consumers(GROUP)
+        assert sorted(client.zrange(consumers, 0, -1)) == ["one", "two"]
+        assert [op for client in clients for op in client.ops() if "lost" in op] == []
+    finally:
+        for client in clients:
+            client.keeper.close()
+        broker.close()
+
+
+def _move_slots(target: RedisServer, source: RedisServer) -> None:
+    """Moves the slots of all keys that lie on one server to the other; the rest stays."""
+    to, of = target.client(decode_responses=True), source.client(decode_responses=True)
+    ids = [one.execute_command("CLUSTER", "MYID") for one in (to, of)]
+    for slot in {of.execute_command("CLUSTER", "KEYSLOT", key) for key in of.scan_iter()}:
+        to.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[1])
+        of.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[0])
+        while keys := of.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            of.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "REPLACE", "KEYS", *keys)
+        for server in (to, of):
+            server.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[0])
 
 
 # The keeper dies, or is ended
