@@ -182,6 +182,17 @@ class Session:
             with self.borrow(key) as link:
                 return call(link)
 
+    def look(self) -> None:
+        """Looks whether Redis answers. Connections that are kept may be stale, which says nothing about the server: a new
+        kombu connection must not find that out. Raises ``BrokerUnavailable``."""
+        self.once_more(lambda link: link.command("PING"))
+        with self.lock:
+            if self._link.connected:
+                try:
+                    self._link.command("PING")
+                except BrokerUnavailable:
+                    self._outage()
+
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
         """A channel begins to take messages of a queue. ``no_ack``: it will not acknowledge any."""
         with self.lock:

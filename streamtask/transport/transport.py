@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib import metadata
 from typing import Any
 
-import redis
 from kombu.transport import virtual
 
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull
@@ -47,7 +47,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         self._pid = os.getpid()
 
     def driver_version(self) -> str:
-        return str(redis.__version__)
+        return metadata.version("redis")
 
     @property
     def default_connection_params(self) -> dict[str, Any]:
@@ -61,10 +61,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         return url if include_password else safe_url(url).replace("***@", f"{mask}@")
 
     def establish_connection(self) -> Transport:
-        with self.session.borrow() as link:
-            # A connection that is kept for later use may be stale, which says nothing about the server.
-            link.close()
-            link.command("PING")
+        self.session.look()
         return self
 
     def close_connection(self, connection: Any) -> None:
