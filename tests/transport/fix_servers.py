@@ -1,0 +1,205 @@
+"""Servers of other kinds than one plain redis-server: with TLS, behind Sentinels, in a Cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tests.fix_redis import RedisServer, chosen_binaries
+from tests.helpers import free_port, popen, wait_until
+
+
+@dataclass
+class Certificates:
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """A certificate for 127.0.0.1 that signs itself."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+            "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate),
+        ],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    return Certificates(certificate, certificate, key)
+
+
+def tls_binary(config: pytest.Config) -> str | None:
+    """A server that was built with TLS, None where there is none."""
+    for path in chosen_binaries(config).values():
+        said = subprocess.run(
+            [path, "--port", "0", "--tls-port", "x"], capture_output=True, text=True, timeout=20, check=False
+        )
+        # One without TLS does not know the directive; one with it minds the port.
+        if "Bad directive" not in said.stdout + said.stderr:
+            return path
+    return None
+
+
+class TlsServer(RedisServer):
+    """Answers on a TLS port only."""
+
+    def __init__(self, binary: str, certificates: Certificates, **config: str) -> None:
+        super().__init__(binary)
+        self.certificates = certificates
+        self.extra = config
+
+    def _arguments(self) -> list[str]:
+        self.config = {
+            "port": "0",
+            "tls-port": str(self.port),
+            "tls-cert-file": str(self.certificates.certificate),
+            "tls-key-file": str(self.certificates.key),
+            "tls-ca-cert-file": str(self.certificates.ca),
+            "tls-auth-clients": "no",
+            **self.extra,
+        }
+        return super()._arguments()
+
+    @property
+    def url(self) -> str:
+        return f"rediss://127.0.0.1:{self.port}/0?ssl_ca_certs={self.certificates.ca}"
+
+    def answers(self, timeout: float = 1) -> bool:
+        try:
+            with contextlib.closing(redis.Redis.from_url(self.url, socket_timeout=timeout)) as client:
+                return bool(client.ping())
+        except (redis.RedisError, OSError):
+            return False
+
+
+@pytest.fixture
+def tls_server(request: pytest.FixtureRequest, certificates: Certificates) -> Iterator[TlsServer]:
+    binary = tls_binary(request.config)
+    if binary is None:
+        pytest.skip("no redis-server here was built with TLS")
+    server = TlsServer(binary, certificates)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+class Sentinels:
+    """A master, a replica, and Sentinels that watch them."""
+
+    name = "mymaster"
+
+    def __init__(self, binary: str, folder: Path, count: int = 1) -> None:
+        self.binary = binary
+        self.folder = folder
+        self.ports = [free_port() for _ in range(count)]
+        self.servers = [RedisServer(binary), RedisServer(binary)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        for server in self.servers:
+            server.start()
+        master, replica = self.servers
+        replica.client().execute_command("REPLICAOF", "127.0.0.1", master.port)
+        wait_until(lambda: replica.client().info("replication")["master_link_status"] == "up")
+        for port in self.ports:
+            path = self.folder / f"sentinel-{port}.conf"
+            path.write_text(
+                f"port {port}\nbind 127.0.0.1\ndir {self.folder}\nlogfile {self.folder}/sentinel-{port}.log\n"
+                f"sentinel monitor {self.name} 127.0.0.1 {master.port} 1\n"
+                f"sentinel down-after-milliseconds {self.name} 500\nsentinel failover-timeout {self.name} 2000\n"
+            )
+            self.processes.append(
+                popen([self.binary, str(path), "--sentinel"], stdout=subprocess.DEVNULL, cwd=self.folder)
+            )
+        for port in self.ports:
+            wait_until(lambda port=port: self._sees(port), 20)
+
+    def _sees(self, port: int) -> bool:
+        try:
+            with contextlib.closing(redis.Redis(port=port, decode_responses=True)) as client:
+                master: Any = client.sentinel_master(self.name)
+                return bool(master["num-slaves"] >= 1)
+        except (redis.RedisError, OSError):
+            return False
+
+    @property
+    def master(self) -> RedisServer:
+        """Whom the first Sentinel names."""
+        with contextlib.closing(redis.Redis(port=self.ports[0], decode_responses=True)) as client:
+            _, port = client.sentinel_get_master_addr_by_name(self.name)
+        return next(server for server in self.servers if server.port == int(port))
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for server in self.servers:
+            server.close()
+
+
+@pytest.fixture
+def sentinels(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sentinels]:
+    found = Sentinels(list(chosen_binaries(request.config).values())[-1], tmp_path)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
+
+
+class RedisCluster:
+    """Some nodes which own the slots in equal parts."""
+
+    def __init__(self, binary: str, count: int) -> None:
+        self.nodes = [RedisServer(binary, config={"cluster-enabled": "yes"}) for _ in range(count)]
+        # A node talks to the others on its port and 10,000; ports must leave room for that.
+        for node in self.nodes:
+            while node.port > 55_000:
+                node.port = free_port()
+            node._any_port = False
+
+    @property
+    def port(self) -> int:
+        return self.nodes[0].port
+
+    def start(self) -> None:
+        for node in self.nodes:
+            node.start()
+        count = len(self.nodes)
+        for n, node in enumerate(self.nodes):
+            slots = range(16384 * n // count, 16384 * (n + 1) // count)
+            node.client().execute_command("CLUSTER", "ADDSLOTS", *slots)
+            node.client().execute_command("CLUSTER", "SET-CONFIG-EPOCH", n + 1)
+        for node in self.nodes[1:]:
+            self.nodes[0].client().execute_command("CLUSTER", "MEET", "127.0.0.1", node.port)
+        wait_until(lambda: all(self._complete(node) for node in self.nodes), 20)
+
+    def _complete(self, node: RedisServer) -> bool:
+        info: Any = node.client().execute_command("CLUSTER INFO")
+        return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == len(self.nodes)
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.close()
+
+
+@pytest.fixture(params=[1, 3], ids=["one node", "three nodes"])
+def redis_cluster(request: pytest.FixtureRequest) -> Iterator[RedisCluster]:
+    found = RedisCluster(list(chosen_binaries(request.config).values())[-1], request.param)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
