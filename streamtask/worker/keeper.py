@@ -217,7 +217,7 @@ def unpack_broker(text: str) -> Broker:
 
 def _import_path() -> dict[str, str]:
     """Lets the keeper find the modules that this process finds, wherever the command line or a program has put them."""
-    return {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "PYTHONSAFEPATH": "1"}
+    return {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), "PYTHONSAFEPATH": "1"}
 
 
 def _python() -> str:

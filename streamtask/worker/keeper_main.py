@@ -26,6 +26,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,11 @@ class Process:
         """Readable when it is dead; -1 where there is no such thing."""
         self._stat = -1
         if sys.platform == "linux":
-            try:
+            # Where one of them fails there is an old kernel, a sandbox, or no such process: then we have another parent.
+            with suppress(OSError, AttributeError):
                 self.fd = os.pidfd_open(pid)
+            with suppress(OSError):
                 self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
-            except OSError:
-                pass  # an old kernel, no /proc, or dead already: then we have another parent
 
     def is_dead(self) -> bool:
         return os.getppid() != self.pid
@@ -73,7 +74,10 @@ class Process:
                 return os.pread(self._stat, 1024, 0).rpartition(b")")[2].split()[0] == b"T"
             except (OSError, IndexError):
                 return False  # dead
-        found = subprocess.run(["ps", "-o", "state=", "-p", str(self.pid)], capture_output=True, check=False)
+        try:
+            found = subprocess.run(["ps", "-o", "state=", "-p", str(self.pid)], capture_output=True, check=False)
+        except OSError:
+            return False
         return found.stdout.strip().startswith(b"T")
 
 
@@ -418,12 +422,10 @@ class KeeperProcess:
             return
         self._touch_at = mono_s() + min(self._touched.values()) / 3000  # after an outage the first beat does it
         key = expiring(self._namespace, self._app)
-        link = self._coordinator.links.at(key)
-        now_ms = _ms(link.command("TIME"))
-        parts: list[str | int] = []
+        args: list[str | int] = []
         for queue, expires_ms in self._touched.items():
-            parts += [now_ms + expires_ms, queue]
-        link.command("ZADD", key, *parts)
+            args += [expires_ms, queue]
+        self._coordinator.links.at(key).run("touch_queues", [key], args)
 
 
 def _ms(reply: Sequence[bytes]) -> int:

@@ -577,18 +577,25 @@ def test_a_forked_child_does_not_end_its_parents_keeper(rig):
 def test_a_queue_is_kept_from_expiring(rig):
     client = rig.client("client", lease_ms=500)
     key = expiring("streamtask", APP)
+    declared = {"reply": 1_000.0, "soon": 1_000.0, "other": 1_000.0}
+    rig.redis.zadd(key, declared)
     client.keeper.touch("reply", 60_000)
-    rig.until(lambda: rig.redis.zscore(key, "reply"))
+    client.keeper.touch("deleted", 60_000)
+    rig.until(lambda: rig.redis.zscore(key, "reply") > 1_000)
     first = rig.redis.zscore(key, "reply")
     assert abs(first - rig.now_ms() - 60_000) < 5000
     rig.until(lambda: rig.redis.zscore(key, "reply") > first)
+    # More often than the beats, where that is needed; and above maxmemory.
+    rig.server.config_set(maxmemory="1mb", maxmemory_policy="noeviction")
     client.keeper.touch("soon", 90)
-    rig.until(lambda: rig.redis.zscore(key, "soon"))
+    rig.until(lambda: rig.redis.zscore(key, "soon") > 1_000)
     end = time.monotonic() + 1
     while time.monotonic() < end:
         assert rig.redis.zscore(key, "soon") > rig.now_ms()
     client.keeper.touch("soon", 0)
     rig.until(lambda: rig.redis.zscore(key, "soon") < rig.now_ms() - 300)
+    assert sorted(rig.redis.zrange(key, 0, -1)) == sorted(declared)
+    assert rig.redis.zscore(key, "other") == 1_000
 
 
 def test_passwords_and_objects_travel_unseen(own_rig, tmp_path, monkeypatch):
