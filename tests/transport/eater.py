@@ -49,4 +49,5 @@ def main() -> None:
             connection.ensure_connection(interval_start=0.1, interval_max=0.2)
 
 
-main()
+if __name__ == "__main__":
+    main()

