@@ -135,6 +135,11 @@ def expiring(namespace: str, app: str) -> str:
     return f"{namespace}:{{{segment(app)}}}:expiring"
 
 
+def born(namespace: str, app: str) -> str:
+    """A value that is written once: where it is another, or gone, all was flushed."""
+    return f"{namespace}:{{{segment(app)}}}:born"
+
+
 def bound(namespace: str, app: str, queue: str) -> str:
     """The bindings of a queue, to be found when it is deleted."""
     return f"{namespace}:{{{segment(app)}}}:bound:{encode(queue)}"

@@ -12,7 +12,7 @@ from kombu.transport import virtual
 from kombu.transport.virtual.base import queue_declare_ok_t
 from kombu.utils.uuid import uuid
 
-from ..errors import StreamTaskError
+from ..errors import BrokerUnavailable, ConfigError, StreamTaskError
 from ..redis.link import pack
 from . import publish, routing
 from .fanout import channel as fanout_channel
@@ -20,6 +20,15 @@ from .message import PRODUCE_ID, encode
 from .session import Session
 
 log = logging.getLogger("streamtask.transport")
+
+
+def _shards(value: Any) -> int:
+    try:
+        if isinstance(value, bool) or not 0 < int(value) <= 1024:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ConfigError(f"the queue argument x-shards must be a whole number from 1 to 1024, not {value!r}") from None
+    return int(value)
 
 
 class QoS(virtual.QoS):  # type: ignore[misc]
@@ -87,8 +96,8 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         if kwargs.get("auto_delete"):
             self._auto_delete.add(queue)
         shards = arguments.get("x-shards")
-        if shards:
-            self.session.queue(queue).shards = int(shards)
+        if shards is not None:
+            self.session.queue(queue).shards = _shards(shards)
         ttl = arguments.get("x-message-ttl")
         if ttl is not None:
             self._time_to_live[queue] = int(ttl)
@@ -131,15 +140,15 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def get_table(self, exchange: str) -> list[Any]:
         found: list[Any] = routing.table(self.session, exchange)
-        if not found:
-            # After a flush: what this connection has bound is bound again.
+        if not found and routing.flushed(self.session):
+            # What this connection has bound is bound again.
             for binding in self.state.exchanges.get(exchange, {}).get("table", []):
                 routing.bind(self.session, exchange, binding)
                 found.append(binding)
         return found
 
     def _has_queue(self, queue: str, **kwargs: Any) -> bool:
-        return routing.exists(self.session, queue)
+        return self.session.is_declared(queue)
 
     def _size(self, queue: str) -> int:
         return routing.size(self.session, queue)
@@ -166,6 +175,12 @@ class Channel(virtual.Channel):  # type: ignore[misc]
             body, priority, content_type, content_encoding, headers, properties
         )
         return message
+
+    def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **kwargs: Any) -> Any:
+        result = super().basic_publish(message, exchange, routing_key, **kwargs)
+        # It is stored: who publishes these properties again means another message.
+        message["properties"].pop(PRODUCE_ID, None)
+        return result
 
     def _inplace_augment_message(self, message: dict[str, Any], exchange: str, routing_key: str) -> None:
         properties = message["properties"]
@@ -253,16 +268,11 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         if self._pid != os.getpid():
             return
         if self._no_ack.pop(queue, None) is not None:
-            self.poller.forget(queue)
+            self.poller.forget(self, queue)
             self.session.cancel(queue, self)
         else:
             self.poller.listener.unsubscribe(queue)
             self.session.listened.discard(queue)
-
-    def queue_gone(self, queue: str) -> None:
-        """A queue that this channel consumes was deleted: nothing more comes of it."""
-        self._no_ack.pop(queue, None)
-        self._got.discard(queue)
 
     def deliver(self, payload: dict[str, Any], tag: str, queue: str) -> None:
         """Gives a message to its consumer."""
@@ -310,11 +320,16 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self._written()
 
     def _written(self) -> None:
-        try:
-            self.poller.ended()
-        except StreamTaskError as exc:
-            # It is kept, and written as soon as Redis answers.
-            log.warning("an acknowledgement waits: %s", exc)
+        for last in (False, True):
+            try:
+                self.poller.ended()
+                return
+            except StreamTaskError as exc:
+                if last or not isinstance(exc, BrokerUnavailable):
+                    # It is kept, and written as soon as Redis answers.
+                    log.warning("an acknowledgement waits: %s", exc)
+                    return
+                # Once more: the connection may only have been stale, and settling may be repeated.
 
     def close(self) -> None:
         if self.closed:

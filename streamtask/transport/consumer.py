@@ -10,9 +10,9 @@ from ..clock import mono_s
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.lanes import Delivery, Entry, id_order
 from ..redis import wire
-from ..redis.link import Link, pack
+from ..redis.link import Link
 from ..redis.scripts import script
-from .message import ORDERED
+from .message import ORDERED, check
 
 COLD_S = (0.005, 0.1)
 """How often a shard is read that has nothing, while messages come from elsewhere: the interval doubles. A process that has
@@ -54,13 +54,14 @@ class StreamConsumer(ShardConsumer):
             for delivery in super()._decode([entry]):
                 # ``_plain`` is off, but super's short way knows only that no task is unordered.
                 item = Delivery(*delivery) if isinstance(delivery, list) else delivery
-                if not (isinstance(item.args, list) and len(item.args) in (1, 5)):
-                    message = "it is no message of kombu's"
-                    self._dead.append((item, [], Outcome("dead", reason="undecodable", message=message)))
+                try:
+                    check(item.args)
+                except Exception as exc:
+                    self._dead.append((item, [], Outcome("dead", reason="undecodable", message=str(exc))))
                     continue
                 if replacement is not None:
                     self._generations[item.entry_id] = replacement[0]
-                if len(item.args) == 5 and isinstance(item.args[3], dict) and item.args[3].get(ORDERED) is False:
+                if len(item.args) == 5 and item.args[3].get(ORDERED) is False:
                     item.lane = None
                 arrived.append(item)
         return arrived
@@ -208,4 +209,4 @@ def _parse(text: bytes) -> tuple[int, int, bytes]:
     return int(generation), int(due_ms), envelope
 
 
-__all__ = ["StreamConsumer", "pack"]
+__all__ = ["StreamConsumer"]

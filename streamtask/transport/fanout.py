@@ -7,11 +7,11 @@ from collections import deque
 from typing import Any
 
 from ..clock import mono_s
-from ..errors import BrokerUnavailable, DecodeError
+from ..errors import BrokerUnavailable
 from ..queue.lanes import Delivery
 from ..redis import keys, wire
 from ..redis.link import Link, pack
-from .message import decode
+from .message import check, decode
 from .session import Session
 
 log = logging.getLogger("streamtask.transport")
@@ -117,8 +117,10 @@ class Listener:
         while self._arrived:
             queue, data = self._arrived.popleft()
             try:
-                payload = decode(Delivery(b"0-0", wire.decode([wire.MSGPACK, data])))
-            except (DecodeError, ValueError) as exc:
+                delivery = Delivery(b"0-0", wire.decode([wire.MSGPACK, data]))
+                check(delivery.args)
+                payload = decode(delivery)
+            except Exception as exc:
                 log.warning("junk on a fanout exchange of queue %s: %s", queue, exc)
                 continue
             payload["properties"]["delivery_tag"] = self._session.new_tag()

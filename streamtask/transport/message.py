@@ -13,10 +13,11 @@ from typing import Any
 from kombu.utils.json import dumps, loads
 
 from ..clock import wall_ms
-from ..errors import EncodeError
+from ..errors import DecodeError, EncodeError
 from ..queue.lanes import Delivery, id_order
 from ..queue.producer import new_id
 from ..redis import wire
+from ..sharding import canonical
 
 KEY = "shard_key"
 ORDERED = "shard_ordered"
@@ -27,11 +28,9 @@ PRODUCE_ID = "streamtask_produce_id"
 
 
 def key_of(headers: dict[str, Any]) -> bytes | None:
-    """The canonical shard key of a message, None where it has none."""
+    """The canonical shard key of a message, None where it has none. Raises ``ShardKeyError``."""
     key = headers.get(KEY)
-    if key is None:
-        return None
-    return key.encode() if isinstance(key, str) else bytes(key)
+    return None if key is None else canonical(key)
 
 
 def encode(message: dict[str, Any], key: bytes | None) -> bytes:
@@ -54,6 +53,15 @@ def encode(message: dict[str, Any], key: bytes | None) -> bytes:
         if isinstance(parts[0], bytes):
             raise
         return wire.encode(name, key, new_id(), [dumps(parts)], {})
+
+
+def check(args: Any) -> None:
+    """Raises ``DecodeError`` for what is no message of kombu's."""
+    parts = loads(args[0]) if isinstance(args, list) and len(args) == 1 and isinstance(args[0], str) else args
+    if not (isinstance(parts, list) and len(parts) == 5 and isinstance(parts[3], dict) and isinstance(parts[4], dict)):
+        raise DecodeError("it is no message of kombu's: body, content type, content encoding, headers and properties")
+    if not isinstance(parts[4].get("delivery_info") or {}, dict):
+        raise DecodeError("the delivery_info in its properties is no dict")
 
 
 def decode(delivery: Delivery) -> dict[str, Any]:

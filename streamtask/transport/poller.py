@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
-from ..redis.link import Link, pack
+from ..redis.link import Link, ReplyError, pack
+from ..worker.links import has_moved
 from .fanout import Listener
 from .session import Session
 
@@ -45,6 +46,10 @@ def readable(fds: Iterable[int], timeout_s: float) -> list[int]:
             poll.register(fd, select.POLLIN)
         return [fd for fd, _ in poll.poll(max(0, int(timeout_s * 1000 + 0.999)))]
     return select.select(list(fds), [], [], timeout_s)[0]
+
+
+Fetched = tuple["Channel", str, dict[str, Any], str]
+"""A message on its way to a channel: the channel, the queue, the message, its delivery tag."""
 
 
 class Bell:
@@ -75,7 +80,7 @@ class Poller:
         self.channels: list[Channel] = []
         self.closed = False
         self._begin()
-        session.add_waker(self)
+        session.wakers.add(self)
 
     def _begin(self) -> None:
         """Waits for nothing yet: at first, and in a forked child, whose parent goes on with its sockets."""
@@ -84,9 +89,7 @@ class Poller:
         self._pid = os.getpid()
         self._thread = 0
         self._bells: dict[str, Bell] = {}
-        self._waiting: deque[tuple[dict[str, Any], str, str]] = (
-            deque()
-        )  # fetched for ``drain``, which delivers one a call
+        self._waiting: deque[Fetched] = deque()  # for ``drain``, which delivers one a call
         self._epoch = self.session.epoch
         self._turn = 0
         self._fds: dict[int, object] = {}
@@ -136,8 +139,7 @@ class Poller:
         if room is None:
             room = 1 if self.loop is None else MOST
         if self._waiting:
-            queues = channel.consumed_queues()
-            room -= sum(1 for _, _, queue in self._waiting if queue in queues)
+            room -= sum(1 for item in self._waiting if item[0] is channel)
         return room
 
     def _check(self) -> None:
@@ -165,7 +167,7 @@ class Poller:
     def waits(self) -> bool:
         return any(bell.asked for bell in self._bells.values())
 
-    def _fetch(self) -> Iterator[tuple[dict[str, Any], str, str]]:
+    def _fetch(self) -> Iterator[Fetched]:
         """Fetches for all queues with room; what is not taken from this iterator goes back."""
         session = self.session
         for channel, queue in self._wanted():
@@ -179,18 +181,19 @@ class Poller:
                 try:
                     while found:
                         payload, tag = found.popleft()
-                        yield payload, tag, queue
+                        yield channel, queue, payload, tag
                 finally:
                     for _, tag in found:
                         session.reject(tag, requeue=True)
 
-    def deliver(self, payload: dict[str, Any], tag: str, queue: str) -> None:
-        for channel in self.channels:
-            if queue in channel.consumed_queues():
-                channel.deliver(payload, tag, queue)
-                return
-        log.warning("a message came for queue %s, which nobody consumes any more; it goes back", queue)
-        self.session.reject(tag, requeue=True)
+    def deliver(self, channel: Channel, queue: str, payload: dict[str, Any], tag: str) -> None:
+        if queue not in channel.consumed_queues():
+            # It was cancelled meanwhile.
+            channel = next((other for other in self.channels if queue in other.consumed_queues()), channel)
+        if queue in channel.consumed_queues():
+            channel.deliver(payload, tag, queue)
+        else:
+            self.session.reject(tag, requeue=True)
 
     def _deliver_fanout(self, most: int) -> int:
         count = 0
@@ -250,7 +253,7 @@ class Poller:
             bell.link.fileno(): (id(bell.link), bell.link.connects) for bell in self._bells.values() if bell.asked
         }
         found[self.listener.fileno()] = self.listener.stamp
-        found[self.session.keeper_fd()] = self.session.keeper_stamp()
+        found[self.session.ownership.fileno()] = self.session.ownership.stamp()
         found[self._wake_fd()] = id(self._wakers)
         found.pop(-1, None)
         return found
@@ -265,12 +268,19 @@ class Poller:
                 pass
         elif fd == self.listener.fileno():
             self.listener.receive()
-        elif fd == self.session.keeper_fd():
+        elif fd == self.session.ownership.fileno():
             self.session.take_orders()
         for bell in self._bells.values():
             if bell.asked and bell.link.fileno() == fd:
                 asked, bell.asked = bell.asked, {}
-                self.session.rang(bell.link.read(), asked)
+                try:
+                    self.session.rang(bell.link.read(), asked)
+                except ReplyError as exc:
+                    if not has_moved(exc):
+                        raise
+                    self._drop(bell)
+                    self._bells = {place: other for place, other in self._bells.items() if other is not bell}
+                    raise BrokerUnavailable(f"the Cluster has moved a slot: {exc}") from None
                 return
 
     # kombu's event loop
@@ -301,9 +311,9 @@ class Poller:
         count = self._deliver_fanout(1000)
         for _ in range(TURNS):
             written_at = mono_s()
-            for payload, tag, queue in self._fetch():
+            for item in self._fetch():
                 count += 1
-                self.deliver(payload, tag, queue)
+                self.deliver(*item)
                 # A pool that runs bodies in this very thread takes its time.
                 if mono_s() > written_at + WRITE_S and self.session.has_to_flush():
                     self.session.flush()
@@ -400,19 +410,20 @@ class Poller:
         if self._asleep:
             self.wake()
 
-    def forget(self, queue: str) -> None:
+    def forget(self, channel: Channel, queue: str) -> None:
         """A channel consumes a queue no longer: what waits for it here goes back."""
-        kept = deque(item for item in self._waiting if item[2] != queue)
-        for _, tag, name in self._waiting:
-            if name == queue:
-                self.session.reject(tag, requeue=True)
-        self._waiting = kept
+        waiting, self._waiting = self._waiting, deque()
+        for item in waiting:
+            if item[0] is channel and item[1] == queue:
+                self.session.reject(item[3], requeue=True)
+            else:
+                self._waiting.append(item)
 
     def close(self) -> None:
         if self.closed or self._pid != os.getpid():
             return
         self.closed = True
-        for _, tag, _ in self._waiting:
+        for *_, tag in self._waiting:
             self.session.reject(tag, requeue=True)
         self._waiting.clear()
         if self.loop is not None:

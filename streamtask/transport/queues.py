@@ -7,8 +7,8 @@ carry replies, never need them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection
+from typing import Any
 
 from ..queue.declare import Queue, Shape
 from ..redis.connection import Broker
@@ -27,8 +27,8 @@ def shared(priority: int) -> str:
 
 
 class KombuQueue(Queue):
-    """See the module. ``shards`` is what is recorded if nothing is yet; ``shape()`` has what is. ``borrow`` lends a link
-    to the server of a key."""
+    """See the module. ``shards`` is what is recorded if nothing is yet; ``shape()`` has what is. ``call`` calls a
+    function with a link to the server of a key, and once more if that turns out to be stale."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class KombuQueue(Queue):
         app: str,
         name: str,
         shards: int,
-        borrow: Callable[[str], AbstractContextManager[Link]],
+        call: Callable[[Callable[[Link], Any], str], Any],
     ) -> None:
         super().__init__(broker, namespace, app, name, shards)
-        self._borrow = borrow
+        self._call = call
         self.keyed = False
         """Whether the queue has shards: a message with a shard key was published."""
         self.priorities: tuple[int, ...] = (0,)
@@ -74,17 +74,18 @@ class KombuQueue(Queue):
         self._shape = None
 
     def _open(self, wanted: set[int | str]) -> Shape:
-        with self._borrow(self.keys.meta) as link:
-            if self._shape is None:
-                self.broker.check_version()
-                self.broker.warn_of_eviction()
+        if self._shape is None:
+            self.broker.check_version()
+            self.broker.warn_of_eviction()
+
+        def make(link: Link) -> tuple[Shape, list[bytes], set[int | str]]:
             keyed = any(isinstance(shard, int) for shard in wanted)
             steps = [shard.partition(".")[2] for shard in wanted if isinstance(shard, str) and shard != SHARED]
             epoch, shards, *priorities = link.run(
                 "open_queue", [self.keys.meta], [str(self.shards) if keyed else "", GROUP, *steps]
             )
             shape = Shape(int(shards or 0), int(epoch))
-            streams: Iterable[int | str] = {*wanted, *(range(shape.shards) if keyed else ())}
+            streams: set[int | str] = {*wanted, *(range(shape.shards) if keyed else ())}
             opened = script("open_shard")
             for shard in streams:
                 keys = self.shard_keys(shard, shape)
@@ -97,6 +98,10 @@ class KombuQueue(Queue):
             names = app_queues(self.namespace, self.app)
             if not self._on(names, link, pack("SISMEMBER", names, self.name)):
                 self._on(names, link, pack("SADD", names, self.name))
+            return shape, priorities, streams
+
+        made: tuple[Shape, list[bytes], set[int | str]] = self._call(make, self.keys.meta)
+        shape, priorities, streams = made
         self._opened.update(streams)
         self._shape = shape
         self.keyed = shape.shards > 0
@@ -112,8 +117,7 @@ class KombuQueue(Queue):
 
     def recorded(self) -> list[int | str]:
         """All streams that the queue has; none where no message came yet. Reads only."""
-        with self._borrow(self.keys.meta) as link:
-            flat = link.command("HGETALL", self.keys.meta)
+        flat = self._call(lambda link: link.command("HGETALL", self.keys.meta), self.keys.meta)
         meta = dict(zip(flat[::2], flat[1::2], strict=True))
         if not meta:
             return []

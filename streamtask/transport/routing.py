@@ -4,12 +4,13 @@ its own, so no binding can vanish; a queue that expires is removed by whoever de
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Sequence
 
 from ..clock import mono_s
 from ..redis import keys
 from ..redis.keys import SHARED
-from ..redis.link import pack
+from ..redis.link import Link, pack
 from .queues import GROUP
 from .session import Session
 
@@ -28,6 +29,7 @@ _swept_at: dict[int, float] = {}
 def declare(session: Session, queue: str, expires_ms: int | None) -> None:
     """Records a queue. ``expires_ms``: how long it is kept unused, None for ever."""
     _bind(session, queue, "", "", expires_ms or 0)
+    session.declared(queue)
     if expires_ms:
         session.touched[queue] = expires_ms
     else:
@@ -51,6 +53,30 @@ def _bind(session: Session, queue: str, exchange: str, member: str, expires_ms: 
         keys.bindings(namespace, app, exchange),
     ]  # fmt: skip
     session.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP])
+    if not session.born:
+        session.born = _born(session)
+
+
+def _born(session: Session) -> bytes:
+    """What was written at the first binding ever, or since a flush."""
+    name = keys.born(session.options.namespace, session.options.app)
+
+    def ask(link: Link) -> bytes:
+        link.command("SET", name, uuid.uuid4().hex, "NX")
+        found: bytes = link.command("GET", name)
+        return found
+
+    found: bytes = session.once_more(ask, name)
+    return found
+
+
+def flushed(session: Session) -> bool:
+    """Whether all was removed since this process first declared something."""
+    name = keys.born(session.options.namespace, session.options.app)
+    if not session.born or session.once_more(lambda link: link.command("GET", name), name) == session.born:
+        return False
+    session.born = b""
+    return True
 
 
 def unbind(session: Session, queue: str, exchange: str, binding: Sequence[str | None]) -> None:
@@ -75,11 +101,6 @@ def table(session: Session, exchange: str) -> list[Binding]:
     return found
 
 
-def exists(session: Session, queue: str) -> bool:
-    name = keys.app_queues(session.options.namespace, session.options.app)
-    return bool(session.once_more(lambda link: link.command("SISMEMBER", name, queue), name))
-
-
 def delete(session: Session, queue: str) -> None:
     """Removes a queue with its messages and bindings."""
     _unbind(session, queue, "all")
@@ -90,10 +111,10 @@ def sweep(session: Session) -> None:
     """Removes the queues that have expired."""
     name = keys.expiring(session.options.namespace, session.options.app)
 
-    def overdue(link: object) -> list[bytes]:
-        seconds, micros = link.command("TIME")  # type: ignore[attr-defined]
+    def overdue(link: Link) -> list[bytes]:
+        seconds, micros = link.command("TIME")
         now = int(seconds) * 1000 + int(micros) // 1000
-        found: list[bytes] = link.command("ZRANGEBYSCORE", name, "-inf", now, "LIMIT", 0, 100)  # type: ignore[attr-defined]
+        found: list[bytes] = link.command("ZRANGEBYSCORE", name, "-inf", now, "LIMIT", 0, 100)
         return found
 
     for member in session.once_more(overdue, name):

@@ -17,26 +17,26 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from ..clock import mono_s, wall_ms
-from ..coordination.lease import Lease, join_shared, reap
+from ..coordination.lease import join_shared, reap
 from ..errors import BrokerUnavailable, LeaseLost, StreamTaskError
-from ..queue.consumer import Batch, ConsumerSettings
-from ..queue.lanes import Delivery
+from ..queue.consumer import Batch
 from ..queue.producer import Producer
-from ..redis import keys, wire
+from ..redis import keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
-from ..redis.link import LARGE, REPLIES, Link, ReplyError
+from ..redis.link import LARGE, REPLIES, Link, ReplyError, pack
 from ..redis.scripts import Code, script
-from ..worker.keeper import Keeper
-from . import hooks
+from ..worker.links import Links, has_moved
+from . import hooks, taking
+from .consumed import Consumed, Handed
 from .consumer import StreamConsumer
 from .ids import ProduceIds
 from .message import DELIVERY, decode, expired
 from .options import Options
+from .ownership import SETTINGS, SHARD_READ, Ownership
 from .queues import GROUP, KombuQueue, shared
 
 log = logging.getLogger("streamtask.transport")
@@ -44,47 +44,7 @@ log = logging.getLogger("streamtask.transport")
 LOOK_S = 0.005
 """How often Redis is asked for more while what was read before is enough to go on with."""
 
-KEEPER_PAUSE_S = 1.0
-"""Between two starts of a keeper, where it keeps dying."""
-
-SHARD_READ = 100
-"""Messages of an owned shard that are read with one call: nobody else may run them, so reading ahead keeps nothing from
-anybody."""
-
-
-@dataclass(slots=True)
-class Handed:
-    """A delivery that was handed to a channel."""
-
-    tag: str
-    consumer: StreamConsumer
-    batch: Batch
-    queue: str
-
-
-class Consumed:
-    """A queue that this process takes messages from."""
-
-    def __init__(self, queue: KombuQueue) -> None:
-        self.queue = queue
-        # Channels that consume it; True: without acknowledging. Weak: one that nobody closed must not hold messages.
-        self.users: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        self.streams: dict[int, StreamConsumer] = {}  # shared streams by priority, the most urgent first
-        self.shards: dict[int, StreamConsumer] = {}  # by shard
-        self.positions: dict[str, list[str]] = {}  # last delivered id and newest wake id, by stream's prefix
-        self.next_due: float | None = None
-        self.in_keeper = False
-        self.rung = True  # there may be something to read
-        self.look_at = 0.0
-        self.shards_first = False
-
-    def takes_for_good(self) -> bool:
-        """Nobody here acknowledges, and no order has to be kept: no lease is needed then."""
-        return bool(self.users) and all(self.users.values()) and not self.streams and not self.queue.keyed
-
-    def consumers(self) -> Iterable[StreamConsumer]:
-        yield from self.streams.values()
-        yield from self.shards.values()
+UPKEEP_S = 1.0
 
 
 class Session:
@@ -99,10 +59,10 @@ class Session:
         """Queues that are bound to a fanout exchange: the exchange and the routing key."""
         self.touched: dict[str, int] = {}
         """Queues with ``x-expires``, ms."""
-        self.wakers: weakref.WeakSet[Any] = (
-            weakref.WeakSet()
-        )  # pollers that may sleep while there is something for them
-        self._settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ)
+        self.born = b""
+        """What stands in Redis since the first binding: another value means that all was flushed."""
+        # Pollers that may sleep while there is something for them.
+        self.wakers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.begin()
 
     def begin(self) -> None:
@@ -111,6 +71,7 @@ class Session:
         self.pid = os.getpid()
         self.lock = threading.RLock()
         self.incarnation = uuid.uuid4().hex[:16]
+        self.ownership = Ownership(self)
         self.consumed: dict[str, Consumed] = {}
         self.handed: dict[str, Handed] = {}
         self.epoch = getattr(self, "epoch", 0) + 1
@@ -120,13 +81,8 @@ class Session:
         self._touch_at: dict[str, float] = {}
         self._upkeep_at = 0.0
         self.produce_ids = ProduceIds()
-        self._link = self.broker.link(buffer_bytes=LARGE)
+        self._links = Links(self.broker, self.broker.timeout_s, buffer_bytes=LARGE)
         self._idle: list[Link] = []
-        self._keeper: Keeper | None = None
-        self._keeper_started = 0.0
-        self._keeper_again_at: float | None = None
-        self._numbers: dict[int, tuple[Consumed, int]] = {}  # the keeper's numbers of shards
-        self._releasing: set[int] = set()
         self.new_tag: Callable[[], str] = _tags().__next__
 
     def check_process(self) -> None:
@@ -134,16 +90,11 @@ class Session:
         if os.getpid() != self.pid:
             _after_fork()
 
-    # Queues
+    # Connections
 
-    def queue(self, name: str) -> KombuQueue:
-        found = self.queues.get(name)
-        if found is None:
-            options = self.options
-            found = self.queues.setdefault(
-                name, KombuQueue(self.broker, options.namespace, options.app, name, options.shards, self.borrow)
-            )
-        return found
+    def link(self, consumer: StreamConsumer) -> Link:
+        """The link for a stream that this process consumes; under the lock."""
+        return self._links.at(consumer.keys.stream)
 
     @contextmanager
     def borrow(self, key: str = "") -> Iterator[Link]:
@@ -168,17 +119,22 @@ class Session:
         finally:
             self._idle.append(link)
 
-    def run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def run(self, name: str, names: Sequence[str], args: Sequence[Any]) -> Any:
         """Calls a script once more if its connection turns out to be stale: for scripts that may be repeated."""
-        return self.once_more(lambda link: link.run(name, keys, args), keys[0])
+        return self.once_more(lambda link: link.run(name, names, args), names[0])
 
     def once_more(self, call: Callable[[Link], Any], key: str = "") -> Any:
+        """A call over a connection that may be stale; for what may be repeated."""
         try:
             with self.borrow(key) as link:
                 return call(link)
-        except BrokerUnavailable:
-            for link in self._idle:
-                link.close()
+        except (BrokerUnavailable, ReplyError) as exc:
+            if isinstance(exc, ReplyError):
+                if not has_moved(exc):
+                    raise
+                self.broker.close()  # asks anew where the slots are
+            for idle in self._idle:
+                idle.close()
             with self.borrow(key) as link:
                 return call(link)
 
@@ -187,17 +143,26 @@ class Session:
         kombu connection must not find that out. Raises ``BrokerUnavailable``."""
         self.once_more(lambda link: link.command("PING"))
         with self.lock:
-            if self._link.connected:
-                try:
-                    self._link.command("PING")
-                except BrokerUnavailable:
-                    self._outage()
+            if self.consumed:
+                self._outage()
+
+    # Queues
+
+    def queue(self, name: str) -> KombuQueue:
+        found = self.queues.get(name)
+        if found is None:
+            options = self.options
+            found = self.queues.setdefault(
+                name, KombuQueue(self.broker, options.namespace, options.app, name, options.shards, self.once_more)
+            )
+        return found
 
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
         """A channel begins to take messages of a queue. ``no_ack``: it will not acknowledge any."""
-        with self.lock:
+        with self.lock, self._guarded():
             consumed = self.consumed.get(name) or Consumed(self.queue(name))
             self.consumed[name] = consumed
+            consumed.gone = False
             consumed.users[user] = no_ack
             self._consumed(name)
 
@@ -215,9 +180,10 @@ class Session:
         consumed = self.consumed.get(name)
         if consumed is None:
             consumed = self.consumed[name] = Consumed(self.queue(name))
+        if consumed.gone:
+            return consumed
         if consumed.takes_for_good():
-            if SHARED not in consumed.queue.opened:
-                consumed.queue.open(SHARED)
+            consumed.queue.open(SHARED)
         elif not consumed.streams:
             self._join(consumed)
         return consumed
@@ -233,310 +199,210 @@ class Session:
         for priority in queue.priorities:
             if priority not in consumed.streams:
                 queue.open(shared(priority))
-                lease = join_shared(
-                    self._link, queue.shard_keys(shared(priority)), GROUP, self.incarnation, self.options.lease_ms
-                )
-                consumer = StreamConsumer(lease, queue.name, shared(priority), self._settings)
-                consumer.recover(self._link, takeover=False)
+                names = queue.shard_keys(shared(priority))
+                link = self._links.at(names.stream)
+                lease = join_shared(link, names, GROUP, self.incarnation, self.options.lease_ms)
+                consumer = StreamConsumer(lease, queue.name, shared(priority), SETTINGS)
+                consumer.recover(link, takeover=False)
                 consumed.streams[priority] = consumer
-                self.keeper().keep(lease)
+                self.ownership.keep(lease)
         consumed.streams = dict(sorted(consumed.streams.items()))
-        if not consumed.in_keeper:
-            consumed.in_keeper = True
-            self.keeper().consume(queue.name, self.options.shards)
-            self.keeper().touch(queue.name, self.touched.get(queue.name, 0))
+        self.ownership.join(consumed)
         consumed.rung = True
 
     def _leave(self, consumed: Consumed) -> None:
         """Ends the leases of a queue that nobody here consumes, as far as nothing of it is still worked on."""
-        if consumed.in_keeper and self._keeper is not None:
-            consumed.in_keeper = False
-            self._keeper.cancel(consumed.queue.name)
-            self._keeper.touch(consumed.queue.name, 0)
-        for consumer in consumed.consumers():
-            if consumer.lease.shared:
-                consumer.give_back_all()
+        self.ownership.leave(consumed)
+        for consumer in consumed.streams.values():
+            consumer.give_back_all()
         try:
             self.flush()
-            for priority, consumer in list(consumed.streams.items()):
-                if consumer.idle() and not consumer.handed:
-                    self._end_stream(consumed, priority, consumer)
         except StreamTaskError as exc:
             log.info("a consumer could not be ended now: %s", exc)
             for consumer in consumed.streams.values():
-                if consumer.idle() and self._keeper is not None:
-                    self._keeper.forget(consumer.lease)
+                if consumer.idle() and not consumer.handed:
+                    self.ownership.forget(consumer.lease)  # which runs out
+
+    def _end_idle(self, consumed: Consumed) -> None:
+        """Of a queue that nobody here consumes any more: ends the leases of what has been acknowledged."""
+        if consumed.in_keeper:
+            self.ownership.leave(consumed)  # its channels were never closed
+        for priority, consumer in list(consumed.streams.items()):
+            if consumer.handed or not consumer.idle() or consumer.has_to_flush():
+                continue
+            lease = consumer.lease
+            self.ownership.forget(lease)
+            del consumed.streams[priority]
+            reap(self.link(consumer), lease.keys, GROUP, lease.incarnation, lease.lease_ms, gone=True)
         if not consumed.streams and not consumed.shards:
             self.consumed.pop(consumed.queue.name, None)
 
-    def _end_stream(self, consumed: Consumed, priority: int, consumer: StreamConsumer) -> None:
-        lease = consumer.lease
-        if self._keeper is not None:
-            self._keeper.forget(lease)
-        del consumed.streams[priority]
-        reap(self._link, lease.keys, GROUP, lease.incarnation, lease.lease_ms, gone=True)
-
     def drop_queue(self, name: str) -> None:
-        """The queue was deleted: what was read of it is no longer there."""
+        """The queue was deleted: what was read of it is no longer there. Who consumes it goes on when it is declared again."""
         with self.lock:
-            consumed = self.consumed.pop(name, None)
             self.queues.pop(name, None)
-            if consumed is not None:
-                for user in list(consumed.users):
-                    user.queue_gone(name)
-                self._forget(consumed)
+            consumed = self.consumed.pop(name, None)
+            if consumed is None:
+                return
+            for consumer in consumed.consumers():
+                self.forget_deliveries(consumer)
+                if consumer.lease.shared:
+                    self.ownership.forget(consumer.lease)
+            self.ownership.leave(consumed)
+            if consumed.users:
+                waiting = self.consumed[name] = Consumed(self.queue(name))
+                waiting.users = consumed.users
+                waiting.gone = True
 
-    def _forget(self, consumed: Consumed) -> None:
-        for consumer in consumed.consumers():
-            self._forget_deliveries(consumer)
-            if consumer.lease.shared and self._keeper is not None:
-                self._keeper.forget(consumer.lease)
-        if consumed.in_keeper and self._keeper is not None:
-            self._keeper.cancel(consumed.queue.name)
-            self._keeper.touch(consumed.queue.name, 0)
+    def declared(self, name: str) -> None:
+        """The queue was declared, maybe again."""
+        consumed = self.consumed.get(name)
+        if consumed is not None and consumed.gone:
+            consumed.gone = False
+            self.wake()
 
-    def _forget_deliveries(self, consumer: StreamConsumer) -> None:
+    def forget_deliveries(self, consumer: StreamConsumer) -> None:
         for tag in [tag for tag, handed in self.handed.items() if handed.consumer is consumer]:
             del self.handed[tag]
 
-    # The keeper
+    # Errors
 
-    def keeper(self) -> Keeper:
-        if self._keeper is None:
-            options = self.options
-            self._keeper_started = mono_s()
-            self._keeper = Keeper(
-                self.broker,
-                namespace=options.namespace,
-                app=options.app,
-                group=GROUP,
-                incarnation=self.incarnation,
-                lease_ms=options.lease_ms,
-                handover_timeout_s=options.handover_timeout_s,
-            )
-        return self._keeper
-
-    def keeper_fd(self) -> int:
-        return -1 if self._keeper is None else self._keeper.fileno()
-
-    def keeper_stamp(self) -> object:
-        """Tells one keeper's socket from another's."""
-        return id(self._keeper)
-
-    def take_orders(self) -> None:
-        """Does what the keeper says: shards come and go. Raises ``LeaseLost`` where leases were lost."""
-        with self.lock:
-            if self._keeper is None:
-                return
-            try:
-                orders = self._keeper.orders()
-            except StreamTaskError as exc:
-                log.warning("the keeper of the leases ended, another is started: %s", exc)
-                self._restart_keeper()
-                return
-            for order in orders:
-                op = order["op"]
-                if op == "own":
-                    self._own(order)
-                elif op == "release":
-                    self._release(order["number"])
-                elif op == "resume":
-                    self._resume(order["number"])
-                elif op == "lost":
-                    self._lost_shard(order["number"])
-                elif op == "lost_shared":
-                    self._lost(f"the lease of {order['prefix']} ran out")
-
-    def _restart_keeper(self) -> None:
-        self._keeper = None
-        if mono_s() < self._keeper_started + KEEPER_PAUSE_S:
-            self._keeper_again_at = self._keeper_started + KEEPER_PAUSE_S
-            return
-        self._tell_keeper()
-
-    def _tell_keeper(self) -> None:
-        """Starts a keeper and tells it all that it has to know."""
-        self._keeper_again_at = None
-        self._numbers = {}
-        self._releasing = set()
-        for consumed in self.consumed.values():
-            for consumer in consumed.streams.values():
-                self.keeper().keep(consumer.lease)
-            if consumed.in_keeper:
-                self.keeper().consume(consumed.queue.name, self.options.shards)
-                self.keeper().touch(consumed.queue.name, self.touched.get(consumed.queue.name, 0))
-
-    def _own(self, order: dict[str, Any]) -> None:
-        consumed = self.consumed.get(order["queue"])
-        if consumed is None or not consumed.users:
-            self.keeper().released(order["number"])
-            return
-        shard, number = int(order["shard"]), int(order["number"])
-        for other, (of, at) in list(self._numbers.items()):
-            if of is consumed and at == shard:
-                del self._numbers[other]
-        self._numbers[number] = consumed, shard
-        names = consumed.queue.keys.shard(int(order["epoch"]), shard)
-        token, by_expiry = int(order["token"]), bool(order["by_expiry"])
-        lease = Lease(names, GROUP, self.incarnation, self.options.lease_ms, False, token, 0.0, by_expiry)
-        held = consumed.shards.get(shard)
-        if held is not None and held.lease.token == lease.token:
-            held.closing = False  # told again by a new keeper
-            return
-        if held is not None:
-            self._forget_deliveries(held)
-        consumer = StreamConsumer(lease, consumed.queue.name, shard, self._settings)
-        consumer.needs_audit = True  # the pending entries come first
-        consumer.taken_over = True
-        consumed.shards[shard] = consumer
-        consumed.rung = True
-        self._wake()
-
-    def _release(self, number: int) -> None:
-        found = self._numbers.get(number)
-        if found is None:
-            self.keeper().released(number)
-            return
-        consumed, shard = found
-        consumed.shards[shard].closing = True
-        self._releasing.add(number)
-        self._end_releases()
-
-    def _resume(self, number: int) -> None:
-        self._releasing.discard(number)
-        found = self._numbers.get(number)
-        if found is not None and found[1] in found[0].shards:
-            found[0].shards[found[1]].closing = False
-            found[0].rung = True
-
-    def _end_releases(self) -> None:
-        """Gives away the shards that are to go, as soon as nothing of them is worked on or unsettled."""
-        for number in list(self._releasing):
-            consumed, shard = self._numbers[number]
-            consumer = consumed.shards[shard]
-            if consumer.handed or not consumer.idle():
-                continue
-            self._releasing.discard(number)
-            del self._numbers[number]
-            del consumed.shards[shard]
-            self.keeper().released(number)
-            if not consumed.users and not consumed.streams and not consumed.shards:
-                self.consumed.pop(consumed.queue.name, None)
-
-    def _lost_shard(self, number: int) -> None:
-        found = self._numbers.pop(number, None)
-        self._releasing.discard(number)
-        if found is not None and found[1] in found[0].shards:
-            consumer = found[0].shards.pop(found[1])
-            self._forget_deliveries(consumer)
-            self._say_lost(f"shard {found[1]} of queue {found[0].queue.name!r} is another's")
-
-    def _lost(self, why: str) -> None:
-        """Leases of shared streams ran out, or their records are gone: what was delivered is others'. Begins anew."""
-        for consumed in self.consumed.values():
-            for consumer in consumed.streams.values():
-                self._forget_deliveries(consumer)
-                if self._keeper is not None:
-                    self._keeper.forget(consumer.lease)
-            consumed.streams = {}
-            consumed.queue.forget()
-        self._say_lost(why)
-
-    def _say_lost(self, why: str) -> None:
-        self.epoch += 1
-        self._wake()
-        log.error("messages that were delivered to this process are others' now: %s", why)
-
-    # Taking messages
-
-    def fetch(self, name: str, most: int) -> list[tuple[dict[str, Any], str]]:
-        """Up to ``most`` messages of a queue, as (payload, delivery tag). Raises ``BrokerUnavailable``, ``LeaseLost``."""
-        with self.lock:
-            try:
-                consumed = self._consumed(name)
-                if consumed.takes_for_good():
-                    return self._take(consumed, most)
-                # Shards and shared streams both get their turn, also while one of them alone could fill the room.
-                looked = mono_s() >= consumed.look_at
-                if looked:
-                    self._read(consumed, most)
-                out = self._hand_out(consumed, most)
-                if len(out) < most and not looked:
-                    self._read(consumed, most - len(out))
-                    out += self._hand_out(consumed, most - len(out))
-                return out
-            except BrokerUnavailable:
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What follows from an error of a call: a lost connection may have lost replies, a lost lease all deliveries."""
+        try:
+            yield
+        except BrokerUnavailable:
+            self._outage()
+            raise
+        except LeaseLost as exc:
+            self.lost_streams(str(exc))
+            raise
+        except ReplyError as exc:
+            if has_moved(exc):
                 self._outage()
+                raise BrokerUnavailable(f"the Cluster at {self.broker.safe_url} has moved a slot: {exc}") from None
+            if not _is_gone(exc):
                 raise
-            except LeaseLost as exc:
-                self._lost(str(exc))
-                raise
-            except ReplyError as exc:
-                if exc.code != "NOGROUP":
-                    raise
-                self._lost(f"the stream is gone: {exc}")
-                raise LeaseLost(str(exc)) from None
+            self.lost_streams(f"a stream is gone: {exc}")
+            raise LeaseLost(f"a stream of {self.broker.safe_url} is gone: {exc}") from None
 
     def _outage(self) -> None:
         """Replies may have been lost with messages in them."""
-        self._link.close()
+        self._links.close()
         for consumed in self.consumed.values():
             consumed.rung = True
             for consumer in consumed.consumers():
                 consumer.needs_audit = True
 
+    def lost_streams(self, why: str) -> None:
+        """Leases of shared streams ran out, or their records are gone: what was delivered is others'. Begins anew."""
+        for consumed in self.consumed.values():
+            for consumer in consumed.streams.values():
+                self.forget_deliveries(consumer)
+                self.ownership.forget(consumer.lease)
+            consumed.streams = {}
+            consumed.queue.forget()
+        self.say_lost(why)
+
+    def _lost(self, consumer: StreamConsumer, why: str) -> None:
+        if consumer.lease.shared:
+            self.lost_streams(why)
+        else:
+            self.ownership.lost(consumer)
+
+    def say_lost(self, why: str) -> None:
+        self.epoch += 1
+        self.wake()
+        log.error("messages that were delivered to this process are others' now: %s", why)
+
+    def take_orders(self) -> None:
+        """Does what the keeper has told."""
+        with self.lock:
+            self.ownership.take_orders()
+
+    # Taking messages
+
+    def fetch(self, name: str, most: int) -> list[tuple[dict[str, Any], str]]:
+        """Up to ``most`` messages of a queue, as (payload, delivery tag). Raises ``BrokerUnavailable``, ``LeaseLost``."""
+        with self.lock, self._guarded():
+            consumed = self._consumed(name)
+            if consumed.gone:
+                return []
+            if consumed.takes_for_good():
+                return taking.take(self, consumed, self._links, most)
+            out: list[tuple[dict[str, Any], str]] = []
+            try:
+                # Shards and shared streams both get their turn, also while one of them alone could fill the room.
+                if mono_s() >= consumed.look_at:
+                    self._read(consumed, most)
+                    looked = True
+                else:
+                    looked = False
+                self._hand_out(consumed, most, out)
+                while len(out) < most and (not looked or consumed.left_out):
+                    consumed.left_out = 0
+                    looked = True
+                    self._read(consumed, most - len(out))
+                    self._hand_out(consumed, most, out)
+            except BaseException:
+                for _, tag in out:
+                    self.reject(tag, requeue=True)
+                raise
+            return out
+
     def _read(self, consumed: Consumed, most: int) -> None:
         """Reads from Redis what there is into the consumers, and settles what has ended, in one round trip."""
-        link = self._link
         for consumer in list(consumed.consumers()):
             if consumer.needs_audit:
-                consumer.recover(link, takeover=consumer.taken_over)
+                consumer.recover(self.link(consumer), takeover=consumer.taken_over)
                 consumer.taken_over = False
                 consumer.read_at = 0.0
         now = mono_s()
         consumed.rung = False
         consumed.look_at = now + LOOK_S
-        settling = [c for c in consumed.consumers() if c.finished and not c.settling]
-        packed = [c.begin_settle() for c in settling]
         streams = list(consumed.streams.values())
-        packed.append(self._pack_shared(streams, max(0, most - sum(len(c.buffer) for c in streams))))
         shards = [c for c in consumed.shards.values() if not c.closing]
         readable = [c for c in shards if now >= c.read_at and c.has_room()]
-        packed += [c.pack_read(SHARD_READ) for c in readable]
+        settling = [c for c in consumed.consumers() if c.finished and not c.settling]
+        calls = [(c.keys.stream, c.begin_settle()) for c in settling]
+        room = max(0, most - sum(len(c.buffer) for c in streams))
+        calls.append((streams[0].keys.stream, self._pack_shared(streams, room)))
+        calls += [(c.keys.stream, c.pack_read(SHARD_READ)) for c in readable]
         try:
-            replies = self._pipeline(packed)
+            replies = self._links.pipeline(calls)
         except BaseException:
             for consumer in settling:
                 consumer.settle_lost()
             raise
         for consumer, reply in zip(settling, replies, strict=False):
-            self._settled(consumed, consumer, reply)
+            self._settled(consumer, reply)
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
         self._take_shared(consumed, streams, replies[len(settling)])
         for consumer, reply in zip(readable, replies[len(settling) + 1 :], strict=True):
             if reply == Code.LEASE_LOST:
-                self._lost_consumer(consumed, consumer, f"shard {consumer.shard} of a queue is another's")
+                self._lost(consumer, "")
                 continue
             consumer.was_read(len(reply) >= SHARD_READ, bool(reply), now)
             if reply:
-                consumer.absorb(link, reply)
+                consumer.absorb(self.link(consumer), reply)
         for consumer in shards:
             if consumer.woken or (consumer.next_due is not None and now >= consumer.next_due):
                 consumer.woken = False
-                consumer.move_due(link)
+                consumer.move_due(self.link(consumer))
                 consumer.read_at = 0.0
                 consumed.rung = True
 
-    def _settled(self, consumed: Consumed, consumer: StreamConsumer, reply: Any) -> None:
+    def _settled(self, consumer: StreamConsumer, reply: Any) -> None:
         if isinstance(reply, Exception):
             consumer.settle_lost()
             return
         try:
             consumer.end_settle(reply)
         except LeaseLost as exc:
-            self._lost_consumer(consumed, consumer, str(exc))
+            self._lost(consumer, str(exc))
 
     def _pack_shared(self, streams: Sequence[StreamConsumer], room: int) -> bytes:
         names: list[str] = []
@@ -554,15 +420,12 @@ class Session:
             if part == 0:
                 raise LeaseLost(f"the lease of {consumer.keys.prefix} ran out and is another's, or is gone")
             last, rung, next_ms, again, fresh = part
-            position = [last.decode(), rung.decode()]
-            before = consumed.positions.get(consumer.keys.prefix)
-            woken = woken or before is None or before[1] != position[1]
-            consumed.positions[consumer.keys.prefix] = position
+            woken |= consumed.moved(consumer.keys.prefix, last, rung)
             consumer.clock_ms = int(now_ms) - wall_ms()
             if next_ms >= 0:
                 due_at.append(int(next_ms))
             if fresh:
-                consumer.absorb(self._link, fresh)
+                consumer.absorb(self.link(consumer), fresh)
             if again:
                 consumer.absorb_again(again)
         if any(consumer.buffer for consumer in streams):
@@ -574,13 +437,7 @@ class Session:
                 self._join(consumed)
         consumed.next_due = None if not due_at else mono_s() + max(0, min(due_at) - int(now_ms)) / 1000
 
-    def _pipeline(self, packed: Sequence[bytes]) -> list[Any]:
-        if len(packed) > 1:
-            return self._link.pipeline(packed)
-        return [self._link.call(packed[0])]
-
-    def _hand_out(self, consumed: Consumed, most: int) -> list[tuple[dict[str, Any], str]]:
-        out: list[tuple[dict[str, Any], str]] = []
+    def _hand_out(self, consumed: Consumed, most: int, out: list[tuple[dict[str, Any], str]]) -> None:
         now = mono_s()
         groups = [list(consumed.streams.values()), list(consumed.shards.values())]
         if consumed.shards_first:
@@ -589,25 +446,30 @@ class Session:
         for consumer in (c for group in groups for c in group):
             consumer.lanes.open_due(now)
             while len(out) < most and consumer.has_work():
-                batches = consumer.take_free(self._link, most - len(out))
+                batches = consumer.take_free(self.link(consumer), most - len(out))
                 if not batches:
                     break
-                for batch in batches:
-                    handed = self._handed(consumed, consumer, batch)
+                for position, batch in enumerate(batches):
+                    try:
+                        handed = self._handed(consumed, consumer, batch)
+                    except BaseException:
+                        for left in batches[position:]:
+                            consumer.give_back(left)
+                        raise
                     if handed is not None:
                         out.append(handed)
-        return out
 
     def _handed(self, consumed: Consumed, consumer: StreamConsumer, batch: Batch) -> tuple[dict[str, Any], str] | None:
         delivery = batch.deliveries[0]
         if not delivery.fresh and not consumer.lease.shared:
-            following = consumer.replaced(self._link, batch)
+            following = consumer.replaced(self.link(consumer), batch)
             if following is None:
                 return None
             delivery = following
         payload = decode(delivery)
         if expired(payload, delivery.entry_id, consumer.redis_ms()):
             consumer.end(batch)
+            consumed.left_out += 1
             return None
         tag = self.new_tag()
         properties, headers = payload["properties"], payload["headers"]
@@ -625,7 +487,7 @@ class Session:
                 "generation": consumer.generation(delivery.entry_id),
                 "tag": tag,
             }
-        self.handed[tag] = Handed(tag, consumer, batch, consumed.queue.name)
+        self.handed[tag] = Handed(tag, consumer, batch)
         return payload, tag
 
     def look_again(self, name: str) -> None:
@@ -634,65 +496,30 @@ class Session:
         if consumed is not None:
             consumed.rung = True
 
-    def next_wake(self, names: Iterable[str]) -> float | None:
-        """When (monotonic) the next message of these queues falls due, as far as is known here."""
-        times: list[float] = []
-        with self.lock:
-            for name in names:
-                consumed = self.consumed.get(name)
-                if consumed is None:
-                    continue
-                if consumed.next_due is not None:
-                    times.append(consumed.next_due)
-                for consumer in consumed.shards.values():
-                    due = consumer.lanes.next_due()
-                    times += [at for at in (due, consumer.next_due) if at is not None]
-        return min(times, default=None)
-
     def ready(self, name: str) -> bool:
         """Whether there may be something to take of a queue."""
         consumed = self.consumed.get(name)
-        if consumed is None or consumed.rung:
-            return True
-        now = mono_s()
-        if consumed.next_due is not None and now >= consumed.next_due:
-            return True
-        return any(consumer.may_have(now) for consumer in consumed.consumers())
+        return consumed is None or consumed.ready()
+
+    def next_wake(self, names: Iterable[str]) -> float | None:
+        """When (monotonic) the next message of these queues falls due, as far as is known here."""
+        with self.lock:
+            found = [self.consumed[name] for name in names if name in self.consumed]
+            return min((at for consumed in found for at in consumed.due_times()), default=None)
 
     def bell(self, names: Iterable[str]) -> dict[bytes, tuple[str, str]]:
         """The streams to wait for, as {key: (queue, id after which something is new)}."""
         with self.lock:
-            found: dict[bytes, tuple[str, str]] = {}
-            for name in names:
-                consumed = self.consumed.get(name)
-                if consumed is None:
-                    continue
-                for priority in consumed.streams or consumed.queue.priorities:
-                    names_of = consumed.queue.shard_keys(shared(priority))
-                    last, wake = consumed.positions.get(names_of.prefix, ["0-0", "0-0"])
-                    found[names_of.stream.encode()] = (name, last)
-                    found[names_of.wake.encode()] = (name, wake)
-                for consumer in consumed.shards.values():
-                    if not consumer.closing:
-                        found[consumer.keys.stream.encode()] = (name, consumer.last_id)
-                        found[consumer.keys.wake.encode()] = (name, consumer.wake_id)
-            return found
+            found = [(name, self.consumed[name]) for name in names if name in self.consumed]
+            return {key: (name, at) for name, consumed in found for key, at in consumed.bell().items()}
 
     def rang(self, reply: Any, asked: dict[bytes, tuple[str, str]]) -> None:
         """Takes the answer to the bell's XREAD."""
         with self.lock:
             for key, entries in reply or ():
-                name = asked.get(bytes(key), ("", ""))[0]
-                consumed = self.consumed.get(name)
-                if consumed is None:
-                    continue
-                consumed.rung = True
-                for consumer in consumed.shards.values():
-                    if consumer.keys.stream.encode() == key:
-                        consumer.read_at = 0.0
-                    if consumer.keys.wake.encode() == key:
-                        consumer.wake_id = entries[-1][0].decode()
-                        consumer.woken = True
+                consumed = self.consumed.get(asked.get(bytes(key), ("", ""))[0])
+                if consumed is not None:
+                    consumed.rang(bytes(key), entries[-1][0])
 
     # Ends of messages
 
@@ -706,6 +533,7 @@ class Session:
             return True
 
     def reject(self, tag: str, requeue: bool) -> bool:
+        """A message is to be delivered again, or goes to the dead letters. False as ``ack``."""
         with self.lock:
             handed = self.handed.pop(tag, None)
             if handed is None:
@@ -728,110 +556,70 @@ class Session:
                     handed = self.handed.pop(tag)
                     handed.consumer.give_back(handed.batch)
 
+    def still_ours(self, delivery: dict[str, Any]) -> bool:
+        """Whether a keyed delivery may start: it was not given back, nor is its shard another's."""
+        return str(delivery.get("tag")) in self.handed
+
     def has_to_flush(self) -> bool:
         return any(c.has_to_flush() for consumed in self.consumed.values() for c in consumed.consumers())
 
     def flush(self) -> None:
         """Writes what has ended. Raises ``BrokerUnavailable``: then it is written later."""
-        with self.lock:
-            if self._keeper is not None:
-                self.take_orders()
+        with self.lock, self._guarded():
+            self.ownership.take_orders()
             for consumed in list(self.consumed.values()):
                 for consumer in list(consumed.consumers()):
                     if consumer.has_to_flush():
                         self._flush(consumed, consumer)
-            self._end_releases()
+            self.ownership.end_releases()
             for consumed in list(self.consumed.values()):
                 if not consumed.users:
                     self._end_idle(consumed)
 
     def _flush(self, consumed: Consumed, consumer: StreamConsumer) -> None:
         try:
-            consumer.flush(self._link)
-        except BrokerUnavailable:
-            self._outage()
-            raise
+            consumer.flush(self.link(consumer))
         except (LeaseLost, ReplyError) as exc:
-            if isinstance(exc, ReplyError) and exc.code != "NOGROUP":
+            if isinstance(exc, ReplyError) and not _is_gone(exc):
                 raise
-            self._lost_consumer(consumed, consumer, str(exc))
+            self._lost(consumer, str(exc))
         if consumer.lanes.has_ready() or consumer.lanes.next_due() is not None:
             consumed.rung = True
 
-    def _lost_consumer(self, consumed: Consumed, consumer: StreamConsumer, why: str) -> None:
-        if consumer.lease.shared:
-            self._lost(why)
-            return
-        for number, (of, shard) in list(self._numbers.items()):
-            if of is consumed and shard == consumer.shard:
-                self.keeper().released(number)
-                self._lost_shard(number)
-
-    def _end_idle(self, consumed: Consumed) -> None:
-        """Of a queue that nobody here consumes any more: the last of it was acknowledged."""
-        for priority, consumer in list(consumed.streams.items()):
-            if not consumed.in_keeper and consumer.idle() and not consumer.handed and not consumer.has_to_flush():
-                self._end_stream(consumed, priority, consumer)
-        if not consumed.streams and not consumed.shards:
-            self.consumed.pop(consumed.queue.name, None)
-
-    def still_ours(self, delivery: dict[str, Any]) -> bool:
-        """Whether a keyed delivery may start: it was not given back, nor is its shard another's."""
-        return str(delivery.get("tag")) in self.handed
-
-    def _take(self, consumed: Consumed, most: int) -> list[tuple[dict[str, Any], str]]:
-        """Takes messages for good: their consumer will not acknowledge them."""
-        queue = consumed.queue
-        out: list[tuple[dict[str, Any], str]] = []
-        consumed.rung = False
-        due_at: list[float] = []
-        for priority in queue.priorities:
-            queue.open(shared(priority))
-            names = queue.shard_keys(shared(priority))
-            now_ms, last, rung, next_ms, entries = self._link.run(
-                "take",
-                [names.stream, names.requeued, names.delayed, names.state, names.wake],
-                [GROUP, most - len(out)],
-            )
-            position = [last.decode(), rung.decode()]
-            before = consumed.positions.get(names.prefix)
-            if before is None or before[1] != position[1]:
-                queue.refresh()
-            consumed.positions[names.prefix] = position
-            if next_ms >= 0:
-                due_at.append(mono_s() + max(0, int(next_ms) - int(now_ms)) / 1000)
-            for entry_id, fields in entries:
-                try:
-                    payload = decode(Delivery(entry_id, wire.decode(fields)))
-                except Exception as exc:
-                    log.error("junk in queue %s is left out: %s", queue.name, exc)
-                    continue
-                if not expired(payload, entry_id, int(now_ms)):
-                    tag = self.new_tag()
-                    payload["properties"]["delivery_tag"] = tag
-                    payload["properties"].setdefault("delivery_info", {})
-                    out.append((payload, tag))
-            if len(out) >= most:
-                consumed.rung = True
-                break
-        consumed.next_due = min(due_at, default=None)
-        return out
+    # Upkeep
 
     def upkeep(self) -> None:
         """What is to be done from time to time: to be called often, costs next to nothing."""
         now = mono_s()
-        if self._keeper_again_at is not None and now >= self._keeper_again_at:
-            with self.lock:
-                self._tell_keeper()
         if now < self._upkeep_at:
             return
-        self._upkeep_at = now + 1.0
+        self._upkeep_at = now + UPKEEP_S
+        with self.lock:
+            self.ownership.restart_keeper()
+            gone = [name for name, consumed in self.consumed.items() if consumed.gone]
+        for name in gone:
+            if self.is_declared(name):
+                self.declared(name)
         for name, expires_ms in list(self.touched.items()):
             if now >= self._touch_at.get(name, 0.0) and (name in self.consumed or name in self.listened):
                 self._touch_at[name] = now + expires_ms / 3000
-                self.touch(name, expires_ms)
+                self._touch(name, expires_ms)
 
-    def touch(self, name: str, expires_ms: int) -> None:
+    def is_declared(self, name: str) -> bool:
+        """Whether a queue is declared, and has not expired."""
+        options = self.options
+        declared = keys.app_queues(options.namespace, options.app)
+        expiring = keys.expiring(options.namespace, options.app)
+
+        def ask(link: Link) -> bool:
+            there, until, (seconds, micros) = link.pipeline(
+                [pack("SISMEMBER", declared, name), pack("ZSCORE", expiring, name), pack("TIME")]
+            )
+            return bool(there) and (until is None or float(until) > int(seconds) * 1000 + int(micros) // 1000)
+
+        return bool(self.once_more(ask, declared))
+
+    def _touch(self, name: str, expires_ms: int) -> None:
         """A queue with ``x-expires`` is in use."""
         key = keys.expiring(self.options.namespace, self.options.app)
 
@@ -841,19 +629,20 @@ class Session:
 
         self.once_more(prolong, key)
 
-    def add_waker(self, waker: Any) -> None:
-        self.wakers.add(waker)
-
-    def _wake(self) -> None:
+    def wake(self) -> None:
         for waker in list(self.wakers):
             waker.wake()
 
     def close_if_idle(self) -> None:
         """Ends the keeper of a process that consumes nothing more."""
         with self.lock:
-            if not self.consumed and self._keeper is not None:
-                self._keeper.close()
-                self._keeper = None
+            if not self.consumed:
+                self.ownership.close()
+
+
+def _is_gone(exc: ReplyError) -> bool:
+    """Whether a stream or its group is no longer there: a flush, or the queue was deleted."""
+    return exc.code == "NOGROUP" or "no such key" in str(exc)
 
 
 def _tags() -> Iterator[str]:

@@ -31,6 +31,8 @@ class Transport(virtual.Transport):  # type: ignore[misc]
 
     connection_errors = (*virtual.Transport.connection_errors, BrokerUnavailable, LeaseLost, QueueFull, OSError)
     channel_errors = (*virtual.Transport.channel_errors, ReplyError)
+    recoverable_connection_errors = connection_errors
+    recoverable_channel_errors = channel_errors
 
     implements = virtual.Transport.implements.extend(
         asynchronous=True, batch_publish=True, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
@@ -44,6 +46,9 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         _keep_failover(client)
         self.session: Session = session_of(broker_of(client), options_of(client))
         self.poller = Poller(self.session)
+        if "://" in (client.hostname or ""):
+            # kombu has not parsed it, and could not: so that it asks ``as_uri`` below.
+            self.can_parse_url = True
         self._pid = os.getpid()
 
     def driver_version(self) -> str:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 from ..errors import BrokerUnavailable
 from ..redis.connection import Broker
-from ..redis.link import Link, Reply, ReplyError
+from ..redis.link import SMALL, Link, Reply, ReplyError
 
 
 class Links:
-    """Links that are made at their first use. ``timeout_s`` bounds the wait for a reply."""
+    """Links that are made at their first use. ``timeout_s`` bounds the wait for a reply, ``buffer_bytes`` is how much one
+    read takes."""
 
-    def __init__(self, broker: Broker, timeout_s: float) -> None:
+    def __init__(self, broker: Broker, timeout_s: float, *, buffer_bytes: int = SMALL) -> None:
         self._broker = broker
+        self._buffer_bytes = buffer_bytes
         self._timeout_s = timeout_s
         self._links: dict[str, Link] = {}
 
@@ -22,7 +24,9 @@ class Links:
         node = self._broker.node(key)
         link = self._links.get(node)
         if link is None:
-            link = self._links[node] = self._broker.link(key, timeout_s=self._timeout_s)
+            link = self._links[node] = self._broker.link(
+                key, timeout_s=self._timeout_s, buffer_bytes=self._buffer_bytes
+            )
         return link
 
     def pipeline(self, commands: Sequence[tuple[str, bytes]]) -> list[Reply]:

@@ -41,11 +41,16 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 def tls_binary(config: pytest.Config) -> str | None:
     """A server that was built with TLS, None where there is none."""
     for path in chosen_binaries(config).values():
+        # Without a certificate none starts; what it says tells whether it could. One without TLS does not know the
+        # directive, or knows it and lacks what is behind it.
         said = subprocess.run(
-            [path, "--port", "0", "--tls-port", "x"], capture_output=True, text=True, timeout=20, check=False
+            [path, "--port", "0", "--tls-port", str(free_port())],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
         )
-        # One without TLS does not know the directive; one with it minds the port.
-        if "Bad directive" not in said.stdout + said.stderr:
+        if not any(text in said.stdout + said.stderr for text in ("Bad directive", "Failed finding TLS support")):
             return path
     return None
 

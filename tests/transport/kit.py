@@ -52,9 +52,8 @@ class Kit:
                 self._open.pop().release()
         # What should have ended with its last connection, and has tests of its own (test_leaving.py).
         for session in list(sessions.values()):
-            if session.options.namespace == self.namespace and session._keeper is not None:
-                session._keeper.close()
-                session._keeper = None
+            if session.options.namespace == self.namespace and session.ownership.fileno() >= 0:
+                session.ownership.close()
 
     def channel(self, **more: Any) -> Any:
         """A channel on a connection of its own."""

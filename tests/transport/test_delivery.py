@@ -74,9 +74,6 @@ def test_channels_of_a_connection_have_each_their_prefetch(kit: Kit) -> None:
     assert (one.bodies, two.bodies) == ([0, 1], [0, 1, 2, 3, 4])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Poller.deliver gives all to the first channel that consumes the queue, beyond its prefetch"
-)
 def test_two_channels_of_a_connection_on_one_queue(kit: Kit) -> None:
     """Both are served; a full one does not keep the other from its messages."""
     channel = kit.channel()
@@ -605,9 +602,6 @@ def test_expired_messages_are_dropped(kit_all: Kit) -> None:
     assert kit_all.dead() == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="basic_get answers None where the first message has expired, though others wait behind it"
-)
 def test_expired_messages_are_not_got(kit: Kit) -> None:
     channel = kit.channel()
     queue = kit.queue(channel)
@@ -749,9 +743,6 @@ def test_delivery_tags_are_unique(kit: Kit) -> None:
     assert len(set(tags)) == len(tags) == 100
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the produce id stays in the caller's properties dict, so a second publish of them is dropped"
-)
 def test_a_message_can_be_passed_on(kit: Kit) -> None:
     """Its headers and properties published again as they are: a message of its own."""
     channel = kit.channel()

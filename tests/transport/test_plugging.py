@@ -358,14 +358,7 @@ def test_sentinel_failover(sentinels: Sentinels, make_kit: Any) -> None:
     assert sorted(Inbox(kit.channel() if False else kit.connect(url).channel(), "q").drain_all(1)) == [1, 2]
 
 
-BEYOND_ONE = pytest.mark.xfail(
-    strict=True, reason="Session._link goes to any node of a Cluster: consuming a queue of another node's answers MOVED"
-)
-
-
-@pytest.mark.parametrize(
-    "redis_cluster", [1, pytest.param(3, marks=BEYOND_ONE)], ids=["one node", "three nodes"], indirect=True
-)
+@pytest.mark.parametrize("redis_cluster", [1, 3], ids=["one node", "three nodes"], indirect=True)
 def test_cluster(redis_cluster: RedisCluster, make_kit: Any) -> None:
     kit = make_kit(redis_cluster)
     url = f"streamtask+cluster://127.0.0.1:{redis_cluster.port}"
@@ -546,10 +539,6 @@ def test_as_uri() -> None:
             assert "hidden" in connection.as_uri(include_password=True)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="kombu parses streamtask+...:// itself to hide the password, and can't: a worker's banner raises",
-)
 def test_as_uri_of_several_hosts() -> None:
     connection = Connection("streamtask+sentinel://u:hidden@h:1,i:2/m/2")
     assert "hidden" not in repr(connection)

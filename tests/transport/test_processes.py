@@ -170,7 +170,7 @@ def test_no_keeper_without_a_consumer_of_keys(kit: Kit) -> None:
     session = connection.transport.session
     wait_until(lambda: inbox.drain(0.05) or len(session.consumed["q"].shards) == 8)
     connection.release()
-    wait_until(lambda: session._keeper is None, 3)
+    wait_until(lambda: session.ownership.fileno() < 0, 3)
 
 
 def test_no_keeper_without_a_consumer(kit: Kit) -> None:
@@ -180,9 +180,9 @@ def test_no_keeper_without_a_consumer(kit: Kit) -> None:
     connection = kit.connect()
     Inbox(connection.channel(), "q").take()[0].ack()
     session = connection.transport.session
-    assert session._keeper is not None
+    assert session.ownership.fileno() >= 0
     connection.release()
-    assert session._keeper is None
+    assert session.ownership.fileno() < 0
     assert (
         kit.client().zcard(kit.keys("{kombu.q.*}:consumers:*")[0]) == 0 if kit.keys("{kombu.q.*}:consumers:*") else True
     )
@@ -193,7 +193,7 @@ def test_publishing_needs_no_keeper(kit: Kit) -> None:
     kit.queue(channel)
     publish(channel, 1)
     publish(channel, 2, headers={"shard_key": "a"})
-    assert channel.connection.session._keeper is None
+    assert channel.connection.session.ownership.fileno() < 0
     assert channel._size("q") == 2
 
 
@@ -204,7 +204,7 @@ def test_getting_without_acknowledging_leaves_no_lease(kit: Kit) -> None:
     assert queue.get(no_ack=True).payload == 1
     session = channel.connection.session
     channel.close()
-    wait_until(lambda: session._keeper is None)
+    wait_until(lambda: session.ownership.fileno() < 0)
 
 
 # --- dying ---------------------------------------------------------------------------------------------------------------

@@ -140,10 +140,6 @@ def test_delete_if_unused(kit: Kit) -> None:
     assert code_of(kit.connect(), "q") == "404"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Session.drop_queue forgets who consumes, so a consumer gets nothing of the queue declared again",
-)
 def test_delete_under_a_consumer(kit: Kit) -> None:
     """Another connection of the process deletes the queue: the consumer neither dies nor gets stuck."""
     channel = kit.channel()
@@ -176,7 +172,6 @@ def test_an_expired_queue_is_gone(kit: Kit, make_kit: Any, redis_server: RedisSe
     assert passive(channel, "long").message_count == 1
 
 
-@pytest.mark.xfail(strict=True, reason="routing.exists looks in the set of names, not whether the queue's time is over")
 def test_an_expired_queue_is_missing_at_once(kit: Kit) -> None:
     """Though nobody has declared anything since, which is when it is removed."""
     channel = kit.channel()
@@ -386,9 +381,6 @@ def test_deleting_a_queue_removes_its_bindings(kit: Kit) -> None:
     assert kit.keys("{kombu.a*") == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Channel.get_table takes an exchange without bindings for one that was flushed, and binds again"
-)
 def test_the_last_queue_of_an_exchange_deleted_by_another(kit: Kit) -> None:
     """A reply queue that its client has deleted: who still knows the binding from before does not bring it back."""
     exchange = Exchange("reply", type="direct")

@@ -1,0 +1,206 @@
+"""This process' part in the shards of its queues: what its keeper tells, and what the keeper has to know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..clock import mono_s
+from ..coordination.lease import Lease
+from ..errors import StreamTaskError
+from ..queue.consumer import ConsumerSettings
+from ..worker.keeper import Keeper
+from .consumed import Consumed
+from .consumer import StreamConsumer
+from .queues import GROUP
+
+if TYPE_CHECKING:
+    from .session import Session
+
+log = logging.getLogger("streamtask.transport")
+
+KEEPER_PAUSE_S = 1.0
+"""Between two starts of a keeper, where it keeps dying."""
+
+SHARD_READ = 100
+"""Messages of an owned shard that are read with one call: nobody else may run them, so reading ahead keeps nothing from
+anybody."""
+
+SETTINGS = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ)
+
+
+class Ownership:
+    """See the module. The session's lock guards it. A process that consumes nothing has no keeper."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._keeper: Keeper | None = None
+        self._started = 0.0
+        self._again_at: float | None = None
+        self._numbers: dict[int, tuple[Consumed, int]] = {}  # the keeper's numbers of shards
+        self._releasing: set[int] = set()
+        self._orders: dict[str, Callable[[dict[str, Any]], None]] = {
+            "own": self._own,
+            "release": self._release,
+            "resume": self._resume,
+            "lost": lambda order: self._lost(int(order["number"])),
+            "lost_shared": lambda order: session.lost_streams(f"the lease of {order['prefix']} ran out"),
+        }
+
+    def fileno(self) -> int:
+        """The keeper's socket, -1 without one."""
+        return -1 if self._keeper is None else self._keeper.fileno()
+
+    def stamp(self) -> object:
+        """Tells one keeper's socket from another's."""
+        return id(self._keeper)
+
+    # What the keeper has to know
+
+    def keeper(self) -> Keeper:
+        if self._keeper is None:
+            options = self._session.options
+            self._started = mono_s()
+            self._keeper = Keeper(
+                self._session.broker,
+                namespace=options.namespace,
+                app=options.app,
+                group=GROUP,
+                incarnation=self._session.incarnation,
+                lease_ms=options.lease_ms,
+                handover_timeout_s=options.handover_timeout_s,
+            )
+        return self._keeper
+
+    def keep(self, lease: Lease) -> None:
+        self.keeper().keep(lease)
+
+    def forget(self, lease: Lease) -> None:
+        if self._keeper is not None:
+            self._keeper.forget(lease)
+
+    def join(self, consumed: Consumed) -> None:
+        """Takes part in a queue's shards."""
+        if not consumed.in_keeper:
+            consumed.in_keeper = True
+            self._tell(consumed)
+
+    def leave(self, consumed: Consumed) -> None:
+        """Gives a queue's shards away."""
+        if consumed.in_keeper and self._keeper is not None:
+            self._keeper.cancel(consumed.queue.name)
+            self._keeper.touch(consumed.queue.name, 0)
+        consumed.in_keeper = False
+
+    def _tell(self, consumed: Consumed) -> None:
+        name = consumed.queue.name
+        self.keeper().consume(name, self._session.options.shards)
+        self.keeper().touch(name, self._session.touched.get(name, 0))
+
+    def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None
+
+    # What the keeper tells
+
+    def take_orders(self) -> None:
+        """Does what the keeper says: shards come and go."""
+        if self._keeper is None:
+            return
+        try:
+            orders = self._keeper.orders()
+        except StreamTaskError as exc:
+            log.warning("the keeper of the leases ended, another is started: %s", exc)
+            self._keeper = None
+            self._again_at = self._started + KEEPER_PAUSE_S
+            self.restart_keeper()
+            return
+        for order in orders:
+            self._orders[order["op"]](order)
+
+    def restart_keeper(self) -> None:
+        """Starts a keeper in the place of one that died, when it is time, and tells it all that it has to know."""
+        if self._again_at is None or mono_s() < self._again_at:
+            return
+        self._again_at = None
+        self._numbers = {}
+        self._releasing = set()
+        for consumed in self._session.consumed.values():
+            for consumer in consumed.streams.values():
+                self.keep(consumer.lease)
+            if consumed.in_keeper:
+                self._tell(consumed)
+
+    def _own(self, order: dict[str, Any]) -> None:
+        session = self._session
+        number, shard = int(order["number"]), int(order["shard"])
+        consumed = session.consumed.get(order["queue"])
+        if consumed is None or not consumed.users:
+            self.keeper().released(number)
+            return
+        for other, (of, at) in list(self._numbers.items()):
+            if of is consumed and at == shard:
+                del self._numbers[other]
+        self._numbers[number] = consumed, shard
+        names = consumed.queue.keys.shard(int(order["epoch"]), shard)
+        token, by_expiry = int(order["token"]), bool(order["by_expiry"])
+        lease = Lease(names, GROUP, session.incarnation, session.options.lease_ms, False, token, 0.0, by_expiry)
+        held = consumed.shards.get(shard)
+        if held is not None and held.lease.token == lease.token:
+            held.closing = False  # told again by a new keeper
+            return
+        if held is not None:
+            session.forget_deliveries(held)
+        consumer = StreamConsumer(lease, consumed.queue.name, shard, SETTINGS)
+        consumer.needs_audit = True  # the pending entries come first
+        consumer.taken_over = True
+        consumed.shards[shard] = consumer
+        consumed.rung = True
+        session.wake()
+
+    def _release(self, order: dict[str, Any]) -> None:
+        number = int(order["number"])
+        found = self._numbers.get(number)
+        if found is None:
+            self.keeper().released(number)
+            return
+        consumed, shard = found
+        consumed.shards[shard].closing = True
+        self._releasing.add(number)
+        self.end_releases()
+
+    def _resume(self, order: dict[str, Any]) -> None:
+        number = int(order["number"])
+        self._releasing.discard(number)
+        found = self._numbers.get(number)
+        if found is not None and found[1] in found[0].shards:
+            found[0].shards[found[1]].closing = False
+            found[0].rung = True
+
+    def end_releases(self) -> None:
+        """Gives away the shards that are to go, as soon as nothing of them is worked on or unsettled."""
+        for number in list(self._releasing):
+            consumed, shard = self._numbers[number]
+            consumer = consumed.shards[shard]
+            if consumer.handed or not consumer.idle():
+                continue
+            self._releasing.discard(number)
+            del self._numbers[number]
+            del consumed.shards[shard]
+            self.keeper().released(number)
+
+    def lost(self, consumer: StreamConsumer) -> None:
+        """A call was refused: the shard is another's, or its record is gone. The keeper takes part anew."""
+        for number, (consumed, shard) in list(self._numbers.items()):
+            if consumed.shards.get(shard) is consumer:
+                self.keeper().released(number)
+                self._lost(number)
+
+    def _lost(self, number: int) -> None:
+        found = self._numbers.pop(number, None)
+        self._releasing.discard(number)
+        if found is not None and found[1] in found[0].shards:
+            self._session.forget_deliveries(found[0].shards.pop(found[1]))
+            self._session.say_lost(f"shard {found[1]} of queue {found[0].queue.name!r} is another's")

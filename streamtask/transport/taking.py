@@ -1,0 +1,73 @@
+"""Taking messages for good, without a lease: for consumers that don't acknowledge."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ..clock import mono_s
+from ..queue.lanes import Delivery, id_order
+from ..redis import wire
+from ..redis.keys import ShardKeys
+from ..redis.link import Link
+from ..worker.links import Links
+from .consumed import Consumed
+from .message import check, decode, expired
+from .queues import GROUP, shared
+
+if TYPE_CHECKING:
+    from .session import Session
+
+log = logging.getLogger("streamtask.transport")
+
+
+def take(session: Session, consumed: Consumed, links: Links, most: int) -> list[tuple[dict[str, Any], str]]:
+    """Up to ``most`` messages, the most urgent first, as (payload, delivery tag)."""
+    queue = consumed.queue
+    out: list[tuple[dict[str, Any], str]] = []
+    consumed.rung = False
+    due_at: list[float] = []
+    for priority in queue.priorities:
+        queue.open(shared(priority))
+        names = queue.shard_keys(shared(priority))
+        link = links.at(names.stream)
+        while len(out) < most:
+            now_ms, last, rung, next_ms, entries = link.run(
+                "take", [names.stream, names.requeued, names.delayed, names.state, names.wake], [GROUP, most - len(out)]
+            )
+            if consumed.moved(names.prefix, last, rung):
+                queue.recorded()
+            for entry_id, fields in entries:
+                payload = _payload(link, queue.name, names, entry_id, fields)
+                if payload is None or expired(payload, entry_id, int(now_ms)):
+                    continue
+                tag = session.new_tag()
+                payload["properties"]["delivery_tag"] = tag
+                payload["properties"].setdefault("delivery_info", {})
+                out.append((payload, tag))
+            if not entries:
+                if next_ms >= 0:
+                    due_at.append(mono_s() + max(0, int(next_ms) - int(now_ms)) / 1000)
+                break
+    consumed.rung = len(out) >= most
+    consumed.next_due = min(due_at, default=None)
+    return out
+
+
+def _payload(link: Link, queue: str, names: ShardKeys, entry_id: bytes, fields: list[bytes]) -> dict[str, Any] | None:
+    """The message; None for junk, which goes to the dead letters."""
+    try:
+        delivery = Delivery(entry_id, wire.decode(fields))
+        check(delivery.args)
+        return decode(delivery)
+    except Exception as exc:
+        error = {
+            "reason": "undecodable", "message": str(exc), "traceback": None, "attempts": 0, "crashes": 0,
+            "dead_at": id_order(entry_id)[0], "appended_at": id_order(entry_id)[0], "queue": queue, "shard": "shared",
+        }  # fmt: skip
+        link.command(
+            "XADD", names.dlq, "*", "error", json.dumps(error), "entry", entry_id, "group", GROUP, "held", "0", *fields
+        )
+        log.error("dead letter: undecodable queue=%s entry=%s: %s", queue, entry_id.decode(), exc)
+        return None
