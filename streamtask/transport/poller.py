@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("streamtask.transport")
 
 BLOCK_S = 5.0
+
+ONE_WAITS_FOR_ALL = hasattr(select, "poll")
+"""Whether several may wait for one socket, as all connections of a process do for its keeper's. Not with eventlet, which
+takes ``poll`` away: there they look, ``LOOK_S`` apart."""
+
+LOOK_S = 0.2
 WRITE_S = 0.005
 """Longest time for which what has ended waits to be written, while messages are being delivered."""
 
@@ -40,7 +46,7 @@ MOST = 100
 
 def readable(fds: Iterable[int], timeout_s: float) -> list[int]:
     """Which of these can be read from, after at most so long. With gevent and eventlet others run meanwhile."""
-    if hasattr(select, "poll"):
+    if ONE_WAITS_FOR_ALL:
         poll = select.poll()
         for fd in fds:
             poll.register(fd, select.POLLIN)
@@ -253,7 +259,8 @@ class Poller:
             bell.link.fileno(): (id(bell.link), bell.link.connects) for bell in self._bells.values() if bell.asked
         }
         found[self.listener.fileno()] = self.listener.stamp
-        found[self.session.ownership.fileno()] = self.session.ownership.stamp()
+        if ONE_WAITS_FOR_ALL:
+            found[self.session.ownership.fileno()] = self.session.ownership.stamp()
         found[self._wake_fd()] = id(self._wakers)
         found.pop(-1, None)
         return found
@@ -387,6 +394,8 @@ class Poller:
         due = self.session.next_wake(dict.fromkeys(queue for _, queue in self._wanted()))
         if due is not None:
             timeout_s = min(timeout_s, max(0.0, due - mono_s()))
+        if not ONE_WAITS_FOR_ALL:
+            timeout_s = min(timeout_s, LOOK_S)
         self._asleep = True
         try:
             ready = readable(fds, timeout_s)

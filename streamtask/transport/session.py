@@ -558,7 +558,9 @@ class Session:
 
     def still_ours(self, delivery: dict[str, Any]) -> bool:
         """Whether a keyed delivery may start: it was not given back, nor is its shard another's."""
-        return str(delivery.get("tag")) in self.handed
+        # Under the lock: not between the look at what is worked on and the giving back of the rest.
+        with self.lock:
+            return str(delivery.get("tag")) in self.handed
 
     def has_to_flush(self) -> bool:
         return any(c.has_to_flush() for consumed in self.consumed.values() for c in consumed.consumers())
