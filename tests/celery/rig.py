@@ -326,7 +326,7 @@ def log_of(spawned: Spawned) -> str:
     return spawned.stdout + spawned.stderr
 
 
-def shortened(log: str, most: int = 12_000) -> str:
+def shortened(log: str, most: int = 60_000) -> str:
     return (
         log
         if len(log) <= most
