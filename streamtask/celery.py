@@ -27,7 +27,11 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import mmap
 import os
+import secrets
+import select
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -37,7 +41,7 @@ from celery._state import _get_active_apps, get_current_worker_task
 from celery.app.base import Celery
 from celery.app.task import Task
 from celery.app.trace import ExceptionInfo
-from celery.exceptions import Ignore
+from celery.exceptions import Reject
 from celery.local import Proxy
 from celery.worker import state
 from kombu.compression import decompress
@@ -322,18 +326,29 @@ class _LateTask(Proxy):  # type: ignore[misc]
     reject_on_worker_lost = True
 
 
+_given_back = memoryview(mmap.mmap(-1, 16)).cast("Q")
+"""Shared with the pool processes that are forked from this one: how often messages were given back, and a mark that tells
+this memory from that of a process which was not forked."""
+_given_back[1] = secrets.randbits(63)
+
+
 class _GuardedPool(Proxy):  # type: ignore[misc]
     def apply_async(self, target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
-        return self._get_current_object().apply_async(run_if_ours, (os.getpid(), target, *args), kwargs, **options)
+        seen = (os.getpid(), *_given_back)
+        return self._get_current_object().apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
 
 
 class _KeyedConsumer(Proxy):  # type: ignore[misc]
-    """A consumer as the strategy of keyed messages sees it."""
+    """A consumer as the strategy of messages that are acknowledged late sees it."""
 
     @property
     def pool(self) -> Any:
         pool = self._get_current_object().pool
+        _pools.add(pool)
         return _GuardedPool(lambda: pool)
+
+
+_pools: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _with_keyed_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -341,7 +356,7 @@ def _with_keyed_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def start_strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Any:
-        plain = original(task, app, consumer, **options)
+        plain = original(task, app, _KeyedConsumer(lambda: consumer) if task.acks_late else consumer, **options)
         keyed = None
 
         def handle(message: Any, *args: Any, **kwargs: Any) -> Any:
@@ -358,34 +373,67 @@ def _with_keyed_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_if_ours(
-    receiver: int, trace: Callable[..., Any], name: str, task_id: str, request: Mapping[str, Any], *args: Any
+    seen: tuple[int, int, int],
+    trace: Callable[..., Any],
+    name: str,
+    task_id: str,
+    request: Mapping[str, Any],
+    *args: Any,
 ) -> Any:
-    """Runs Celery's trace of a keyed message in the pool, or nothing if the message is no longer this process's.
+    """Runs Celery's trace of a message that is acknowledged late in the pool, or nothing if it is no longer this worker's.
 
-    Only the process that received it can know (a pool process may have a transport of its own).
-
-    It answers as a trace does: failed, the exception, seconds. Ignore is the one outcome that leaves no result behind; the
-    acknowledgement that follows is of a delivery which the transport no longer knows.
+    It answers as a trace does: failed, the exception, seconds. A rejected message leaves no result behind; where the
+    transport still knows its delivery it comes again, and else the rejection means nothing to it.
     """
-    ours = hooks.still_ours if os.getpid() == receiver else None
-    delivery = request.get(DELIVERY) or (request.get("headers") or {}).get(DELIVERY)
-    if ours is None or delivery is None or ours(delivery):
+    if _may_start(seen, request):
         return trace(name, task_id, request, *args)
     logger.warning("Task %s[%s] is not started: its message has been given back, and runs elsewhere", name, task_id)
     try:
-        raise Ignore("the message has been given back")
-    except Ignore:
-        return 1, ExceptionInfo(), 0.0
+        raise Reject("the message has been given back", requeue=True)
+    except Reject:
+        return 1, ExceptionInfo(internal=True), 0.0
+
+
+def _may_start(seen: tuple[int, int, int], request: Mapping[str, Any]) -> bool:
+    receiver, given_back, mark = seen
+    delivery = request.get(DELIVERY) or (request.get("headers") or {}).get(DELIVERY)
+    if os.getpid() == receiver:
+        tag = (request.get("properties") or {}).get("delivery_tag")
+        if hooks.still_ours is not None and tag is not None and not hooks.still_ours({"tag": tag}):
+            return False
+    elif _given_back[1] == mark and _given_back[0] != given_back:
+        # A pool process says that it begins before it comes here: either its worker has heard that, or it stops here.
+        return False
+    if delivery is None or hooks.still_owned is None or time.monotonic() < delivery["trusted"]:
+        return True
+    return hooks.still_owned(delivery)  # the worker may have been paused beyond its lease
 
 
 def keep_active(tags: Collection[str]) -> Collection[str]:
     """Of a closing channel's deliveries those whose body runs: Celery lets these go on and drops all others."""
+    if tags:
+        _given_back[0] += 1
+        for pool in tuple(_pools):
+            _hear(getattr(pool, "_pool", None))
     return {
         request.message.delivery_tag
         for request in tuple(state.active_requests)
         # Celery stops the bodies of such requests, and leaves their messages to be delivered again.
         if not (request.app.conf.worker_cancel_long_running_tasks_on_connection_loss and request.task.acks_late)
     }.intersection(tags)
+
+
+def _hear(pool: Any) -> None:
+    """Reads what the processes of a prefork pool have said so far, above all that they have begun a body."""
+    hub = getattr(getattr(pool, "_result_handler", None), "_hub", None)
+    if hub is None:
+        return
+    for fd in list(pool._fileno_to_outq):
+        waiting = select.poll()
+        waiting.register(fd, select.POLLIN)
+        # Unless a part of a message was read, of which the loop reads the rest.
+        while hub.readers.get(fd, (None,))[0] == pool.handle_result_event and waiting.poll(0):
+            pool.handle_result_event(fd)
 
 
 # --- other brokers -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ before_publish: list[Callable[[dict[str, Any]], None]] = []
 keep_on_close: list[Callable[[Collection[str]], Collection[str]]] = []
 """Asked, when a channel closes, which of its delivery tags are still being worked on: these wait for their ack."""
 
+still_owned: Callable[[dict[str, Any]], bool] | None = None
+"""Asks Redis whether the shard of a keyed delivery is still the receiver's. Set by the transport, also for forked children."""
+
 still_ours: Callable[[dict[str, Any]], bool] | None = None
-"""Whether a keyed delivery may still start here. Set by the transport where the process that asks is the one that received
-it; None elsewhere (a forked pool process)."""
+"""Whether a delivery (its ``tag`` is asked) may still start here. Set by the transport where the process that asks is the one
+that received it; None elsewhere (a forked pool process)."""

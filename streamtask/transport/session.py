@@ -184,7 +184,7 @@ class Session:
             return consumed
         if consumed.takes_for_good():
             consumed.queue.open(SHARED)
-        elif not consumed.streams:
+        elif not consumed.streams or not consumed.in_keeper:
             self._join(consumed)
         return consumed
 
@@ -205,8 +205,9 @@ class Session:
                 consumer = StreamConsumer(lease, queue.name, shared(priority), SETTINGS)
                 consumer.recover(link, takeover=False)
                 consumed.streams[priority] = consumer
-                self.ownership.keep(lease)
         consumed.streams = dict(sorted(consumed.streams.items()))
+        for consumer in consumed.streams.values():
+            self.ownership.keep(consumer.lease)  # again, where it was to run out
         self.ownership.join(consumed)
         consumed.rung = True
 
@@ -486,6 +487,7 @@ class Session:
                 "token": consumer.lease.token,
                 "generation": consumer.generation(delivery.entry_id),
                 "tag": tag,
+                "trusted": mono_s() + self.options.lease_ms / 2000,
             }
         self.handed[tag] = Handed(tag, consumer, batch)
         return payload, tag
@@ -552,8 +554,8 @@ class Session:
             for ask in hooks.keep_on_close:
                 kept.update(ask(left))
             for tag in left:
-                if tag not in kept:
-                    handed = self.handed.pop(tag)
+                handed = None if tag in kept else self.handed.pop(tag, None)  # the asking may have acknowledged it
+                if handed is not None:
                     handed.consumer.give_back(handed.batch)
 
     def still_ours(self, delivery: dict[str, Any]) -> bool:
@@ -561,6 +563,16 @@ class Session:
         # Under the lock: not between the look at what is worked on and the giving back of the rest.
         with self.lock:
             return str(delivery.get("tag")) in self.handed
+
+    def still_owned(self, delivery: dict[str, Any]) -> bool:
+        """Whether Redis says that the shard of a keyed delivery is still its receiver's; True where Redis can't be asked."""
+        names = self.queue(delivery["queue"]).keys.shard(delivery["epoch"], delivery["shard"])
+        lease = names.lease(GROUP)
+        try:
+            token = self.once_more(lambda link: link.command("HGET", lease, "token"), lease)
+        except StreamTaskError:
+            return True
+        return token is None or int(token) == delivery["token"]
 
     def has_to_flush(self) -> bool:
         return any(c.has_to_flush() for consumed in self.consumed.values() for c in consumed.consumers())
@@ -667,11 +679,16 @@ def session_of(broker: Broker, options: Options) -> Session:
         if found is None:
             found = _sessions[key] = Session(broker, options)
             hooks.still_ours = _still_ours
+            hooks.still_owned = _still_owned
         return found
 
 
 def _still_ours(delivery: dict[str, Any]) -> bool:
     return any(session.still_ours(delivery) for session in list(_sessions.values()))
+
+
+def _still_owned(delivery: dict[str, Any]) -> bool:
+    return all(session.still_owned(delivery) for session in list(_sessions.values()))
 
 
 def _after_fork() -> None:
