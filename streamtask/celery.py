@@ -409,12 +409,22 @@ def _may_start(seen: tuple[int, int, int], request: Mapping[str, Any]) -> bool:
     return hooks.still_owned(delivery)  # the worker may have been paused beyond its lease
 
 
+def hear_pools() -> None:
+    """The connection is lost: from now on no late body starts in a pool process, and which have started is known."""
+    _given_back[0] += 1
+    for pool in tuple(_pools):
+        _hear(getattr(pool, "_pool", None))
+
+
 def keep_active(tags: Collection[str]) -> Collection[str]:
     """Of a closing channel's deliveries those whose body runs: Celery lets these go on and drops all others."""
     if tags:
         _given_back[0] += 1
-        for pool in tuple(_pools):
-            _hear(getattr(pool, "_pool", None))
+    return active(tags)
+
+
+def active(tags: Collection[str]) -> Collection[str]:
+    """Of these delivery tags those whose body runs."""
     return {
         request.message.delivery_tag
         for request in tuple(state.active_requests)
@@ -431,9 +441,14 @@ def _hear(pool: Any) -> None:
     for fd in list(pool._fileno_to_outq):
         waiting = select.poll()
         waiting.register(fd, select.POLLIN)
-        # Unless a part of a message was read, of which the loop reads the rest.
         while hub.readers.get(fd, (None,))[0] == pool.handle_result_event and waiting.poll(0):
             pool.handle_result_event(fd)
+            reader = hub.readers.get(fd, (None,))[0]
+            try:
+                while inspect.isgenerator(reader) and waiting.poll(100):
+                    next(reader)  # a part was read: the loop is about to forget it
+            except (StopIteration, OSError):
+                pass
 
 
 # --- other brokers -----------------------------------------------------------------------------------------------------
@@ -471,6 +486,8 @@ def _install() -> None:
     Task.start_strategy = _with_keyed_strategy(Task.start_strategy)
     hooks.before_publish.append(stamp_missed)
     hooks.keep_on_close.append(keep_active)
+    hooks.worked_on.append(active)
+    hooks.before_failure.append(hear_pools)
     signals.celeryd_after_setup.connect(_on_worker_setup, weak=False, dispatch_uid=__name__)
 
 

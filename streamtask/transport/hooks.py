@@ -8,8 +8,15 @@ from typing import Any
 before_publish: list[Callable[[dict[str, Any]], None]] = []
 """Called with the prepared message of every publish to a queue: body, content-type, content-encoding, headers, properties."""
 
+before_failure: list[Callable[[], None]] = []
+"""Called before an error of the connection reaches kombu's event loop, which forgets what it was reading."""
+
 keep_on_close: list[Callable[[Collection[str]], Collection[str]]] = []
 """Asked, when a channel closes, which of its delivery tags are still being worked on: these wait for their ack."""
+
+worked_on: list[Callable[[Collection[str]], Collection[str]]] = []
+"""Asked now and then which of the deliveries that outlived their channel are still being worked on: what is not, though nobody
+has acknowledged it, is delivered again."""
 
 still_owned: Callable[[dict[str, Any]], bool] | None = None
 """Asks Redis whether the shard of a keyed delivery is still the receiver's. Set by the transport, also for forked children."""

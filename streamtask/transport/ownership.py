@@ -143,6 +143,7 @@ class Ownership:
         for other, (of, at) in list(self._numbers.items()):
             if of is consumed and at == shard:
                 del self._numbers[other]
+                self._releasing.discard(other)
         self._numbers[number] = consumed, shard
         names = consumed.queue.keys.shard(int(order["epoch"]), shard)
         token, by_expiry = int(order["token"]), bool(order["by_expiry"])

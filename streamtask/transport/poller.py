@@ -6,6 +6,7 @@ its answer loses nothing. Fetching and settling are short calls of the session.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import select
@@ -13,12 +14,14 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
 from ..redis.link import Link, ReplyError, pack
 from ..worker.links import has_moved
+from . import hooks
 from .fanout import Listener
 from .session import Session
 
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("streamtask.transport")
 
 BLOCK_S = 5.0
+
+READ_ON_S = 2.0
+"""How long an error waits at most for the rest of a message that a pool process is sending."""
 
 ONE_WAITS_FOR_ALL = hasattr(select, "poll")
 """Whether several may wait for one socket, as all connections of a process do for its keeper's. Not with eventlet, which
@@ -301,17 +307,38 @@ class Poller:
         if self.closed or self.loop is None or self._pid != os.getpid():
             return
         self._thread = threading.get_ident()
-        if self._failed is not None:
-            failed, self._failed = self._failed, None
-            raise failed
-        self._check()
-        if self._pump():
-            # Others that are called before each wait (a pool that has something to write now) may have had their turn.
-            self._wake_fd()
-            self.wake()
-        self._arm()
-        if self.loop is not None:
-            self._watch()
+        with self._failing():
+            if self._failed is not None:
+                failed, self._failed = self._failed, None
+                raise failed
+            self._check()
+            if self._pump():
+                # Others that are called before each wait (a pool that has something to write now) may have had their turn.
+                self._wake_fd()
+                self.wake()
+            self._arm()
+            if self.loop is not None:
+                self._watch()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Before an error ends the loop: what it has read of a message in part is read to its end, for the loop forgets it,
+        and the rest could not be understood any more."""
+        try:
+            yield
+        except Exception:
+            loop = self.loop
+            for fd, (reader, *_) in list(loop.readers.items()) if loop is not None else ():
+                until = mono_s() + READ_ON_S
+                try:
+                    while inspect.isgenerator(reader) and mono_s() < until:
+                        if readable([fd], 0.1):
+                            next(reader)
+                except (StopIteration, OSError):
+                    pass
+            for hook in hooks.before_failure:
+                hook()
+            raise
 
     def _pump(self) -> int:
         """Delivers what there is, and writes what has ended. Returns how many messages were delivered."""
@@ -352,14 +379,15 @@ class Poller:
         self._fds = wanted
 
     def _readable(self, fd: int) -> None:
-        try:
-            self._take(fd)
-        except BaseException:
-            # It is closed: its number may soon be another's.
-            if self._fds.pop(fd, None) is not None and self.loop is not None:
-                self.loop.remove_reader(fd)
-            raise
-        self._pump()
+        with self._failing():
+            try:
+                self._take(fd)
+            except BaseException:
+                # It is closed: its number may soon be another's.
+                if self._fds.pop(fd, None) is not None and self.loop is not None:
+                    self.loop.remove_reader(fd)
+                raise
+            self._pump()
 
     # drain_events
 

@@ -74,6 +74,8 @@ class Session:
         self.ownership = Ownership(self)
         self.consumed: dict[str, Consumed] = {}
         self.handed: dict[str, Handed] = {}
+        self._outlived: dict[str, bool] = {}
+        """Deliveries whose channel was closed while they were worked on; True: at the last look they no longer were."""
         self.epoch = getattr(self, "epoch", 0) + 1
         """Grows when leases were lost: what was delivered before is others' now."""
         self.listened: set[str] = set()
@@ -553,6 +555,7 @@ class Session:
             kept: set[str] = set()
             for ask in hooks.keep_on_close:
                 kept.update(ask(left))
+            self._outlived.update(dict.fromkeys(kept.intersection(left), False))
             for tag in left:
                 handed = None if tag in kept else self.handed.pop(tag, None)  # the asking may have acknowledged it
                 if handed is not None:
@@ -610,6 +613,7 @@ class Session:
         self._upkeep_at = now + UPKEEP_S
         with self.lock:
             self.ownership.restart_keeper()
+            self._look_after_outlived()
             gone = [name for name, consumed in self.consumed.items() if consumed.gone]
         for name in gone:
             if self.is_declared(name):
@@ -618,6 +622,23 @@ class Session:
             if now >= self._touch_at.get(name, 0.0) and (name in self.consumed or name in self.listened):
                 self._touch_at[name] = now + expires_ms / 3000
                 self._touch(name, expires_ms)
+
+    def _look_after_outlived(self) -> None:
+        """Gives back what nobody works on any more, and nobody has acknowledged: its end was lost with its connection. Seen
+        twice, for an end and its acknowledgement are two steps."""
+        self._outlived = {tag: ended for tag, ended in self._outlived.items() if tag in self.handed}
+        if not self._outlived:
+            return
+        working: set[str] = set()
+        for ask in hooks.worked_on:
+            working.update(ask(self._outlived))
+        for tag, ended in list(self._outlived.items()):
+            self._outlived[tag] = tag not in working
+            if ended and tag not in working:
+                del self._outlived[tag]
+                handed = self.handed.pop(tag)
+                log.warning("the end of a message was lost, it is delivered again queue=%s", handed.consumer.queue)
+                handed.consumer.give_back(handed.batch)
 
     def is_declared(self, name: str) -> bool:
         """Whether a queue is declared, and has not expired."""
