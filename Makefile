@@ -24,7 +24,7 @@ demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, an
 
 .PHONY: test
 test: $(VENV)/.test ## Run the tests (make test ARGS='-k lease -x')
-	$(BIN)/python -m pytest $(ARGS)
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.lint ## Check style, format, types and layers

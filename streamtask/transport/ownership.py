@@ -39,13 +39,14 @@ class Ownership:
         self._started = 0.0
         self._again_at: float | None = None
         self._numbers: dict[int, tuple[Consumed, int]] = {}  # the keeper's numbers of shards
+        self._told: dict[int, dict[str, Any]] = {}  # the orders with which they came
         self._releasing: set[int] = set()
         self._orders: dict[str, Callable[[dict[str, Any]], None]] = {
             "own": self._own,
             "release": self._release,
             "resume": self._resume,
             "lost": lambda order: self._lost(int(order["number"])),
-            "lost_shared": lambda order: session.lost_streams(f"the lease of {order['prefix']} ran out"),
+            "lost_shared": self._lost_shared,
         }
 
     def fileno(self) -> int:
@@ -125,13 +126,14 @@ class Ownership:
         if self._again_at is None or mono_s() < self._again_at:
             return
         self._again_at = None
-        self._numbers = {}
-        self._releasing = set()
         for consumed in self._session.consumed.values():
             for consumer in consumed.streams.values():
                 self.keep(consumer.lease)
             if consumed.in_keeper:
                 self._tell(consumed)
+        for number, (consumed, _) in self._numbers.items():
+            if consumed.in_keeper and number in self._told:
+                self.keeper().adopt(self._told[number])
 
     def _own(self, order: dict[str, Any]) -> None:
         session = self._session
@@ -145,6 +147,8 @@ class Ownership:
                 del self._numbers[other]
                 self._releasing.discard(other)
         self._numbers[number] = consumed, shard
+        self._told = {known: told for known, told in self._told.items() if known in self._numbers}
+        self._told[number] = order
         names = consumed.queue.keys.shard(int(order["epoch"]), shard)
         token, by_expiry = int(order["token"]), bool(order["by_expiry"])
         lease = Lease(names, GROUP, session.incarnation, session.options.lease_ms, False, token, 0.0, by_expiry)
@@ -179,6 +183,15 @@ class Ownership:
         if found is not None and found[1] in found[0].shards:
             found[0].shards[found[1]].closing = False
             found[0].rung = True
+
+    def _lost_shared(self, order: dict[str, Any]) -> None:
+        """Unless the lease has been replaced meanwhile."""
+        for consumed in self._session.consumed.values():
+            for consumer in consumed.streams.values():
+                lease = consumer.lease
+                if lease.keys.prefix == order["prefix"] and lease.token == order["token"]:
+                    self._session.lost_streams(f"the lease of {order['prefix']} ran out")
+                    return
 
     def end_releases(self) -> None:
         """Gives away the shards that are to go, as soon as nothing of them is worked on or unsettled."""
