@@ -419,7 +419,7 @@ def hear_pools() -> None:
 def keep_active(tags: Collection[str]) -> Collection[str]:
     """Of a closing channel's deliveries those whose body runs: Celery lets these go on and drops all others."""
     if tags:
-        _given_back[0] += 1
+        hear_pools()
     return active(tags)
 
 
@@ -441,7 +441,8 @@ def _hear(pool: Any) -> None:
     for fd in list(pool._fileno_to_outq):
         waiting = select.poll()
         waiting.register(fd, select.POLLIN)
-        while hub.readers.get(fd, (None,))[0] == pool.handle_result_event and waiting.poll(0):
+        # A loop that has ended has no readers any more; one that reads a message in part has another.
+        while hub.readers.get(fd, (pool.handle_result_event,))[0] == pool.handle_result_event and waiting.poll(0):
             pool.handle_result_event(fd)
             reader = hub.readers.get(fd, (None,))[0]
             try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -667,6 +668,22 @@ class Session:
     def wake(self) -> None:
         for waker in list(self.wakers):
             waker.wake()
+
+    def let_go(self, most_s: float) -> None:
+        """Waits a moment for the keeper to take back the shards of queues that nobody consumes any more."""
+        until = mono_s() + most_s
+        while mono_s() < until:
+            with self.lock:
+                leaving = [
+                    c for consumed in self.consumed.values() if not consumed.users for c in consumed.shards.values()
+                ]
+                if not leaving or any(consumer.handed for consumer in leaving):
+                    return
+            try:
+                self.flush()
+            except StreamTaskError:
+                return
+            time.sleep(0.005)
 
     def close_if_idle(self) -> None:
         """Ends the keeper of a process that consumes nothing more."""

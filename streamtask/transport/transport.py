@@ -73,6 +73,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         super().close_connection(connection)
         self.poller.close()
         if self._pid == os.getpid():
+            self.session.let_go(0.5)
             self.session.close_if_idle()
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> None:
