@@ -109,6 +109,7 @@ class Poller:
         self._asleep = False
         self._soon = False  # the loop was asked to pump
         self._failed: Exception | None = None
+        self._broken = False  # an error has ended the loop: a new connection comes, and nothing is taken over this one
 
     def wake(self) -> None:
         """Ends the current wait; from any thread."""
@@ -304,7 +305,7 @@ class Poller:
 
     def tick(self) -> None:
         """Before each wait of the loop."""
-        if self.closed or self.loop is None or self._pid != os.getpid():
+        if self.closed or self._broken or self.loop is None or self._pid != os.getpid():
             return
         self._thread = threading.get_ident()
         with self._failing():
@@ -327,6 +328,7 @@ class Poller:
         try:
             yield
         except Exception:
+            self._broken = True
             loop = self.loop
             for fd, (reader, *_) in list(loop.readers.items()) if loop is not None else ():
                 until = mono_s() + READ_ON_S
@@ -360,7 +362,8 @@ class Poller:
     def _pump_soon(self) -> None:
         """At the begin of the loop's next turn, before anything waits: a message was acknowledged, so there is room."""
         self._soon = False
-        if self.closed or self.loop is None:
+        # kombu calls this also when it cleans up after an error: what came now would be run, and given back.
+        if self.closed or self._broken or self.loop is None:
             return
         try:
             self._check()
