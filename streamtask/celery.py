@@ -31,6 +31,7 @@ import mmap
 import os
 import secrets
 import select
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -41,9 +42,11 @@ from celery._state import _get_active_apps, get_current_worker_task
 from celery.app.base import Celery
 from celery.app.task import Task
 from celery.app.trace import ExceptionInfo
+from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.exceptions import Reject
 from celery.local import Proxy
 from celery.worker import state
+from celery.worker.consumer import Consumer
 from kombu.compression import decompress
 from kombu.exceptions import KombuError
 from kombu.serialization import loads
@@ -326,29 +329,44 @@ class _LateTask(Proxy):  # type: ignore[misc]
     reject_on_worker_lost = True
 
 
+BEGIN_S = 2.0
+"""How long a lost connection waits at most for idle pool processes to begin what they have been given."""
+
 _given_back = memoryview(mmap.mmap(-1, 16)).cast("Q")
 """Shared with the pool processes that are forked from this one: how often messages were given back, and a mark that tells
 this memory from that of a process which was not forked."""
 _given_back[1] = secrets.randbits(63)
 
 
-class _GuardedPool(Proxy):  # type: ignore[misc]
-    def apply_async(self, target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
-        seen = (os.getpid(), *_given_back)
-        return self._get_current_object().apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
+class _Overlaid:
+    """An object with some attributes of its own."""
+
+    def __init__(self, inner: Any, **own: Any) -> None:
+        self.__dict__.update(own, _inner=inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
-class _KeyedConsumer(Proxy):  # type: ignore[misc]
-    """A consumer as the strategy of messages that are acknowledged late sees it."""
+def _guarded(consumer: Any, late: bool) -> Any:
+    """A consumer as the strategy of a task sees it: with a pool that starts no body whose message was given back."""
+    if not _is_ours(type(consumer.connection.transport)):
+        return consumer
+    pool = consumer.pool
+    _consumers.add(consumer)
+    if not late and isinstance(pool, PreforkPool):
+        return consumer  # such a message is acknowledged when its process says that it has begun
+    hold = not (late and consumer.app.conf.worker_cancel_long_running_tasks_on_connection_loss)
 
-    @property
-    def pool(self) -> Any:
-        pool = self._get_current_object().pool
-        _pools.add(pool)
-        return _GuardedPool(lambda: pool)
+    def apply_async(target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
+        seen = (os.getpid(), *_given_back, late, hold)
+        return pool.apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
+
+    return _Overlaid(consumer, pool=_Overlaid(pool, apply_async=apply_async))
 
 
-_pools: weakref.WeakSet[Any] = weakref.WeakSet()
+_consumers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Those of Celery, each with its pool."""
 
 
 def _with_keyed_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -356,31 +374,46 @@ def _with_keyed_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def start_strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Any:
-        plain = original(task, app, _KeyedConsumer(lambda: consumer) if task.acks_late else consumer, **options)
+        plain = original(task, app, _guarded(consumer, bool(task.acks_late)), **options)
         keyed = None
 
-        def handle(message: Any, *args: Any, **kwargs: Any) -> Any:
+        def handle(message: Any, body: Any, ack: Any, reject: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal keyed
+            if getattr(message.channel, "acks_from_any_thread", False):
+                ack.fun = reject.fun = _settle_now
             if DELIVERY not in message.headers:
-                return plain(message, *args, **kwargs)
+                return plain(message, body, ack, reject, *args, **kwargs)
             if keyed is None:
-                keyed = original(_LateTask(lambda: task), app, _KeyedConsumer(lambda: consumer), **options)
-            return keyed(message, *args, **kwargs)
+                keyed = original(_LateTask(lambda: task), app, _guarded(consumer, True), **options)
+            return keyed(message, body, ack, reject, *args, **kwargs)
 
         return handle
 
     return start_strategy
 
 
+_refused = threading.local()
+"""``tag``: what this thread has last found to have been given back, when it was to be acknowledged before its body."""
+
+
+def _settle_now(settle: Callable[..., Any], *args: Any) -> None:
+    """In place of ``Consumer.call_soon``, which hands an acknowledgement or rejection to the loop: there it may lie while the
+    connection breaks, and what has ended would be given back."""
+    tag = settle.__self__.delivery_tag  # type: ignore[attr-defined]  # a method of the message
+    if hooks.begin is not None and not hooks.begin(tag, True):
+        _refused.tag = tag
+    settle(*args)
+
+
 def run_if_ours(
-    seen: tuple[int, int, int],
+    seen: tuple[int, int, int, bool, bool],
     trace: Callable[..., Any],
     name: str,
     task_id: str,
     request: Mapping[str, Any],
     *args: Any,
 ) -> Any:
-    """Runs Celery's trace of a message that is acknowledged late in the pool, or nothing if it is no longer this worker's.
+    """Runs Celery's trace of a message in the pool, or nothing if it is no longer this worker's.
 
     It answers as a trace does: failed, the exception, seconds. A rejected message leaves no result behind; where the
     transport still knows its delivery it comes again, and else the rejection means nothing to it.
@@ -394,12 +427,15 @@ def run_if_ours(
         return 1, ExceptionInfo(internal=True), 0.0
 
 
-def _may_start(seen: tuple[int, int, int], request: Mapping[str, Any]) -> bool:
-    receiver, given_back, mark = seen
+def _may_start(seen: tuple[int, int, int, bool, bool], request: Mapping[str, Any]) -> bool:
+    receiver, given_back, mark, late, hold = seen
     delivery = request.get(DELIVERY) or (request.get("headers") or {}).get(DELIVERY)
     if os.getpid() == receiver:
         tag = (request.get("properties") or {}).get("delivery_tag")
-        if hooks.still_ours is not None and tag is not None and not hooks.still_ours({"tag": tag}):
+        if not late:
+            # Its acknowledgement came just before, from this very thread.
+            return tag is None or getattr(_refused, "tag", None) != tag
+        if hooks.begin is not None and tag is not None and not hooks.begin(tag, hold):
             return False
     elif _given_back[1] == mark and _given_back[0] != given_back:
         # A pool process says that it begins before it comes here: either its worker has heard that, or it stops here.
@@ -410,16 +446,42 @@ def _may_start(seen: tuple[int, int, int], request: Mapping[str, Any]) -> bool:
 
 
 def hear_pools() -> None:
-    """The connection is lost: from now on no late body starts in a pool process, and which have started is known."""
+    """The connection is lost, or closed: from now on no late body starts in a pool process, and which have started is known."""
+    pools = []
+    for consumer in tuple(_consumers):
+        semaphore = getattr(consumer.controller, "semaphore", None)
+        if semaphore is not None:
+            semaphore.clear()  # a body that ends would let another one begin
+        if isinstance(consumer.pool, PreforkPool) and consumer.pool._pool is not None:
+            pools.append(consumer.pool._pool)
+    until = time.monotonic() + BEGIN_S
+    for pool in pools:
+        _hand_over(pool, until)
+    while any(map(_about_to_begin, pools)) and time.monotonic() < until:
+        for pool in pools:
+            _hear(pool, 0.005)
     _given_back[0] += 1
-    for pool in tuple(_pools):
-        _hear(getattr(pool, "_pool", None))
+    for pool in pools:
+        _hear(pool)
+
+
+def _with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Consumer.on_close``: what Celery knows of no pool process it takes for not begun, and forgets."""
+
+    @functools.wraps(original)
+    def on_close(consumer: Any) -> Any:
+        if consumer in _consumers:
+            hear_pools()
+        return original(consumer)
+
+    return on_close
 
 
 def keep_active(tags: Collection[str]) -> Collection[str]:
     """Of a closing channel's deliveries those whose body runs: Celery lets these go on and drops all others."""
-    if tags:
-        hear_pools()
+    if not {request.message.delivery_tag for request in tuple(state.requests.values())}.intersection(tags):
+        return ()  # not the channel of Celery's own consumer
+    hear_pools()
     return active(tags)
 
 
@@ -433,28 +495,62 @@ def active(tags: Collection[str]) -> Collection[str]:
     }.intersection(tags)
 
 
-def _hear(pool: Any) -> None:
+def _hand_over(pool: Any, until: float) -> None:
+    """Writes to its end what a process of a prefork pool has been given in part."""
+    for job in tuple(pool._cache.values()):
+        receiver, writer = getattr(job, "_write_to", None), getattr(job, "_writer", lambda: None)()
+        if receiver is None or writer is None or writer not in pool._active_writers:
+            continue
+        room = select.poll()
+        room.register(receiver.inq._writer, select.POLLOUT)
+        while time.monotonic() < until and receiver._is_alive():
+            if room.poll(10):
+                try:
+                    next(writer)
+                except (StopIteration, OSError):
+                    break
+
+
+def _about_to_begin(pool: Any) -> bool:
+    """Whether an idle process of a prefork pool has been given a message and has not said yet that it begins."""
+    given = [job for job in tuple(pool._cache.values()) if getattr(job, "_write_to", None) is not None]
+    busy = {id(job._write_to) for job in given if job._accepted}
+    return any(id(job._write_to) not in busy and job._write_to._is_alive() for job in given if not job._accepted)
+
+
+def _hear(pool: Any, wait_s: float = 0.0) -> None:
     """Reads what the processes of a prefork pool have said so far, above all that they have begun a body."""
     hub = getattr(getattr(pool, "_result_handler", None), "_hub", None)
     if hub is None:
         return
+    waiting = select.poll()
     for fd in list(pool._fileno_to_outq):
-        waiting = select.poll()
         waiting.register(fd, select.POLLIN)
-        # A loop that has ended has no readers any more; one that reads a message in part has another.
-        while hub.readers.get(fd, (pool.handle_result_event,))[0] == pool.handle_result_event and waiting.poll(0):
-            pool.handle_result_event(fd)
-            reader = hub.readers.get(fd, (None,))[0]
-            try:
-                while inspect.isgenerator(reader) and waiting.poll(100):
-                    next(reader)  # a part was read: the loop is about to forget it
-            except (StopIteration, OSError):
-                pass
+    for fd, _ in waiting.poll(int(wait_s * 1000)):
+        _hear_one(pool, hub, fd)
+
+
+def _hear_one(pool: Any, hub: Any, fd: int) -> None:
+    waiting = select.poll()
+    waiting.register(fd, select.POLLIN)
+    # A loop that has ended has no readers any more; one that reads a message in part has another.
+    while hub.readers.get(fd, (pool.handle_result_event,))[0] == pool.handle_result_event and waiting.poll(0):
+        pool.handle_result_event(fd)
+        reader = hub.readers.get(fd, (None,))[0]
+        try:
+            while inspect.isgenerator(reader) and waiting.poll(100):
+                next(reader)  # a part was read: the loop is about to forget it
+        except (StopIteration, OSError):
+            pass
 
 
 # --- other brokers -----------------------------------------------------------------------------------------------------
 
 _looked_at: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _is_ours(transport: type) -> bool:
+    return any(base.__module__.startswith("streamtask.transport") for base in transport.__mro__)
 
 
 def _look_at_broker(app: Any, names: Sequence[str]) -> None:
@@ -463,7 +559,7 @@ def _look_at_broker(app: Any, names: Sequence[str]) -> None:
         return
     _looked_at.add(app)
     kind = app.connection_for_write().get_transport_cls()
-    if not any(base.__module__.startswith("streamtask.transport") for base in kind.__mro__):
+    if not _is_ours(kind):
         logger.warning(
             "The broker of app %r does not keep the order of shard keys (%s): %s run in any order. Set broker_url to "
             "streamtask://HOST:PORT/DB, or take shard_key out",
@@ -485,6 +581,7 @@ def _on_worker_setup(instance: Any, **_: Any) -> None:
 def _install() -> None:
     Celery.send_task = _with_key(Celery.send_task)
     Task.start_strategy = _with_keyed_strategy(Task.start_strategy)
+    Consumer.on_close = _with_hearing(Consumer.on_close)
     hooks.before_publish.append(stamp_missed)
     hooks.keep_on_close.append(keep_active)
     hooks.worked_on.append(active)

@@ -61,6 +61,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     QoS = QoS
     supports_fanout = True
+    acks_from_any_thread = True  # said to the Celery plugin, which need not hand them to the event loop
     body_encoding: str | None = None  # messages travel as msgpack, which knows bytes
 
     def __init__(self, connection: Any, **kwargs: Any) -> None:

@@ -20,6 +20,8 @@ class Handed:
     tag: str
     consumer: StreamConsumer
     batch: Batch
+    started: bool = False
+    """Its body has begun in this process: it waits for its end, also without its channel."""
 
 
 class Consumed:

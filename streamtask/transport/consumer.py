@@ -71,6 +71,9 @@ class StreamConsumer(ShardConsumer):
             flat = link.command("HGETALL", self._replaced_key)
             for entry_id, text in zip(flat[::2], flat[1::2], strict=True):
                 self._replacements[entry_id] = _parse(text)[::2]
+        elif not takeover:
+            # Before any of it is fetched again: then it would be on offer while it is worked on.
+            self.put_on_offer(link)
         return super().recover(link, takeover=takeover)
 
     def entry_ids(self) -> set[bytes]:

@@ -21,6 +21,7 @@ has acknowledged it, is delivered again."""
 still_owned: Callable[[dict[str, Any]], bool] | None = None
 """Asks Redis whether the shard of a keyed delivery is still the receiver's. Set by the transport, also for forked children."""
 
-still_ours: Callable[[dict[str, Any]], bool] | None = None
-"""Whether a delivery (its ``tag`` is asked) may still start here. Set by the transport where the process that asks is the one
-that received it; None elsewhere (a forked pool process)."""
+begin: Callable[[str, bool], bool] | None = None
+"""Says by its tag that the body of a delivery is about to start, or that it is acknowledged: False if it was given back before.
+With True as the second argument it stays this process' from now on, also when its channel closes. Set by the transport where
+the process that asks is the one that received it; None elsewhere (a forked pool process)."""

@@ -403,6 +403,8 @@ class Poller:
             self.session.take_orders()
             self._check()
             if self._deliver_fanout(1) or self.listener.confirmed():
+                if self.session.has_to_flush():
+                    self.session.flush()
                 return
             if not self._waiting:
                 # The room counts what lies here already, so this must grow one by one.
@@ -438,7 +440,8 @@ class Poller:
     # Channels
 
     def ended(self) -> None:
-        """A message was acknowledged or rejected: in the event loop the next tick writes it, elsewhere it is written now."""
+        """A message was acknowledged or rejected: in the event loop the next tick writes it, elsewhere it is written now,
+        by whoever waits for messages or by the caller."""
         if self.loop is not None and not self.closed and any(channel.consumed_queues() for channel in self.channels):
             if threading.get_ident() != self._thread:
                 self.wake()
@@ -446,9 +449,10 @@ class Poller:
                 self._soon = True
                 self.loop.call_soon(self._pump_soon)
             return
-        self.session.flush()
         if self._asleep:
-            self.wake()
+            self.wake()  # who waits there writes it, together with what others have ended
+        else:
+            self.session.flush()
 
     def forget(self, channel: Channel, queue: str) -> None:
         """A channel consumes a queue no longer: what waits for it here goes back."""

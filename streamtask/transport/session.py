@@ -553,7 +553,7 @@ class Session:
         """A channel closes: what it was given and has not acknowledged is delivered again, but for what is worked on."""
         with self.lock:
             left = [tag for tag in tags if tag in self.handed]
-            kept: set[str] = set()
+            kept = {tag for tag in left if self.handed[tag].started}
             for ask in hooks.keep_on_close:
                 kept.update(ask(left))
             self._outlived.update(dict.fromkeys(kept.intersection(left), False))
@@ -562,11 +562,15 @@ class Session:
                 if handed is not None:
                     handed.consumer.give_back(handed.batch)
 
-    def still_ours(self, delivery: dict[str, Any]) -> bool:
-        """Whether a keyed delivery may start: it was not given back, nor is its shard another's."""
+    def start(self, tag: str, hold: bool) -> bool:
+        """A body starts: False if its message was given back before. ``hold``: closing its channel gives it back no more."""
         # Under the lock: not between the look at what is worked on and the giving back of the rest.
         with self.lock:
-            return str(delivery.get("tag")) in self.handed
+            handed = self.handed.get(tag)
+            if handed is None:
+                return False
+            handed.started = hold
+            return True
 
     def still_owned(self, delivery: dict[str, Any]) -> bool:
         """Whether Redis says that the shard of a keyed delivery is still its receiver's; True where Redis can't be asked."""
@@ -716,13 +720,13 @@ def session_of(broker: Broker, options: Options) -> Session:
         found = _sessions.get(key)
         if found is None:
             found = _sessions[key] = Session(broker, options)
-            hooks.still_ours = _still_ours
+            hooks.begin = _begin
             hooks.still_owned = _still_owned
         return found
 
 
-def _still_ours(delivery: dict[str, Any]) -> bool:
-    return any(session.still_ours(delivery) for session in list(_sessions.values()))
+def _begin(tag: str, hold: bool) -> bool:
+    return any(session.start(tag, hold) for session in list(_sessions.values()))
 
 
 def _still_owned(delivery: dict[str, Any]) -> bool:
@@ -732,7 +736,7 @@ def _still_owned(delivery: dict[str, Any]) -> bool:
 def _after_fork() -> None:
     global _sessions_lock
     _sessions_lock = threading.Lock()
-    hooks.still_ours = None
+    hooks.begin = None
     for key, session in list(_sessions.items()):
         # Connections that the child has inherited go on with it.
         del _sessions[key]

@@ -37,10 +37,6 @@ def test_a_worker_of_another_pool_dies(own_server, site, pool):
     s.nothing_left()
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="after a cut, messages that were acknowledged shortly before it may be delivered again; why is not known yet",
-)
 @pytest.mark.parametrize("pool", ["threads", "gevent", "eventlet", "solo"])
 def test_the_connection_of_another_pool_is_cut(own_server, site, proxy, pool):
     s, line = site(own_server), proxy(own_server)

@@ -7,19 +7,7 @@ import pytest
 from tests.celery.rig import Load
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "warm",
-        pytest.param(
-            "pod killed",
-            marks=pytest.mark.xfail(
-                strict=False,
-                reason="once, on a loaded machine, a message ran again that had been acknowledged; not understood",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("how", ["warm", "pod killed"])
 def test_three_workers_are_restarted_under_load(own_server, site, how):
     s = site(own_server)
     workers = s.start_workers(3, c=2)
