@@ -17,7 +17,6 @@ from tests.fix_redis import RedisServer
 from tests.helpers import wait_until
 from tests.transport.kit import Inbox, Kit, publish
 
-
 SCRIPTS = ["fetch_shared", "settle", "settle_kept", "fetch", "join_shared", "requeue", "move_due"]
 
 
@@ -28,7 +27,9 @@ def cut(make_kit: Any, redis_server: RedisServer, proxy: Callable[[RedisServer],
     direct: Kit = make_kit(redis_server)
     client = direct.client()
     for name in SCRIPTS:
-        client.script_load(script(name).source)  # a call that the server does not know has done nothing when its reply is lost
+        client.script_load(
+            script(name).source
+        )  # a call that the server does not know has done nothing when its reply is lost
     return make_kit(between, namespace=direct.namespace), between, direct
 
 
