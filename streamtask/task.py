@@ -88,8 +88,8 @@ class Task(Generic[F]):
         self.options = options
         self.is_async = inspect.iscoroutinefunction(function)
         self.is_plain = options.expires is None  # messages have no headers, if their call gives them none
-        self._key_of = _compile_key(function, name, options)
-        self._fits = _compile_key(function, name, replace(options, shard_key=None))
+        self._key_of = compile_key(function, name, options)
+        self._fits = compile_key(function, name, replace(options, shard_key=None))
         functools.update_wrapper(self, function)
 
     if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Task(Generic[F]):
         return f"<Task {self.name}>"
 
 
-def _compile_key(function: Callable[..., Any], name: str, options: TaskOptions) -> Callable[..., bytes | None]:
+def compile_key(function: Callable[..., Any], name: str, options: TaskOptions) -> Callable[..., bytes | None]:
     """A function with the task's own signature that returns the canonical shard key: Python itself then binds the
     arguments, which is the fastest way, and refuses those that don't fit."""
     parameters = list(inspect.signature(function).parameters.values())

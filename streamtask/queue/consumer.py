@@ -595,13 +595,13 @@ class ShardConsumer:
             return False
         note = delivery.note
         if note is not None and note.crashes > self.settings.max_crashes:
-            message = (
-                f"its process died {note.crashes} times while the body ran (max_crashes is {self.settings.max_crashes})"
-            )
-            self._dead.append((delivery, [], Outcome("dead", reason="crashed", message=message)))
+            self._dead.append((delivery, [], Outcome("dead", reason="crashed", message=self.too_many_crashes(note))))
             self.lanes.close(delivery.lane_key, None, None, self._numbers)
             return False
         return True
+
+    def too_many_crashes(self, note: Note) -> str:
+        return f"its process died {note.crashes} times while the body ran (max_crashes is {self.settings.max_crashes})"
 
     def _mark(self, link: Link, chosen: list[Delivery]) -> None:
         """Writes down that bodies start, where that is needed; where it fails, all of them go back."""

@@ -316,6 +316,10 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self.qos.reject(delivery_tag, requeue=requeue)
         self._written()
 
+    def charge(self, delivery_tag: str) -> bool:
+        """The process that worked on a message died of it: True if that was once too often. It is to be rejected then."""
+        return self.session.charge(delivery_tag)
+
     def basic_recover(self, requeue: bool = False) -> None:
         self.qos.restore_unacked()
         self._written()

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..clock import mono_s
 from ..queue.consumer import Batch, Outcome, ShardConsumer
-from ..queue.lanes import Delivery, Entry, id_order
+from ..queue.lanes import Delivery, Entry, Note, id_order
 from ..redis import wire
 from ..redis.link import Link
 from ..redis.scripts import script
@@ -90,9 +90,23 @@ class StreamConsumer(ShardConsumer):
 
     def reject(self, batch: Batch) -> None:
         """A message goes to the dead letters."""
-        message = "the consumer rejected it"
-        batch.outcomes.append((0, Outcome("dead", reason="rejected", message=message)))
+        note = batch.deliveries[0].note
+        if note is not None and note.crashes > self.settings.max_crashes:
+            outcome = Outcome("dead", reason="crashed", message=self.too_many_crashes(note))
+        else:
+            outcome = Outcome("dead", reason="rejected", message="the consumer rejected it")
+        batch.outcomes.append((0, outcome))
         self.complete_free(batch)
+
+    def charge(self, batch: Batch) -> bool:
+        """A message took its process down: True if that was once too often, else the count is kept beside the entry."""
+        delivery = batch.deliveries[0]
+        note = delivery.note = delivery.note or Note()
+        note.crashes += 1
+        if note.crashes > self.settings.max_crashes:
+            return True
+        self._notes.append((delivery.entry_id, note))
+        return False
 
     def give_back(self, batch: Batch) -> None:
         """A message is to be delivered again: at the head of its lane, or, from a shared stream, by whoever comes first."""
@@ -192,12 +206,15 @@ class StreamConsumer(ShardConsumer):
         super().flush(link)
         self.settle(link)
 
-    def absorb_again(self, entries: Sequence[Entry]) -> None:
+    def absorb_again(self, link: Link, entries: Sequence[Entry]) -> None:
         """Takes requeued entries: before what is new, and marked as delivered before."""
+        notes = link.command("HMGET", self.keys.notes(self.settings.group), *[entry[0] for entry in entries])
+        known = {entry[0]: Note.parse(text) for entry, text in zip(entries, notes, strict=True) if text}
         found = []
         for item in self._decode(entries):
             delivery = Delivery(*item) if isinstance(item, list) else item
             delivery.fresh = False
+            delivery.note = known.get(delivery.entry_id)
             found.append(delivery)
         self.buffer.extendleft(reversed(found))
 

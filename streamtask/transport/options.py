@@ -42,7 +42,8 @@ WITHOUT_MEANING = frozenset({
 """Options of kombu's redis transport that this one has no use for."""
 
 OURS = frozenset({
-    "namespace", "shards", "lease", "handover_timeout", "eta_hold", "produce_ttl", "max_backlog", "send_timeout",
+    "namespace", "shards", "lease", "handover_timeout", "eta_hold", "produce_ttl", "max_backlog", "max_crashes",
+    "send_timeout",
     "priority_steps", "queue_order_strategy", "fanout_patterns", "global_keyprefix", "body_encoding",
     "deadletter_queue", "socket_timeout", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options",
     "client_name", "master_name", "min_other_sentinels", "sentinel_kwargs", "credential_provider", "virtual_host",
@@ -69,6 +70,7 @@ class Options:
     eta_hold_s: float = 60.0
     produce_ttl_ms: int = 120_000
     max_backlog: int = 0
+    max_crashes: int = 3
     send_timeout_s: float = 1.0
     priority_steps: tuple[int, ...] = (0, 3, 6, 9)
     queue_order: str = "round_robin"
@@ -106,6 +108,7 @@ def options_of(client: Any) -> Options:
         eta_hold_s=_number(given, "eta_hold", 60.0, least=0.0),
         produce_ttl_ms=int(_number(given, "produce_ttl", 120.0, least=1.0) * 1000),
         max_backlog=_number(given, "max_backlog", 0, least=0),
+        max_crashes=_number(given, "max_crashes", 3, least=0),
         send_timeout_s=_number(given, "send_timeout", 1.0, least=0.0),
         priority_steps=_steps(given.get("priority_steps", (0, 3, 6, 9))),
         queue_order=order,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..clock import mono_s
 from ..coordination.lease import Lease
 from ..errors import StreamTaskError
-from ..queue.consumer import ConsumerSettings
 from ..worker.keeper import Keeper
 from .consumed import Consumed
 from .consumer import StreamConsumer
@@ -26,8 +25,6 @@ KEEPER_PAUSE_S = 1.0
 SHARD_READ = 100
 """Messages of an owned shard that are read with one call: nobody else may run them, so reading ahead keeps nothing from
 anybody."""
-
-SETTINGS = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ)
 
 
 class Ownership:
@@ -158,7 +155,7 @@ class Ownership:
             return
         if held is not None:
             session.forget_deliveries(held)
-        consumer = StreamConsumer(lease, consumed.queue.name, shard, SETTINGS)
+        consumer = StreamConsumer(lease, consumed.queue.name, shard, session.consumer_settings)
         consumer.needs_audit = True  # the pending entries come first
         consumer.taken_over = True
         consumed.shards[shard] = consumer

@@ -23,7 +23,7 @@ from typing import Any
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import join_shared, reap
 from ..errors import BrokerUnavailable, LeaseLost, StreamTaskError
-from ..queue.consumer import Batch
+from ..queue.consumer import Batch, ConsumerSettings
 from ..queue.producer import Producer
 from ..redis import keys
 from ..redis.connection import Broker
@@ -37,7 +37,7 @@ from .consumer import StreamConsumer
 from .ids import ProduceIds
 from .message import DELIVERY, decode, expired
 from .options import Options
-from .ownership import SETTINGS, SHARD_READ, Ownership
+from .ownership import SHARD_READ, Ownership
 from .queues import GROUP, KombuQueue, shared
 
 log = logging.getLogger("streamtask.transport")
@@ -54,6 +54,7 @@ class Session:
     def __init__(self, broker: Broker, options: Options) -> None:
         self.broker = broker
         self.options = options
+        self.consumer_settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ, max_crashes=options.max_crashes)
         self.producer = Producer(options.producer_settings())
         self.queues: dict[str, KombuQueue] = {}
         self.fanout_queues: dict[str, tuple[str, str]] = {}
@@ -205,7 +206,7 @@ class Session:
                 names = queue.shard_keys(shared(priority))
                 link = self._links.at(names.stream)
                 lease = join_shared(link, names, GROUP, self.incarnation, self.options.lease_ms)
-                consumer = StreamConsumer(lease, queue.name, shared(priority), SETTINGS)
+                consumer = StreamConsumer(lease, queue.name, shared(priority), self.consumer_settings)
                 consumer.recover(link, takeover=False)
                 consumed.streams[priority] = consumer
         consumed.streams = dict(sorted(consumed.streams.items()))
@@ -431,7 +432,7 @@ class Session:
             if fresh:
                 consumer.absorb(self.link(consumer), fresh)
             if again:
-                consumer.absorb_again(again)
+                consumer.absorb_again(self.link(consumer), again)
         if any(consumer.buffer for consumer in streams):
             consumed.rung = True
         if woken:
@@ -548,6 +549,12 @@ class Session:
             else:
                 handed.consumer.reject(handed.batch)
             return True
+
+    def charge(self, tag: str) -> bool:
+        """A message took its process down; True if that was once too often."""
+        with self.lock:
+            handed = self.handed.get(tag)
+            return handed is not None and handed.consumer.charge(handed.batch)
 
     def restore(self, tags: Iterable[str]) -> None:
         """A channel closes: what it was given and has not acknowledged is delivered again, but for what is worked on."""

@@ -123,6 +123,13 @@ def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = T
         if outcome == "reject":
             raise Reject("as the gate says", requeue=False)
 
+    def poison(self: Any, k: str | None = None, n: int = 0) -> None:
+        note("S", k, n)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    task(name="poison", **keyed)(poison)
+    task(name="poison_late", bind=True, acks_late=True, reject_on_worker_lost=True)(poison)
+
     @task(name="busy", **keyed)
     def busy(self: Any, k: str, n: int, ms: float) -> None:
         """Holds the interpreter's lock all the while, as a C extension may."""

@@ -18,7 +18,10 @@ import pytest
 from celery import Celery, chain, chord, group
 from celery.app.amqp import AMQP
 
-import streamtask.celery as plugin
+import streamtask.celery  # noqa: F401
+from streamtask.celery.brokers import look_at_broker
+from streamtask.celery.keys import PRIVATE
+from streamtask.celery.publish import stamp_missed
 from streamtask.errors import ConfigError, ShardKeyError
 
 numbers = itertools.count()
@@ -136,7 +139,7 @@ def test_tasks_of_all_makes(apps: Apps) -> None:
 def test_a_task_without_a_key_gets_no_header(apps: Apps) -> None:
     app = apps()
     app.task(pay, name="pay").delay(7)
-    assert not set(plugin.PRIVATE) & apps.headers(app).keys()
+    assert not set(PRIVATE) & apps.headers(app).keys()
 
 
 def test_ordered_false_is_said_in_the_message(apps: Apps) -> None:
@@ -435,7 +438,7 @@ def test_what_a_body_sends_carries_nothing_of_its_delivery(
             pass
 
     run_body(app, task, protocol, body, streamtask_delivery=DELIVERY | {"queue": app.conf.task_default_queue})
-    assert not set(plugin.PRIVATE) & apps.headers(app).keys()
+    assert not set(PRIVATE) & apps.headers(app).keys()
 
 
 def test_replacing_itself_is_no_retry(apps: Apps, protocol: int) -> None:
@@ -501,22 +504,22 @@ def test_a_missed_message_is_stamped(apps: Apps, protocol: int, serializer: str,
     plain = app.task(pay, name="plain-missed")
     message = published_without_plugin(apps, app, lambda: task.apply_async((UUID,), {"amount": 3}))
     assert "shard_key" not in message["headers"]
-    plugin.stamp_missed(message)
+    stamp_missed(message)
     assert message["headers"]["shard_key"] == str(UUID)
     assert message["headers"]["shard_ordered"] is False
 
     message = published_without_plugin(apps, app, lambda: task.apply_async((7,), shard_key=8))
-    plugin.stamp_missed(message)
+    stamp_missed(message)
     assert message["headers"]["shard_key"] == "8"
     assert "shard_key" not in message["properties"]
 
     message = published_without_plugin(apps, app, lambda: plain.apply_async((7,)))
-    plugin.stamp_missed(message)
-    assert not set(plugin.PRIVATE) & message["headers"].keys()
+    stamp_missed(message)
+    assert not set(PRIVATE) & message["headers"].keys()
 
     message = published_without_plugin(apps, app, lambda: task.apply_async((None,)))
     with pytest.raises(ShardKeyError, match="task pay-missed, shard_key='user_id'"):
-        plugin.stamp_missed(message)
+        stamp_missed(message)
 
 
 def test_a_missed_retry_is_stamped(apps: Apps, protocol: int) -> None:
@@ -527,7 +530,7 @@ def test_a_missed_retry_is_stamped(apps: Apps, protocol: int) -> None:
     def body(task: Any) -> None:
         message = published_without_plugin(apps, app, lambda: retry(task))
         assert "streamtask_delivery" in message["headers"]
-        plugin.stamp_missed(message)
+        stamp_missed(message)
         stamped.append(message["headers"])
 
     run_body(app, task, protocol, body, streamtask_delivery=ours)
@@ -542,7 +545,7 @@ def test_what_is_no_task_is_left_alone(apps: Apps, protocol: int, body: bytes) -
     message = {"body": body, "content-type": "application/json", "content-encoding": "utf-8"}
     message |= {"headers": {}, "properties": {"correlation_id": "1"}}
     before = {name: value.copy() if isinstance(value, dict) else value for name, value in message.items()}
-    plugin.stamp_missed(message)
+    stamp_missed(message)
     assert message == before
 
 
@@ -564,7 +567,7 @@ def test_another_broker_is_said_once(apps: Apps, caplog: pytest.LogCaptureFixtur
 
 def test_our_broker_is_known_without_a_connection(apps: Apps, caplog: pytest.LogCaptureFixture) -> None:
     app = apps(broker_url="streamtask://127.0.0.1:1/0")
-    plugin._look_at_broker(app, ["pay"])
+    look_at_broker(app, ["pay"])
     assert caplog.records == []
 
 

@@ -233,7 +233,7 @@ def test_a_pool_process_with_a_transport_of_its_own_runs_its_bodies(rig: Rig, me
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_what_runs_is_kept_when_a_channel_closes(rig: Rig, cancelled: bool) -> None:
     script = f"""
-import streamtask.celery as plugin
+from streamtask.celery.worker import LateTask, keep_active
 from kombu import Message
 from celery.worker import state
 from celery.worker.request import Request
@@ -242,13 +242,13 @@ app.conf.worker_cancel_long_running_tasks_on_connection_loss = {cancelled}
 requests = [
     Request(
         Message(body=((), {{}}, None), delivery_tag=f"tag{{n}}", headers={{"id": str(n), "task": "tests.plugin.work.keyed"}}),
-        app=app, task=plugin._LateTask(lambda: app.tasks["tests.plugin.work.keyed"]), decoded=True,
+        app=app, task=LateTask(lambda: app.tasks["tests.plugin.work.keyed"]), decoded=True,
     )
     for n in range(3)
 ]
 state.task_reserved(requests[0])
 state.task_accepted(requests[1])
 state.task_accepted(requests[2])
-print(sorted(plugin.keep_active(["tag0", "tag1", "other"])))
+print(sorted(keep_active(["tag0", "tag1", "other"])))
 """
     assert rig.run(script) == ("[]\n" if cancelled else "['tag1']\n")

@@ -1,0 +1,180 @@
+"""Publishing: the headers that a call's message gets, by ``Celery.send_task`` or when it reaches the transport."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from celery._state import _get_active_apps, get_current_worker_task
+from kombu.compression import decompress
+from kombu.exceptions import KombuError
+from kombu.serialization import loads
+
+from ..errors import ShardKeyError
+from ..sharding import canonical
+from .brokers import look_at_broker
+from .keys import DELIVERY, KEY, OPTION, ORDERED, PRIVATE, REPLACES, Rule, key_of, rule_by_name, rule_of
+
+
+class Call(NamedTuple):
+    """What is published: a call of a task, as Celery says it."""
+
+    name: str
+    task_id: str | None
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    retries: int
+    option: Any
+    inherited: Mapping[str, Any]
+    """Its headers; those of a retry come from the message that runs."""
+
+
+def private_headers(rule: Rule | None, call: Call) -> dict[str, Any]:
+    """What the message of this call has to carry for the transport."""
+    origin = _origin(call)
+    kept = origin.get(KEY)
+    if call.option is not None:
+        try:
+            key = canonical(call.option)
+        except ShardKeyError as exc:
+            raise ShardKeyError(f"{OPTION}= in a call of task {call.name}: {exc}") from None
+    elif kept is not None:
+        # A retry stays in the lane of its message, also with other arguments.
+        key = canonical(kept)
+    else:
+        found = None if rule is None else key_of(rule, call.name, call.args, call.kwargs)
+        if found is None:
+            # Written by hand, for a task that is not known here; but not copied from the running message's headers.
+            if KEY in call.inherited and DELIVERY not in call.inherited:
+                return {name: call.inherited[name] for name in (KEY, ORDERED) if name in call.inherited}
+            return {}
+        key = found
+    headers: dict[str, Any] = {KEY: _text(key)}
+    if not (origin.get(ORDERED, True) if kept is not None else rule is None or rule.ordered):
+        headers[ORDERED] = False
+    delivery = origin.get(DELIVERY)  # it names its queue: the transport replaces nothing in another one
+    if delivery and kept == headers[KEY]:
+        headers[REPLACES] = delivery
+    return headers
+
+
+def _origin(call: Call) -> Mapping[str, Any]:
+    """The headers of the message which this call retries; empty if it is no retry."""
+    if not call.retries:
+        return {}
+    running = get_current_worker_task()
+    if running is None:
+        # The worker's main process sends the retry of a task whose pool process died (retry_on_worker_lost).
+        return call.inherited if DELIVERY in call.inherited else {}
+    request = running.request
+    if request.id == call.task_id and (request.retries or 0) + 1 == call.retries:
+        headers: Mapping[str, Any] = request.headers or {}
+        return headers
+    return {}
+
+
+def _text(key: bytes) -> str | bytes:
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        return key
+
+
+def with_key(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Celery.send_task`` with the shard key. Every call of every task comes here: what has no key is passed on quickly."""
+
+    @functools.wraps(original)
+    def send_task(
+        app: Any,
+        name: str,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        task = options.get("task_type")
+        rule = rule_by_name(app, name) if task is None else rule_of(task)
+        headers = options.get("headers")
+        if rule is not None or headers or OPTION in options or options.get("retries"):
+            inherited = headers or {}
+            option, retries = options.pop(OPTION, None), options.get("retries") or 0
+            call = Call(name, options.get("task_id"), args or (), kwargs or {}, retries, option, inherited)
+            private = private_headers(rule, call)
+            if private:
+                look_at_broker(app, [name])
+            if private or not inherited.keys().isdisjoint(PRIVATE):
+                options["headers"] = {k: v for k, v in inherited.items() if k not in PRIVATE} | private
+        return original(app, name, args, kwargs, *rest, **options)
+
+    return send_task
+
+
+def stamp_missed(message: dict[str, Any]) -> None:
+    """Gives a message its key that was on its way already when this module was imported. The transport calls it."""
+    headers, properties = message["headers"], message["properties"]
+    if KEY in headers and DELIVERY not in headers:
+        return
+    name = headers.get("task")
+    if name in _plain and DELIVERY not in headers and OPTION not in properties:
+        return
+    if name is None and not _speaks_protocol_1():
+        return
+    rule = None if name is None else _rule_anywhere(name)
+    if name is not None and rule is None and OPTION not in properties and DELIVERY not in headers:
+        return
+    try:
+        body = _decoded(message)
+    except KombuError:
+        if name is None:
+            return
+        raise
+    if name is not None:
+        args, kwargs, said = body[0], body[1], headers
+    elif isinstance(body, dict) and "task" in body:
+        name, args, kwargs, said = body["task"], body.get("args") or (), body.get("kwargs") or {}, body
+        rule = _rule_anywhere(name)
+    else:
+        return
+    option = properties.pop(OPTION, None)
+    private = private_headers(
+        rule, Call(name, said.get("id"), args, kwargs, said.get("retries") or 0, option, dict(headers))
+    )
+    for header in PRIVATE:
+        headers.pop(header, None)
+    headers.update(private)
+
+
+_plain: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+"""Tasks without a key, by their names: so that their messages are told from missed ones quickly."""
+
+
+def _rule_anywhere(name: str) -> Rule | None:
+    """As the message does not say which app it is of: the first app's that has a rule."""
+    apps = list(_get_active_apps())
+    for app in apps:
+        rule = rule_by_name(app, name)
+        if rule is not None:
+            return rule
+    for app in apps:
+        if name in app._tasks:
+            _plain[name] = app._tasks[name]
+    return None
+
+
+def _speaks_protocol_1() -> bool:
+    """Whether a message without a task header may be a task all the same: protocol 1 has all in the body."""
+    for app in list(_get_active_apps()):
+        made = vars(app.__dict__.get("amqp", app)).get("create_task_message")  # kept there at the first task sent
+        if made is not None and made == app.amqp.as_task_v1:
+            return True
+    return False
+
+
+def _decoded(message: dict[str, Any]) -> Any:
+    body, compression = message["body"], message["headers"].get("compression")
+    if compression:
+        body = decompress(body, compression)
+    # force: it was made by this process, so what it may contain is no question.
+    return loads(body, message.get("content-type"), message.get("content-encoding"), force=True)

@@ -1,0 +1,202 @@
+"""A worker's side: late acknowledgements for what came out of a shard, and no body whose message was given back."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from celery.app.trace import ExceptionInfo
+from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.exceptions import Reject, WorkerLostError
+from celery.local import Proxy
+from celery.worker import state
+
+from ..transport import hooks
+from .brokers import is_ours
+from .keys import DELIVERY
+from .pools import consumers, given_back, hear_pools
+
+log = logging.getLogger("streamtask.celery")
+
+
+class LateTask(Proxy):  # type: ignore[misc]
+    """A task as the request of a keyed message sees it."""
+
+    acks_late = True
+    reject_on_worker_lost = True
+
+
+class _Overlaid:
+    """An object with some attributes of its own."""
+
+    def __init__(self, inner: Any, **own: Any) -> None:
+        self.__dict__.update(own, _inner=inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def _guarded(consumer: Any, late: bool) -> Any:
+    """A consumer as the strategy of a task sees it: with a pool that starts no body whose message was given back."""
+    if not is_ours(type(consumer.connection.transport)):
+        return consumer
+    pool = consumer.pool
+    consumers.add(consumer)
+    if not late and isinstance(pool, PreforkPool):
+        return consumer  # such a message is acknowledged when its process says that it has begun
+    hold = not (late and consumer.app.conf.worker_cancel_long_running_tasks_on_connection_loss)
+
+    def apply_async(target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
+        seen = (os.getpid(), *given_back, late, hold)
+        return pool.apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
+
+    return _Overlaid(consumer, pool=_Overlaid(pool, apply_async=apply_async))
+
+
+def with_keyed_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Task.start_strategy``: how a worker makes requests of the task's messages. Keyed ones get a strategy of their own."""
+
+    @functools.wraps(original)
+    def start_strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Any:
+        plain = original(task, app, _guarded(consumer, bool(task.acks_late)), **options)
+        keyed = None
+
+        def handle(message: Any, body: Any, ack: Any, reject: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal keyed
+            if getattr(message.channel, "acks_from_any_thread", False):
+                ack.fun = reject.fun = _settle_now
+            if DELIVERY not in message.headers:
+                return plain(message, body, ack, reject, *args, **kwargs)
+            if keyed is None:
+                keyed = original(LateTask(lambda: task), app, _guarded(consumer, True), **options)
+            return keyed(message, body, ack, reject, *args, **kwargs)
+
+        return handle
+
+    return start_strategy
+
+
+_refused = threading.local()
+"""``tag``: what this thread has last found to have been given back, when it was to be acknowledged before its body."""
+
+
+def _settle_now(settle: Callable[..., Any], *args: Any) -> None:
+    """In place of ``Consumer.call_soon``, which hands an acknowledgement or rejection to the loop: there it may lie while the
+    connection breaks, and what has ended would be given back."""
+    tag = settle.__self__.delivery_tag  # type: ignore[attr-defined]  # a method of the message
+    if hooks.begin is not None and not hooks.begin(tag, True):
+        _refused.tag = tag
+    settle(*args)
+
+
+def run_if_ours(
+    seen: tuple[int, int, int, bool, bool],
+    trace: Callable[..., Any],
+    name: str,
+    task_id: str,
+    request: Mapping[str, Any],
+    *args: Any,
+) -> Any:
+    """Runs Celery's trace of a message in the pool, or nothing if it is no longer this worker's.
+
+    It answers as a trace does: failed, the exception, seconds. A rejected message leaves no result behind; where the
+    transport still knows its delivery it comes again, and else the rejection means nothing to it.
+    """
+    if _may_start(seen, request):
+        return trace(name, task_id, request, *args)
+    log.warning("Task %s[%s] is not started: its message has been given back, and runs elsewhere", name, task_id)
+    try:
+        raise Reject("the message has been given back", requeue=True)
+    except Reject:
+        return 1, ExceptionInfo(internal=True), 0.0
+
+
+def _may_start(seen: tuple[int, int, int, bool, bool], request: Mapping[str, Any]) -> bool:
+    receiver, returned, mark, late, hold = seen
+    delivery = request.get(DELIVERY) or (request.get("headers") or {}).get(DELIVERY)
+    if os.getpid() == receiver:
+        tag = (request.get("properties") or {}).get("delivery_tag")
+        if not late:
+            # Its acknowledgement came just before, from this very thread.
+            return tag is None or getattr(_refused, "tag", None) != tag
+        if hooks.begin is not None and tag is not None and not hooks.begin(tag, hold):
+            return False
+    elif given_back[1] == mark and given_back[0] != returned:
+        # A pool process says that it begins before it comes here: either its worker has heard that, or it stops here.
+        return False
+    if delivery is None or hooks.still_owned is None or time.monotonic() < delivery["trusted"]:
+        return True
+    return hooks.still_owned(delivery)  # the worker may have been paused beyond its lease
+
+
+def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Consumer.on_close``: what Celery knows of no pool process it takes for not begun, and forgets."""
+
+    @functools.wraps(original)
+    def on_close(consumer: Any) -> Any:
+        if consumer in consumers:
+            hear_pools()
+        return original(consumer)
+
+    return on_close
+
+
+def keep_active(tags: Collection[str]) -> Collection[str]:
+    """Of a closing channel's deliveries those whose body runs: Celery lets these go on and drops all others."""
+    if not {request.message.delivery_tag for request in tuple(state.requests.values())}.intersection(tags):
+        return ()  # not the channel of Celery's own consumer
+    hear_pools()
+    return active(tags)
+
+
+def active(tags: Collection[str]) -> Collection[str]:
+    """Of these delivery tags those whose body runs."""
+    return {
+        request.message.delivery_tag
+        for request in tuple(state.active_requests)
+        # Celery stops the bodies of such requests, and leaves their messages to be delivered again.
+        if not (request.app.conf.worker_cancel_long_running_tasks_on_connection_loss and request.task.acks_late)
+    }.intersection(tags)
+
+
+class _GivenUpTask(Proxy):  # type: ignore[misc]
+    """A task as the request of a message sees it that has taken its pool process down too often."""
+
+    acks_late = True
+    reject_on_worker_lost = retry_on_worker_lost = False
+    acks_on_failure = acks_on_failure_or_timeout = False
+
+
+def with_crash_count(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Request.on_failure``: a message that takes its pool process down again and again fails for good, and goes to the
+    dead letters. Celery would deliver it for ever."""
+
+    @functools.wraps(original)
+    def on_failure(request: Any, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
+        if _took_its_process_down(request, exc_info) and request.message.channel.charge(request.message.delivery_tag):
+            task = request.task
+            request._task = _GivenUpTask(lambda: task)
+        return original(request, exc_info, *args, **kwargs)
+
+    return on_failure
+
+
+def _took_its_process_down(request: Any, exc_info: Any) -> bool:
+    exc = exc_info.exception
+    if isinstance(exc, ExceptionWithTraceback):
+        exc = exc.exc
+    if not isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt):
+        return False
+    if state.should_stop is not None or state.should_terminate is not None:
+        return False  # the worker ends, and takes its pool with it
+    if request._already_cancelled or request._already_revoked:
+        return False
+    task = request.task
+    comes_again = task.acks_late and task.reject_on_worker_lost and not getattr(task, "retry_on_worker_lost", False)
+    return comes_again and hasattr(request.message.channel, "charge")
