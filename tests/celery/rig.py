@@ -186,11 +186,12 @@ class Site:
             "CELERY_TEST_RECORD": str(self.record),
         }
 
-    def command(self, *words: str, port: int | None = None, **conf: Any) -> contextlib.AbstractContextManager[Spawned]:
+    def command(
+        self, *words: str, port: int | None = None, env: dict[str, str] | None = None, **conf: Any
+    ) -> contextlib.AbstractContextManager[Spawned]:
         """``celery -A APP WORDS`` in a process of its own."""
-        return spawn(
-            "-m", "celery", "-A", "tests.celery.app", *words, env=self.environment(port, **conf), cwd=self.folder
-        )
+        env_of_app = {**self.environment(port, **conf), **(env or {})}
+        return spawn("-m", "celery", "-A", "tests.celery.app", *words, env=env_of_app, cwd=self.folder)
 
     def start_worker(
         self, pool: str = "prefork", c: int = 8, *, port: int | None = None, words: tuple[str, ...] = (), **conf: Any

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 
-from tests.helpers import wait_until
+from tests.helpers import free_port, wait_until
 
 
 def run(site, *words, timeout=30, status=0):
@@ -76,3 +77,33 @@ def test_beat(own_server, site):
         wait_until(lambda: worker.log.count("Task number[") >= 6, 20, lambda: f"{beat}\n{worker.log}")
         beat.signal(15)
         beat.wait()
+
+
+def test_flower(own_server, site):
+    """It sees the worker and each task, and its remote control works."""
+    s = site(own_server)
+    s.worker("threads", c=2, words=("-E",))
+    port = free_port()
+
+    def ask(path):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as answer:
+                return json.load(answer)
+        except OSError:
+            return {}
+
+    with s.command(
+        "flower", f"--port={port}", "--address=127.0.0.1", env={"FLOWER_UNAUTHENTICATED_API": "1"}
+    ) as flower:
+        wait_until(
+            lambda: any(row.get("status") for row in ask("workers?json=1").get("data", [])), 20, lambda: str(flower)
+        )
+        s.send("put", "a")
+        s.send("early")
+        wait_until(
+            lambda: sorted((task["name"], task["state"]) for task in ask("api/tasks").values())
+            == [("early", "SUCCESS"), ("put", "SUCCESS")],
+            20, lambda: f"{flower}\n{ask('api/tasks')}",
+        )  # fmt: skip
+        wait_until(lambda: "celery" in str(ask("api/workers?refresh=1")), 20, lambda: str(flower))
+    assert "Traceback" not in s.workers[0].log
