@@ -519,7 +519,7 @@ class Streams(Broker):
             self.command("ZUNIONSTORE", keys.delayed, 1, keys.delayed, "WEIGHTS", 0)
 
     def command(self, name: str, key: str, *args: Any) -> Any:
-        return self.channel.session.once_more(lambda link: link.command(name, key, *args), key)
+        return self.channel.session.connections.once_more(lambda link: link.command(name, key, *args), key)
 
     def left(self, queue: str) -> int:
         """Messages that wait, or that somebody holds."""

@@ -14,7 +14,7 @@ from kombu.utils.uuid import uuid
 
 from ..errors import BrokerUnavailable, ConfigError, StreamTaskError
 from ..redis.link import pack
-from . import publish, routing
+from . import lifetime, publish, routing
 from .fanout import channel as fanout_channel
 from .message import PRODUCE_ID, encode
 from .session import Session
@@ -149,7 +149,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         return found
 
     def _has_queue(self, queue: str, **kwargs: Any) -> bool:
-        return self.session.is_declared(queue)
+        return lifetime.is_declared(self.session, queue)
 
     def _size(self, queue: str) -> int:
         return routing.size(self.session, queue)
@@ -206,7 +206,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
     def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **kwargs: Any) -> None:
         name = fanout_channel(self.session, exchange, routing_key)
         packed = pack("PUBLISH", name, encode(message, None))
-        self.session.once_more(lambda link: link.call(packed))
+        self.session.connections.once_more(lambda link: link.call(packed))
 
     def create_publish_batch(self, max_size: int) -> publish.PublishBatch:
         """For kombu's ``Producer.batch``."""

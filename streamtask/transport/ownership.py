@@ -22,10 +22,6 @@ log = logging.getLogger("streamtask.transport")
 KEEPER_PAUSE_S = 1.0
 """Between two starts of a keeper, where it keeps dying."""
 
-SHARD_READ = 100
-"""Messages of an owned shard that are read with one call: nobody else may run them, so reading ahead keeps nothing from
-anybody."""
-
 
 class Ownership:
     """See the module. The session's lock guards it. A process that consumes nothing has no keeper."""

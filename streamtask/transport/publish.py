@@ -58,7 +58,7 @@ def _replace(session: Session, call: Call, replaces: dict[str, Any]) -> None:
         return
     keys = queue.shard_keys(call.shard)
     page, number = call.produce_id
-    answer = session.run(
+    answer = session.connections.run(
         "produce_replacement",
         [
             keys.state, keys.seen(page), keys.stream, keys.delayed, keys.wake, keys.lease(GROUP), keys.notes(GROUP),
@@ -133,7 +133,7 @@ def send_all(session: Session, calls: list[Call]) -> None:
             producer.send(call)
         return
     # The same calls again after a lost reply: each carries its produce id.
-    replies = session.once_more(lambda link: link.pipeline(packed))
+    replies = session.connections.once_more(lambda link: link.pipeline(packed))
     for call, reply in zip(calls, replies, strict=True):
         if type(reply) is bytes or reply in (0, 1):
             continue

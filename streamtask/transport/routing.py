@@ -52,7 +52,7 @@ def _bind(session: Session, queue: str, exchange: str, member: str, expires_ms: 
         keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue),
         keys.bindings(namespace, app, exchange),
     ]  # fmt: skip
-    session.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP])
+    session.connections.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP])
     if not session.born:
         session.born = _born(session)
 
@@ -66,14 +66,14 @@ def _born(session: Session) -> bytes:
         found: bytes = link.command("GET", name)
         return found
 
-    found: bytes = session.once_more(ask, name)
+    found: bytes = session.connections.once_more(ask, name)
     return found
 
 
 def flushed(session: Session) -> bool:
     """Whether all was removed since this process first declared something."""
     name = keys.born(session.options.namespace, session.options.app)
-    if not session.born or session.once_more(lambda link: link.command("GET", name), name) == session.born:
+    if not session.born or session.connections.once_more(lambda link: link.command("GET", name), name) == session.born:
         return False
     session.born = b""
     return True
@@ -87,13 +87,13 @@ def unbind(session: Session, queue: str, exchange: str, binding: Sequence[str | 
 def _unbind(session: Session, queue: str, what: str) -> bool:
     namespace, app = session.options.namespace, session.options.app
     names = [keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue)]
-    return bool(session.run("unbind_queue", names, [queue, keys.bindings(namespace, app, ""), SEP, what]))
+    return bool(session.connections.run("unbind_queue", names, [queue, keys.bindings(namespace, app, ""), SEP, what]))
 
 
 def table(session: Session, exchange: str) -> list[Binding]:
     """The bindings of an exchange."""
     name = keys.bindings(session.options.namespace, session.options.app, exchange)
-    members = session.once_more(lambda link: link.command("SMEMBERS", name), name)
+    members = session.connections.once_more(lambda link: link.command("SMEMBERS", name), name)
     found = []
     for member in members:
         routing_key, pattern, queue = member.decode().split(SEP)
@@ -117,7 +117,7 @@ def sweep(session: Session) -> None:
         found: list[bytes] = link.command("ZRANGEBYSCORE", name, "-inf", now, "LIMIT", 0, 100)
         return found
 
-    for member in session.once_more(overdue, name):
+    for member in session.connections.once_more(overdue, name):
         queue = member.decode()
         if _unbind(session, queue, "expired"):
             log.info("queue %s has expired, unused", queue)
@@ -134,12 +134,12 @@ def _delete_streams(session: Session, queue: str) -> None:
             prefix.stream, prefix.state, prefix.delayed, prefix.wake, prefix.requeued, prefix.consumers(GROUP),
             prefix.token(GROUP), prefix.notes(GROUP), prefix.replaced(GROUP), prefix.lease(GROUP), prefix.dlq,
         ]  # fmt: skip
-        with session.borrow(prefix.stream) as link:
+        with session.connections.borrow(prefix.stream) as link:
             if isinstance(shard, str):
                 leases = [prefix.lease(GROUP, name.decode()) for name in link.command("ZRANGE", names[5], 0, -1)]
                 names += leases
             link.call(pack("UNLINK", *names))
-    with session.borrow(found.keys.meta) as link:
+    with session.connections.borrow(found.keys.meta) as link:
         link.call(pack("UNLINK", found.keys.meta, found.keys.members(GROUP), found.keys.member_info(GROUP)))
     session.queues.pop(queue, None)
 
@@ -150,7 +150,7 @@ def size(session: Session, queue: str) -> int:
     total = 0
     for shard in found.recorded():
         prefix = found.shard_keys(shard)
-        total += int(session.run("ready", [prefix.stream, prefix.requeued, prefix.delayed], [GROUP]))
+        total += int(session.connections.run("ready", [prefix.stream, prefix.requeued, prefix.delayed], [GROUP]))
     return total
 
 
@@ -162,7 +162,7 @@ def purge(session: Session, queue: str) -> int:
         prefix = found.shard_keys(shard)
         last = ""
         while True:
-            entries, delayed, last = session.run(
+            entries, delayed, last = session.connections.run(
                 "purge_shard", [prefix.stream, prefix.state, prefix.delayed], [1000, last, 1000]
             )
             last = last.decode()
@@ -170,7 +170,9 @@ def purge(session: Session, queue: str) -> int:
             if not entries and not delayed:
                 break
         removed += int(
-            session.run("purge_requeued", [prefix.stream, prefix.requeued, prefix.state, prefix.notes(GROUP)], [GROUP])
+            session.connections.run(
+                "purge_requeued", [prefix.stream, prefix.requeued, prefix.state, prefix.notes(GROUP)], [GROUP]
+            )
         )
     return removed
 
@@ -181,4 +183,4 @@ def consumers(session: Session, queue: str) -> int:
     if not found.recorded():
         return 0
     name = found.shard_keys(SHARED).consumers(GROUP)
-    return int(session.once_more(lambda link: link.command("ZCARD", name), name))
+    return int(session.connections.once_more(lambda link: link.command("ZCARD", name), name))

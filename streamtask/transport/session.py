@@ -16,34 +16,30 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..clock import mono_s, wall_ms
+from ..clock import mono_s
 from ..coordination.lease import join_shared, reap
 from ..errors import BrokerUnavailable, LeaseLost, StreamTaskError
-from ..queue.consumer import Batch, ConsumerSettings
+from ..queue.consumer import ConsumerSettings
 from ..queue.producer import Producer
-from ..redis import keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
-from ..redis.link import LARGE, REPLIES, Link, ReplyError, pack
-from ..redis.scripts import Code, script
-from ..worker.links import Links, has_moved
-from . import hooks, taking
+from ..redis.link import Link, ReplyError
+from ..worker.links import has_moved
+from . import fetching, hooks, lifetime, taking
+from .connections import Connections
 from .consumed import Consumed, Handed
 from .consumer import StreamConsumer
+from .fetching import SHARD_READ
 from .ids import ProduceIds
-from .message import DELIVERY, decode, expired
 from .options import Options
-from .ownership import SHARD_READ, Ownership
+from .ownership import Ownership
 from .queues import GROUP, KombuQueue, shared
 
 log = logging.getLogger("streamtask.transport")
-
-LOOK_S = 0.005
-"""How often Redis is asked for more while what was read before is enough to go on with."""
 
 UPKEEP_S = 1.0
 
@@ -85,8 +81,7 @@ class Session:
         self._touch_at: dict[str, float] = {}
         self._upkeep_at = 0.0
         self.produce_ids = ProduceIds()
-        self._links = Links(self.broker, self.broker.timeout_s, buffer_bytes=LARGE)
-        self._idle: list[Link] = []
+        self.connections = Connections(self.broker)
         self.new_tag: Callable[[], str] = _tags().__next__
 
     def check_process(self) -> None:
@@ -94,58 +89,14 @@ class Session:
         if os.getpid() != self.pid:
             _after_fork()
 
-    # Connections
-
     def link(self, consumer: StreamConsumer) -> Link:
         """The link for a stream that this process consumes; under the lock."""
-        return self._links.at(consumer.keys.stream)
-
-    @contextmanager
-    def borrow(self, key: str = "") -> Iterator[Link]:
-        """A link to the server of a key, for calls that need not wait for this session's lock."""
-        if self.broker.is_cluster:
-            link = self.broker.link(key)
-            try:
-                yield link
-            finally:
-                link.close()
-            return
-        try:
-            link = self._idle.pop()
-        except IndexError:
-            link = self.broker.link()
-        try:
-            yield link
-        except BaseException as exc:
-            if not isinstance(exc, REPLIES):
-                link.close()
-            raise
-        finally:
-            self._idle.append(link)
-
-    def run(self, name: str, names: Sequence[str], args: Sequence[Any]) -> Any:
-        """Calls a script once more if its connection turns out to be stale: for scripts that may be repeated."""
-        return self.once_more(lambda link: link.run(name, names, args), names[0])
-
-    def once_more(self, call: Callable[[Link], Any], key: str = "") -> Any:
-        """A call over a connection that may be stale; for what may be repeated."""
-        try:
-            with self.borrow(key) as link:
-                return call(link)
-        except (BrokerUnavailable, ReplyError) as exc:
-            if isinstance(exc, ReplyError):
-                if not has_moved(exc):
-                    raise
-                self.broker.close()  # asks anew where the slots are
-            for idle in self._idle:
-                idle.close()
-            with self.borrow(key) as link:
-                return call(link)
+        return self.connections.links.at(consumer.keys.stream)
 
     def look(self) -> None:
         """Looks whether Redis answers. Connections that are kept may be stale, which says nothing about the server: a new
         kombu connection must not find that out. Raises ``BrokerUnavailable``."""
-        self.once_more(lambda link: link.command("PING"))
+        self.connections.once_more(lambda link: link.command("PING"))
         with self.lock:
             if self.consumed:
                 self._outage()
@@ -157,7 +108,10 @@ class Session:
         if found is None:
             options = self.options
             found = self.queues.setdefault(
-                name, KombuQueue(self.broker, options.namespace, options.app, name, options.shards, self.once_more)
+                name,
+                KombuQueue(
+                    self.broker, options.namespace, options.app, name, options.shards, self.connections.once_more
+                ),
             )
         return found
 
@@ -189,10 +143,10 @@ class Session:
         if consumed.takes_for_good():
             consumed.queue.open(SHARED)
         elif not consumed.streams or not consumed.in_keeper:
-            self._join(consumed)
+            self.join(consumed)
         return consumed
 
-    def _join(self, consumed: Consumed) -> None:
+    def join(self, consumed: Consumed) -> None:
         """Becomes a consumer of the queue's shared streams, and takes part in its shards."""
         queue = consumed.queue
         if queue.declared:
@@ -204,7 +158,7 @@ class Session:
             if priority not in consumed.streams:
                 queue.open(shared(priority))
                 names = queue.shard_keys(shared(priority))
-                link = self._links.at(names.stream)
+                link = self.connections.links.at(names.stream)
                 lease = join_shared(link, names, GROUP, self.incarnation, self.options.lease_ms)
                 consumer = StreamConsumer(lease, queue.name, shared(priority), self.consumer_settings)
                 consumer.recover(link, takeover=False)
@@ -294,7 +248,7 @@ class Session:
 
     def _outage(self) -> None:
         """Replies may have been lost with messages in them."""
-        self._links.close()
+        self.connections.links.close()
         for consumed in self.consumed.values():
             consumed.rung = True
             for consumer in consumed.consumers():
@@ -310,7 +264,7 @@ class Session:
             consumed.queue.forget()
         self.say_lost(why)
 
-    def _lost(self, consumer: StreamConsumer, why: str) -> None:
+    def lost(self, consumer: StreamConsumer, why: str) -> None:
         if consumer.lease.shared:
             self.lost_streams(why)
         else:
@@ -335,166 +289,26 @@ class Session:
             if consumed.gone:
                 return []
             if consumed.takes_for_good():
-                return taking.take(self, consumed, self._links, most)
+                return taking.take(self, consumed, most)
             out: list[tuple[dict[str, Any], str]] = []
             try:
                 # Shards and shared streams both get their turn, also while one of them alone could fill the room.
                 if mono_s() >= consumed.look_at:
-                    self._read(consumed, most)
+                    fetching.read(self, consumed, most)
                     looked = True
                 else:
                     looked = False
-                self._hand_out(consumed, most, out)
+                fetching.hand_out(self, consumed, most, out)
                 while len(out) < most and (not looked or consumed.left_out):
                     consumed.left_out = 0
                     looked = True
-                    self._read(consumed, most - len(out))
-                    self._hand_out(consumed, most, out)
+                    fetching.read(self, consumed, most - len(out))
+                    fetching.hand_out(self, consumed, most, out)
             except BaseException:
                 for _, tag in out:
                     self.reject(tag, requeue=True)
                 raise
             return out
-
-    def _read(self, consumed: Consumed, most: int) -> None:
-        """Reads from Redis what there is into the consumers, and settles what has ended, in one round trip."""
-        for consumer in list(consumed.consumers()):
-            if consumer.needs_audit:
-                consumer.recover(self.link(consumer), takeover=consumer.taken_over)
-                consumer.taken_over = False
-                consumer.read_at = 0.0
-        now = mono_s()
-        consumed.rung = False
-        consumed.look_at = now + LOOK_S
-        streams = list(consumed.streams.values())
-        shards = [c for c in consumed.shards.values() if not c.closing]
-        readable = [c for c in shards if now >= c.read_at and c.has_room()]
-        settling = [c for c in consumed.consumers() if c.finished and not c.settling]
-        calls = [(c.keys.stream, c.begin_settle()) for c in settling]
-        room = max(0, most - sum(len(c.buffer) for c in streams))
-        calls.append((streams[0].keys.stream, self._pack_shared(streams, room)))
-        calls += [(c.keys.stream, c.pack_read(SHARD_READ)) for c in readable]
-        try:
-            replies = self._links.pipeline(calls)
-        except BaseException:
-            for consumer in settling:
-                consumer.settle_lost()
-            raise
-        for consumer, reply in zip(settling, replies, strict=False):
-            self._settled(consumer, reply)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        self._take_shared(consumed, streams, replies[len(settling)])
-        for consumer, reply in zip(readable, replies[len(settling) + 1 :], strict=True):
-            if reply == Code.LEASE_LOST:
-                self._lost(consumer, "")
-                continue
-            consumer.was_read(len(reply) >= SHARD_READ, bool(reply), now)
-            if reply:
-                consumer.absorb(self.link(consumer), reply)
-        for consumer in shards:
-            if consumer.woken or (consumer.next_due is not None and now >= consumer.next_due):
-                consumer.woken = False
-                consumer.move_due(self.link(consumer))
-                consumer.read_at = 0.0
-                consumed.rung = True
-
-    def _settled(self, consumer: StreamConsumer, reply: Any) -> None:
-        if isinstance(reply, Exception):
-            consumer.settle_lost()
-            return
-        try:
-            consumer.end_settle(reply)
-        except LeaseLost as exc:
-            self._lost(consumer, str(exc))
-
-    def _pack_shared(self, streams: Sequence[StreamConsumer], room: int) -> bytes:
-        names: list[str] = []
-        for consumer in streams:
-            keys_of = consumer.keys
-            names += [consumer.lease.key, keys_of.stream, keys_of.requeued, keys_of.delayed, keys_of.wake]
-        tokens = [consumer.lease.token for consumer in streams]
-        return script("fetch_shared").pack(tuple(names), (self.incarnation, GROUP, room, *tokens))
-
-    def _take_shared(self, consumed: Consumed, streams: Sequence[StreamConsumer], reply: Any) -> None:
-        now_ms, *parts = reply
-        due_at: list[int] = []
-        woken = False
-        for consumer, part in zip(streams, parts, strict=True):
-            if part == 0:
-                raise LeaseLost(f"the lease of {consumer.keys.prefix} ran out and is another's, or is gone")
-            last, rung, next_ms, again, fresh = part
-            woken |= consumed.moved(consumer.keys.prefix, last, rung)
-            consumer.clock_ms = int(now_ms) - wall_ms()
-            if next_ms >= 0:
-                due_at.append(int(next_ms))
-            if fresh:
-                consumer.absorb(self.link(consumer), fresh)
-            if again:
-                consumer.absorb_again(self.link(consumer), again)
-        if any(consumer.buffer for consumer in streams):
-            consumed.rung = True
-        if woken:
-            # Something else than a message may have come: a stream of another priority.
-            consumed.queue.recorded()
-            if set(consumed.queue.priorities) != set(consumed.streams):
-                self._join(consumed)
-        consumed.next_due = None if not due_at else mono_s() + max(0, min(due_at) - int(now_ms)) / 1000
-
-    def _hand_out(self, consumed: Consumed, most: int, out: list[tuple[dict[str, Any], str]]) -> None:
-        now = mono_s()
-        groups = [list(consumed.streams.values()), list(consumed.shards.values())]
-        if consumed.shards_first:
-            groups.reverse()
-        consumed.shards_first = not consumed.shards_first
-        for consumer in (c for group in groups for c in group):
-            consumer.lanes.open_due(now)
-            while len(out) < most and consumer.has_work():
-                batches = consumer.take_free(self.link(consumer), most - len(out))
-                if not batches:
-                    break
-                for position, batch in enumerate(batches):
-                    try:
-                        handed = self._handed(consumed, consumer, batch)
-                    except BaseException:
-                        for left in batches[position:]:
-                            consumer.give_back(left)
-                        raise
-                    if handed is not None:
-                        out.append(handed)
-
-    def _handed(self, consumed: Consumed, consumer: StreamConsumer, batch: Batch) -> tuple[dict[str, Any], str] | None:
-        delivery = batch.deliveries[0]
-        if not delivery.fresh and not consumer.lease.shared:
-            following = consumer.replaced(self.link(consumer), batch)
-            if following is None:
-                return None
-            delivery = following
-        payload = decode(delivery)
-        if expired(payload, delivery.entry_id, consumer.redis_ms()):
-            consumer.end(batch)
-            consumed.left_out += 1
-            return None
-        tag = self.new_tag()
-        properties, headers = payload["properties"], payload["headers"]
-        properties["delivery_tag"] = tag
-        info = properties.setdefault("delivery_info", {})
-        if not delivery.fresh:
-            headers["redelivered"] = info["redelivered"] = True
-        if not consumer.lease.shared:
-            headers[DELIVERY] = {
-                "queue": consumed.queue.name,
-                "epoch": consumed.queue.shape().epoch,
-                "shard": consumer.shard,
-                "entry": delivery.entry_id.decode(),
-                "token": consumer.lease.token,
-                "generation": consumer.generation(delivery.entry_id),
-                "tag": tag,
-                "trusted": mono_s() + self.options.lease_ms / 2000,
-            }
-        self.handed[tag] = Handed(tag, consumer, batch)
-        return payload, tag
 
     def look_again(self, name: str) -> None:
         """The next fetch asks Redis, whatever is known here."""
@@ -584,7 +398,7 @@ class Session:
         names = self.queue(delivery["queue"]).keys.shard(delivery["epoch"], delivery["shard"])
         lease = names.lease(GROUP)
         try:
-            token = self.once_more(lambda link: link.command("HGET", lease, "token"), lease)
+            token = self.connections.once_more(lambda link: link.command("HGET", lease, "token"), lease)
         except StreamTaskError:
             return True
         return token is None or int(token) == delivery["token"]
@@ -611,7 +425,7 @@ class Session:
         except (LeaseLost, ReplyError) as exc:
             if isinstance(exc, ReplyError) and not _is_gone(exc):
                 raise
-            self._lost(consumer, str(exc))
+            self.lost(consumer, str(exc))
         if consumer.lanes.has_ready() or consumer.lanes.next_due() is not None:
             consumed.rung = True
 
@@ -628,12 +442,12 @@ class Session:
             self._look_after_outlived()
             gone = [name for name, consumed in self.consumed.items() if consumed.gone]
         for name in gone:
-            if self.is_declared(name):
+            if lifetime.is_declared(self, name):
                 self.declared(name)
         for name, expires_ms in list(self.touched.items()):
             if now >= self._touch_at.get(name, 0.0) and (name in self.consumed or name in self.listened):
                 self._touch_at[name] = now + expires_ms / 3000
-                self._touch(name, expires_ms)
+                lifetime.touch(self, name, expires_ms)
 
     def _look_after_outlived(self) -> None:
         """Gives back what nobody works on any more, and nobody has acknowledged: its end was lost with its connection. Seen
@@ -651,30 +465,6 @@ class Session:
                 handed = self.handed.pop(tag)
                 log.warning("the end of a message was lost, it is delivered again queue=%s", handed.consumer.queue)
                 handed.consumer.give_back(handed.batch)
-
-    def is_declared(self, name: str) -> bool:
-        """Whether a queue is declared, and has not expired."""
-        options = self.options
-        declared = keys.app_queues(options.namespace, options.app)
-        expiring = keys.expiring(options.namespace, options.app)
-
-        def ask(link: Link) -> bool:
-            there, until, (seconds, micros) = link.pipeline(
-                [pack("SISMEMBER", declared, name), pack("ZSCORE", expiring, name), pack("TIME")]
-            )
-            return bool(there) and (until is None or float(until) > int(seconds) * 1000 + int(micros) // 1000)
-
-        return bool(self.once_more(ask, declared))
-
-    def _touch(self, name: str, expires_ms: int) -> None:
-        """A queue with ``x-expires`` is in use."""
-        key = keys.expiring(self.options.namespace, self.options.app)
-
-        def prolong(link: Link) -> None:
-            seconds, micros = link.command("TIME")
-            link.command("ZADD", key, "XX", int(seconds) * 1000 + int(micros) // 1000 + expires_ms, name)
-
-        self.once_more(prolong, key)
 
     def wake(self) -> None:
         for waker in list(self.wakers):

@@ -11,7 +11,6 @@ from ..queue.lanes import Delivery, id_order
 from ..redis import wire
 from ..redis.keys import ShardKeys
 from ..redis.link import Link
-from ..worker.links import Links
 from .consumed import Consumed
 from .message import check, decode, expired
 from .queues import GROUP, shared
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("streamtask.transport")
 
 
-def take(session: Session, consumed: Consumed, links: Links, most: int) -> list[tuple[dict[str, Any], str]]:
+def take(session: Session, consumed: Consumed, most: int) -> list[tuple[dict[str, Any], str]]:
     """Up to ``most`` messages, the most urgent first, as (payload, delivery tag)."""
     queue = consumed.queue
     out: list[tuple[dict[str, Any], str]] = []
@@ -31,7 +30,7 @@ def take(session: Session, consumed: Consumed, links: Links, most: int) -> list[
     for priority in queue.priorities:
         queue.open(shared(priority))
         names = queue.shard_keys(shared(priority))
-        link = links.at(names.stream)
+        link = session.connections.links.at(names.stream)
         while len(out) < most:
             now_ms, last, rung, next_ms, entries = link.run(
                 "take", [names.stream, names.requeued, names.delayed, names.state, names.wake], [GROUP, most - len(out)]

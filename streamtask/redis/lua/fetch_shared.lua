@@ -9,6 +9,7 @@
 -- Returns: {now (ms), {last delivered id, newest wake id, when the next is due (ms) or -1, requeued entries, new entries}
 -- for each stream ...}, with 0 in place of a list where the lease is another's
 --- @include fence
+--- @include last_delivered
 --- @include now
 --- @include pending
 local now = now_ms()
@@ -49,25 +50,7 @@ for i = 0, #ARGV - 4 do
         left = left - #fresh
       end
     end
-    local last = '0-0'
-    if #fresh > 0 then
-      last = fresh[#fresh][1]
-    else
-      local groups = redis.call('XINFO', 'GROUPS', stream)
-      for j = 1, #groups do
-        local name, id
-        for k = 1, #groups[j], 2 do
-          if groups[j][k] == 'name' then
-            name = groups[j][k + 1]
-          elseif groups[j][k] == 'last-delivered-id' then
-            id = groups[j][k + 1]
-          end
-        end
-        if name == ARGV[2] then
-          last = id
-        end
-      end
-    end
+    local last = #fresh > 0 and fresh[#fresh][1] or last_delivered(stream, ARGV[2])
     local rung = redis.call('XREVRANGE', wake, '+', '-', 'COUNT', 1)[1]
     local following = redis.call('ZRANGE', delayed, 0, 0, 'WITHSCORES')
     reply[i + 2] = { last, rung and rung[1] or '0-0', tonumber(following[2] or '-1'), again, fresh }

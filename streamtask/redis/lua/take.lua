@@ -8,6 +8,7 @@
 -- ARGV[1] group
 -- ARGV[2] most entries to take
 -- Returns: {now (ms), last delivered id, newest wake id, when the next is due (ms) or -1, entries}
+--- @include last_delivered
 --- @include now
 --- @include remove
 local now = now_ms()
@@ -49,20 +50,7 @@ if #entries > 0 then
   redis.call('HINCRBY', KEYS[4], 'done:' .. ARGV[1], #entries)
 end
 if last == '0-0' then
-  local groups = redis.call('XINFO', 'GROUPS', KEYS[1])
-  for i = 1, #groups do
-    local name, id
-    for j = 1, #groups[i], 2 do
-      if groups[i][j] == 'name' then
-        name = groups[i][j + 1]
-      elseif groups[i][j] == 'last-delivered-id' then
-        id = groups[i][j + 1]
-      end
-    end
-    if name == ARGV[1] then
-      last = id
-    end
-  end
+  last = last_delivered(KEYS[1], ARGV[1])
 end
 local rung = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)[1]
 local following = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')

@@ -1,0 +1,64 @@
+"""The connections of a session: those that its consuming goes over, and some for calls that go beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import BrokerUnavailable
+from ..redis.connection import Broker
+from ..redis.link import LARGE, REPLIES, Link, ReplyError
+from ..worker.links import Links, has_moved
+
+
+class Connections:
+    """See the module. A forked child makes its own."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.links = Links(broker, broker.timeout_s, buffer_bytes=LARGE)
+        """To the servers of the streams that are consumed; under the session's lock."""
+        self._idle: list[Link] = []
+
+    @contextmanager
+    def borrow(self, key: str = "") -> Iterator[Link]:
+        """A link to the server of a key, for calls that need not wait for their session's lock."""
+        if self.broker.is_cluster:
+            link = self.broker.link(key)
+            try:
+                yield link
+            finally:
+                link.close()
+            return
+        try:
+            link = self._idle.pop()
+        except IndexError:
+            link = self.broker.link()
+        try:
+            yield link
+        except BaseException as exc:
+            if not isinstance(exc, REPLIES):
+                link.close()
+            raise
+        finally:
+            self._idle.append(link)
+
+    def run(self, name: str, names: Sequence[str], args: Sequence[Any]) -> Any:
+        """Calls a script once more if its connection turns out to be stale: for scripts that may be repeated."""
+        return self.once_more(lambda link: link.run(name, names, args), names[0])
+
+    def once_more(self, call: Callable[[Link], Any], key: str = "") -> Any:
+        """A call over a connection that may be stale; for what may be repeated."""
+        try:
+            with self.borrow(key) as link:
+                return call(link)
+        except (BrokerUnavailable, ReplyError) as exc:
+            if isinstance(exc, ReplyError):
+                if not has_moved(exc):
+                    raise
+                self.broker.close()  # asks anew where the slots are
+            for idle in self._idle:
+                idle.close()
+            with self.borrow(key) as link:
+                return call(link)

@@ -1,0 +1,173 @@
+"""Taking messages under a lease: one round trip settles what has ended and reads what there is, for all streams of a queue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..clock import mono_s, wall_ms
+from ..errors import LeaseLost
+from ..queue.consumer import Batch
+from ..redis.scripts import Code, script
+from .consumed import Consumed, Handed
+from .consumer import StreamConsumer
+from .message import DELIVERY, decode, expired
+from .queues import GROUP
+
+if TYPE_CHECKING:
+    from .session import Session
+
+LOOK_S = 0.005
+"""How often Redis is asked for more while what was read before is enough to go on with."""
+
+SHARD_READ = 100
+"""Messages of an owned shard that are read with one call: nobody else may run them, so reading ahead keeps nothing from
+anybody."""
+
+
+def read(session: Session, consumed: Consumed, most: int) -> None:
+    """Reads from Redis what there is into the consumers, and settles what has ended, in one round trip."""
+    for consumer in list(consumed.consumers()):
+        if consumer.needs_audit:
+            consumer.recover(session.link(consumer), takeover=consumer.taken_over)
+            consumer.taken_over = False
+            consumer.read_at = 0.0
+    now = mono_s()
+    consumed.rung = False
+    consumed.look_at = now + LOOK_S
+    streams = list(consumed.streams.values())
+    shards = [c for c in consumed.shards.values() if not c.closing]
+    readable = [c for c in shards if now >= c.read_at and c.has_room()]
+    settling = [c for c in consumed.consumers() if c.finished and not c.settling]
+    calls = [(c.keys.stream, c.begin_settle()) for c in settling]
+    room = max(0, most - sum(len(c.buffer) for c in streams))
+    calls.append((streams[0].keys.stream, _pack_shared(session, streams, room)))
+    calls += [(c.keys.stream, c.pack_read(SHARD_READ)) for c in readable]
+    try:
+        replies = session.connections.links.pipeline(calls)
+    except BaseException:
+        for consumer in settling:
+            consumer.settle_lost()
+        raise
+    for consumer, reply in zip(settling, replies, strict=False):
+        _settled(session, consumer, reply)
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    _take_shared(session, consumed, streams, replies[len(settling)])
+    for consumer, reply in zip(readable, replies[len(settling) + 1 :], strict=True):
+        if reply == Code.LEASE_LOST:
+            session.lost(consumer, "")
+            continue
+        consumer.was_read(len(reply) >= SHARD_READ, bool(reply), now)
+        if reply:
+            consumer.absorb(session.link(consumer), reply)
+    for consumer in shards:
+        if consumer.woken or (consumer.next_due is not None and now >= consumer.next_due):
+            consumer.woken = False
+            consumer.move_due(session.link(consumer))
+            consumer.read_at = 0.0
+            consumed.rung = True
+
+
+def _settled(session: Session, consumer: StreamConsumer, reply: Any) -> None:
+    if isinstance(reply, Exception):
+        consumer.settle_lost()
+        return
+    try:
+        consumer.end_settle(reply)
+    except LeaseLost as exc:
+        session.lost(consumer, str(exc))
+
+
+def _pack_shared(session: Session, streams: Sequence[StreamConsumer], room: int) -> bytes:
+    names: list[str] = []
+    for consumer in streams:
+        keys_of = consumer.keys
+        names += [consumer.lease.key, keys_of.stream, keys_of.requeued, keys_of.delayed, keys_of.wake]
+    tokens = [consumer.lease.token for consumer in streams]
+    return script("fetch_shared").pack(tuple(names), (session.incarnation, GROUP, room, *tokens))
+
+
+def _take_shared(session: Session, consumed: Consumed, streams: Sequence[StreamConsumer], reply: Any) -> None:
+    now_ms, *parts = reply
+    due_at: list[int] = []
+    woken = False
+    for consumer, part in zip(streams, parts, strict=True):
+        if part == 0:
+            raise LeaseLost(f"the lease of {consumer.keys.prefix} ran out and is another's, or is gone")
+        last, rung, next_ms, again, fresh = part
+        woken |= consumed.moved(consumer.keys.prefix, last, rung)
+        consumer.clock_ms = int(now_ms) - wall_ms()
+        if next_ms >= 0:
+            due_at.append(int(next_ms))
+        if fresh:
+            consumer.absorb(session.link(consumer), fresh)
+        if again:
+            consumer.absorb_again(session.link(consumer), again)
+    if any(consumer.buffer for consumer in streams):
+        consumed.rung = True
+    if woken:
+        # Something else than a message may have come: a stream of another priority.
+        consumed.queue.recorded()
+        if set(consumed.queue.priorities) != set(consumed.streams):
+            session.join(consumed)
+    consumed.next_due = None if not due_at else mono_s() + max(0, min(due_at) - int(now_ms)) / 1000
+
+
+def hand_out(session: Session, consumed: Consumed, most: int, out: list[tuple[dict[str, Any], str]]) -> None:
+    now = mono_s()
+    groups = [list(consumed.streams.values()), list(consumed.shards.values())]
+    if consumed.shards_first:
+        groups.reverse()
+    consumed.shards_first = not consumed.shards_first
+    for consumer in (c for group in groups for c in group):
+        consumer.lanes.open_due(now)
+        while len(out) < most and consumer.has_work():
+            batches = consumer.take_free(session.link(consumer), most - len(out))
+            if not batches:
+                break
+            for position, batch in enumerate(batches):
+                try:
+                    handed = _handed(session, consumed, consumer, batch)
+                except BaseException:
+                    for left in batches[position:]:
+                        consumer.give_back(left)
+                    raise
+                if handed is not None:
+                    out.append(handed)
+
+
+def _handed(
+    session: Session, consumed: Consumed, consumer: StreamConsumer, batch: Batch
+) -> tuple[dict[str, Any], str] | None:
+    delivery = batch.deliveries[0]
+    if not delivery.fresh and not consumer.lease.shared:
+        following = consumer.replaced(session.link(consumer), batch)
+        if following is None:
+            return None
+        delivery = following
+    payload = decode(delivery)
+    if expired(payload, delivery.entry_id, consumer.redis_ms()):
+        consumer.end(batch)
+        consumed.left_out += 1
+        return None
+    tag = session.new_tag()
+    properties, headers = payload["properties"], payload["headers"]
+    properties["delivery_tag"] = tag
+    info = properties.setdefault("delivery_info", {})
+    if not delivery.fresh:
+        headers["redelivered"] = info["redelivered"] = True
+    if not consumer.lease.shared:
+        headers[DELIVERY] = {
+            "queue": consumed.queue.name,
+            "epoch": consumed.queue.shape().epoch,
+            "shard": consumer.shard,
+            "entry": delivery.entry_id.decode(),
+            "token": consumer.lease.token,
+            "generation": consumer.generation(delivery.entry_id),
+            "tag": tag,
+            "trusted": mono_s() + session.options.lease_ms / 2000,
+        }
+    session.handed[tag] = Handed(tag, consumer, batch)
+    return payload, tag

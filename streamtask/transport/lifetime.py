@@ -1,0 +1,37 @@
+"""How long a queue lives: for ever once it is declared, or while it is in use (``x-expires``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..redis import keys
+from ..redis.link import Link, pack
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+def is_declared(session: Session, name: str) -> bool:
+    """Whether a queue is declared, and has not expired."""
+    options = session.options
+    declared = keys.app_queues(options.namespace, options.app)
+    expiring = keys.expiring(options.namespace, options.app)
+
+    def ask(link: Link) -> bool:
+        there, until, (seconds, micros) = link.pipeline(
+            [pack("SISMEMBER", declared, name), pack("ZSCORE", expiring, name), pack("TIME")]
+        )
+        return bool(there) and (until is None or float(until) > int(seconds) * 1000 + int(micros) // 1000)
+
+    return bool(session.connections.once_more(ask, declared))
+
+
+def touch(session: Session, name: str, expires_ms: int) -> None:
+    """A queue with ``x-expires`` is in use."""
+    key = keys.expiring(session.options.namespace, session.options.app)
+
+    def prolong(link: Link) -> None:
+        seconds, micros = link.command("TIME")
+        link.command("ZADD", key, "XX", int(seconds) * 1000 + int(micros) // 1000 + expires_ms, name)
+
+    session.connections.once_more(prolong, key)
