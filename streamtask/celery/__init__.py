@@ -36,7 +36,7 @@ from ..transport import hooks
 from .brokers import on_worker_setup
 from .pools import hear_pools
 from .publish import stamp_missed, with_key
-from .worker import active, keep_active, with_crash_count, with_hearing, with_keyed_strategy
+from .worker import active, keep_active, not_begun, with_crash_count, with_hearing, with_keyed_strategy
 
 
 def _install() -> None:
@@ -47,6 +47,7 @@ def _install() -> None:
     hooks.before_publish.append(stamp_missed)
     hooks.keep_on_close.append(keep_active)
     hooks.worked_on.append(active)
+    hooks.not_begun.append(not_begun)
     hooks.before_failure.append(hear_pools)
     signals.celeryd_after_setup.connect(on_worker_setup, weak=False, dispatch_uid=__name__)
 

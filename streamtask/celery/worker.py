@@ -48,12 +48,15 @@ def _guarded(consumer: Any, late: bool) -> Any:
         return consumer
     pool = consumer.pool
     consumers.add(consumer)
-    if not late and isinstance(pool, PreforkPool):
+    prefork = isinstance(pool, PreforkPool)
+    if not late and prefork:
         return consumer  # such a message is acknowledged when its process says that it has begun
     hold = not (late and consumer.app.conf.worker_cancel_long_running_tasks_on_connection_loss)
 
     def apply_async(target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
-        seen = (os.getpid(), *given_back, late, hold)
+        tag = (args[2].get("properties") or {}).get("delivery_tag") if prefork else None
+        ours = tag is None or hooks.begin is None or hooks.begin(tag, False)
+        seen = (ours, os.getpid(), *given_back, late, hold)
         return pool.apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
 
     return _Overlaid(consumer, pool=_Overlaid(pool, apply_async=apply_async))
@@ -96,7 +99,7 @@ def _settle_now(settle: Callable[..., Any], *args: Any) -> None:
 
 
 def run_if_ours(
-    seen: tuple[int, int, int, bool, bool],
+    seen: tuple[bool, int, int, int, bool, bool],
     trace: Callable[..., Any],
     name: str,
     task_id: str,
@@ -110,15 +113,17 @@ def run_if_ours(
     """
     if _may_start(seen, request):
         return trace(name, task_id, request, *args)
-    log.warning("Task %s[%s] is not started: its message has been given back, and runs elsewhere", name, task_id)
+    log.info("Task %s[%s] is not started: its message has been given back, and runs elsewhere", name, task_id)
     try:
         raise Reject("the message has been given back", requeue=True)
     except Reject:
         return 1, ExceptionInfo(internal=True), 0.0
 
 
-def _may_start(seen: tuple[int, int, int, bool, bool], request: Mapping[str, Any]) -> bool:
-    receiver, returned, mark, late, hold = seen
+def _may_start(seen: tuple[bool, int, int, int, bool, bool], request: Mapping[str, Any]) -> bool:
+    ours, receiver, returned, mark, late, hold = seen
+    if not ours:
+        return False
     delivery = request.get(DELIVERY) or (request.get("headers") or {}).get(DELIVERY)
     if os.getpid() == receiver:
         tag = (request.get("properties") or {}).get("delivery_tag")
@@ -153,6 +158,14 @@ def keep_active(tags: Collection[str]) -> Collection[str]:
         return ()  # not the channel of Celery's own consumer
     hear_pools()
     return active(tags)
+
+
+def not_begun(tags: Collection[str]) -> Collection[str]:
+    """Of these delivery tags those whose requests wait for the pool."""
+    waiting = {request.message.delivery_tag for request in tuple(state.reserved_requests)}
+    return waiting.difference(request.message.delivery_tag for request in tuple(state.active_requests)).intersection(
+        tags
+    )
 
 
 def active(tags: Collection[str]) -> Collection[str]:

@@ -20,6 +20,8 @@ class Handed:
     tag: str
     consumer: StreamConsumer
     batch: Batch
+    entered: bool = False
+    """Its body has begun, or a process of a pool has been given it."""
     started: bool = False
     """Its body has begun in this process: it waits for its end, also without its channel."""
 

@@ -21,7 +21,11 @@ has acknowledged it, is delivered again."""
 still_owned: Callable[[dict[str, Any]], bool] | None = None
 """Asks Redis whether the shard of a keyed delivery is still the receiver's. Set by the transport, also for forked children."""
 
+not_begun: list[Callable[[Collection[str]], Collection[str]]] = []
+"""Asked which of these deliveries wait to begin, and say so with ``begin`` when they do: their shard can go to another process
+without them."""
+
 begin: Callable[[str, bool], bool] | None = None
-"""Says by its tag that the body of a delivery is about to start, or that it is acknowledged: False if it was given back before.
-With True as the second argument it stays this process' from now on, also when its channel closes. Set by the transport where
-the process that asks is the one that received it; None elsewhere (a forked pool process)."""
+"""Says by its tag that the body of a delivery is about to start, that a pool gets it, or that it is acknowledged: False if it
+was given back before. With True as the second argument it stays this process' from now on, also when its channel closes. Set
+by the transport where the process that asks is the one that received it; None elsewhere (a forked pool process)."""

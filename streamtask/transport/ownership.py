@@ -166,6 +166,7 @@ class Ownership:
             return
         consumed, shard = found
         consumed.shards[shard].closing = True
+        self._session.withdraw(consumed.shards[shard])
         self._releasing.add(number)
         self.end_releases()
 

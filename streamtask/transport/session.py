@@ -383,14 +383,23 @@ class Session:
                 if handed is not None:
                     handed.consumer.give_back(handed.batch)
 
+    def withdraw(self, consumer: StreamConsumer) -> None:
+        """A shard is to go to another process: what was handed out and has not begun goes with it."""
+        tags = [tag for tag, handed in self.handed.items() if handed.consumer is consumer and not handed.entered]
+        waiting = {tag for ask in hooks.not_begun for tag in ask(tags)} if tags else ()
+        for tag in waiting:
+            consumer.give_back(self.handed.pop(tag).batch)
+
     def start(self, tag: str, hold: bool) -> bool:
-        """A body starts: False if its message was given back before. ``hold``: closing its channel gives it back no more."""
+        """A body starts, or a pool gets it: False if its message was given back before. ``hold``: closing its channel does not
+        give it back any more."""
         # Under the lock: not between the look at what is worked on and the giving back of the rest.
         with self.lock:
             handed = self.handed.get(tag)
             if handed is None:
                 return False
-            handed.started = hold
+            handed.entered = True
+            handed.started |= hold
             return True
 
     def still_owned(self, delivery: dict[str, Any]) -> bool:

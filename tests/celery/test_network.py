@@ -9,7 +9,7 @@ import uuid
 import pytest
 
 from tests.celery.rig import LEASE, Load, broker_url
-from tests.helpers import free_port, wait_until
+from tests.helpers import free_port, is_alive, wait_until
 
 
 def test_the_reply_of_a_fetch_is_lost(own_server, site, wire):
@@ -186,6 +186,26 @@ def test_many_cuts_under_load(own_server, site, proxy):
             line.cut()
     s.wait_done(timeout=30)
     assert s.check().repeated == []
+    s.nothing_left()
+
+
+def test_bodies_are_cancelled_on_connection_loss(own_server, site, proxy):
+    """With Celery's setting for it the body is stopped, and its message comes again, at the head of its key."""
+    s = site(own_server, {"worker_cancel_long_running_tasks_on_connection_loss": True})
+    line = proxy(own_server)
+    s.worker(c=2, port=line.port)
+    n = s.send("gated", "a")
+    first = s.wait("S", n)
+    behind = s.send("put", "a")
+    line.cut()
+    again = s.wait("S", n, count=2)
+    assert again.redelivered
+    assert not is_alive(first.pid)
+    s.gate(n)
+    s.wait_done()
+    assert [(event.kind, event.n) for event in s.events() if event.key == "a"][-4:] == [
+        ("S", n), ("E", n), ("S", behind), ("E", behind),
+    ]  # fmt: skip
     s.nothing_left()
 
 

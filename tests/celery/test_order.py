@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from celery import chain, group
 
 from tests.celery.checker import check
@@ -160,3 +161,20 @@ def test_a_canvas_of_keyed_tasks(own_server, site):
         result.forget()
     s.produced.update({"a": [0, 1, 2], "b": list(range(10, 20)), "c": list(range(20, 30)), None: [end]})
     assert s.check().repeated == []
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_shards_move_though_long_bodies_wait_in_the_worker(own_server, site, pool):
+    """What a worker has fetched and not begun goes with its shard: only running bodies are waited for."""
+    s = site(own_server, {"worker_prefetch_multiplier": 20}, shards=2, handover_timeout=1)
+    first = s.worker(pool, c=1)
+    for _ in range(3):
+        for key in range(16):
+            s.send("put", f"user{key}", ms=300)
+    s.wait_ended(2)
+    second = s.worker(pool, c=1)
+    s.wait_done(timeout=40)
+    assert s.check().repeated == []
+    ran = {worker.pid: len(s.of("S", main=worker.pid)) for worker in (first, second)}
+    assert ran[second.pid] >= 12, ran
+    s.nothing_left()
