@@ -1,5 +1,6 @@
 """The fixtures of the tests of Celery on streamtask."""
 
 from tests.celery.rig import site, wire
+from tests.transport.fix_servers import sentinels
 
-__all__ = ["site", "wire"]
+__all__ = ["sentinels", "site", "wire"]

@@ -8,7 +8,8 @@ import uuid
 
 import pytest
 
-from tests.celery.rig import LEASE, Load, broker_url
+from tests.celery import app as sut
+from tests.celery.rig import LEASE, Load, broker_url, close_app
 from tests.helpers import free_port, is_alive, wait_until
 
 
@@ -207,6 +208,30 @@ def test_bodies_are_cancelled_on_connection_loss(own_server, site, proxy):
         ("S", n), ("E", n), ("S", behind), ("E", behind),
     ]  # fmt: skip
     s.nothing_left()
+
+
+def test_sentinels_name_another_master(sentinels, site):
+    """The master dies under a worker that waits: it goes on with the new one, and producers' calls are kept."""
+    master = sentinels.master
+    s = site(master)
+    url = f"streamtask+sentinel://127.0.0.1:{sentinels.ports[0]}/{sentinels.name}/0"
+    app = sut.make(url, s.options)
+    try:
+        s.worker(c=2, broker_url=url)
+        for _ in range(3):
+            s.send("put", "a", app=app)
+            s.send("late", app=app)
+        s.wait_done()
+        master.client().execute_command("WAIT", 1, 2000)
+        master.kill()
+        for _ in range(3):
+            s.send("put", "a", app=app)
+            s.send("late", app=app)
+        s.wait_done(timeout=40)
+    finally:
+        close_app(app)
+    assert sentinels.master is not master
+    assert s.check().repeated == []
 
 
 def test_a_failover_list_with_a_dead_first_server(own_server, site):
