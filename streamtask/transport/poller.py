@@ -108,6 +108,7 @@ class Poller:
         self._wakers: tuple[socket.socket, socket.socket] | None = None  # made when somebody waits: most only publish
         self._asleep = False
         self._soon = False  # the loop was asked to pump
+        self._delivered = False  # something was delivered since the last wait of the loop began
         self._failed: Exception | None = None
         self._broken = False  # an error has ended the loop: a new connection comes, and nothing is taken over this one
 
@@ -313,11 +314,14 @@ class Poller:
                 failed, self._failed = self._failed, None
                 raise failed
             self._check()
-            if self._pump():
-                # Others that are called before each wait (a pool that has something to write now) may have had their turn.
+            self._pump()
+            if self._delivered:
+                # The pool writes to its processes after this wait, so it is to be short, and nothing else comes first.
+                self._delivered = False
                 self._wake_fd()
                 self.wake()
-            self._arm()
+            else:
+                self._arm()
             if self.loop is not None:
                 self._watch()
 
@@ -342,8 +346,8 @@ class Poller:
                 hook()
             raise
 
-    def _pump(self) -> int:
-        """Delivers what there is, and writes what has ended. Returns how many messages were delivered."""
+    def _pump(self) -> None:
+        """Delivers what there is, and writes what has ended."""
         count = self._deliver_fanout(1000)
         for _ in range(TURNS):
             written_at = mono_s()
@@ -357,7 +361,7 @@ class Poller:
             if not self.session.has_to_flush():
                 break
             self.session.flush()  # which may open lanes
-        return count
+        self._delivered |= count > 0
 
     def _pump_soon(self) -> None:
         """At the begin of the loop's next turn, before anything waits: a message was acknowledged, so there is room."""
