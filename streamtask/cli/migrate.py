@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .common import json_option, print_json, printable
-from .migrate_brokers import Outcome, open_broker
+from .migration import Outcome, open_broker
 
 SHOWN = 20
 """Most messages that are named one by one in the output for people."""

@@ -1,0 +1,129 @@
+"""Our transport as a migration's source or target, through kombu."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from ...errors import QueueFull
+from ...queue.seen import PAGE
+from .broker import Broker, Outcome
+from .messages import NotMoved
+
+WAIT_S = 15.0
+"""How long a queue of streams is waited for that holds messages and gives none: longer than a lease."""
+
+
+class Streams(Broker):
+    """Our transport, through kombu."""
+
+    def __init__(self, url: str, options: dict[str, Any], connection: Any) -> None:
+        super().__init__(url, options, connection)
+        # By name: the command line works without the transport, too.
+        self.names = importlib.import_module("streamtask.transport.message")
+        self.queues = importlib.import_module("streamtask.transport.queues")
+
+    # --- as the source
+
+    def move(self, names: list[str], unacked: bool, target: Broker, outcome: Outcome) -> None:
+        from kombu.utils.encoding import str_to_bytes
+        from kombu.utils.json import dumps
+
+        for queue in self.find(names):
+            self.make_due(queue)
+            while (message := self.next(queue)) is not None:
+                payload, identity = self.plain(message._raw), self.identity(message.delivery_tag)
+                # If we die before the acknowledgement, or give up here, it comes back to its queue by itself.
+                target.store(queue, payload, str_to_bytes(dumps(payload)), identity)
+                self.channel.basic_ack(message.delivery_tag)
+                outcome.moved[queue][self.channel._get_message_priority(payload)] += 1
+            if left := self.left(queue):
+                outcome.left[queue] = left
+
+    def keys(self, queue: str) -> Iterator[Any]:
+        """The keys of each of the queue's streams."""
+        found = self.channel.session.queue(queue)
+        for shard in found.recorded():
+            yield found.shard_keys(shard)
+
+    def make_due(self, queue: str) -> None:
+        """What waits in the broker for its eta is to be had now; its eta stays in its headers, for the worker."""
+        for keys in self.keys(queue):
+            # Members begin with a sequence number: with one score for all, they stay in the order of their publishing.
+            self.command("ZUNIONSTORE", keys.delayed, 1, keys.delayed, "WEIGHTS", 0)
+
+    def command(self, name: str, key: str, *args: Any) -> Any:
+        return self.channel.session.connections.once_more(lambda link: link.command(name, key, *args), key)
+
+    def left(self, queue: str) -> int:
+        """Messages that wait, or that somebody holds."""
+        held = sum(self.command("XPENDING", keys.stream, self.queues.GROUP)[0] for keys in self.keys(queue))
+        return self.size(queue) + int(held)
+
+    def next(self, queue: str) -> Any:
+        """The next message; None if there is none, or none that live workers leave to us."""
+        end = time.monotonic() + WAIT_S
+        while (message := self.channel.basic_get(queue)) is None:
+            # A shard is ours some moments after we asked for it, and what a dead process held when its lease has expired.
+            if not self.left(queue) or time.monotonic() > end:
+                return None
+            self.keep_alive()
+            time.sleep(0.05)
+        return message
+
+    def identity(self, tag: str) -> str:
+        """What is the same in each delivery of a message: its entry in its stream."""
+        handed = self.channel.session.handed[tag]
+        place = (handed.consumer.keys.stream, handed.batch.deliveries[0].entry_id)
+        return f"{uuid.uuid5(uuid.NAMESPACE_OID, repr(place)).hex} 0"
+
+    def plain(self, delivered: dict[str, Any]) -> dict[str, Any]:
+        """The message without what its delivery added, and as JSON can hold it."""
+        from kombu.utils.encoding import bytes_to_str, str_to_bytes
+
+        headers, properties = dict(delivered["headers"] or {}), dict(delivered["properties"])
+        headers.pop(self.names.DELIVERY, None)
+        properties.pop(self.names.PRODUCE_ID, None)
+        properties["delivery_tag"] = str(uuid.uuid4())
+        body = delivered["body"]
+        if not properties.get("body_encoding"):
+            body = bytes_to_str(base64.b64encode(str_to_bytes(body)))
+            properties["body_encoding"] = "base64"
+        return {**delivered, "body": body, "headers": headers, "properties": properties}
+
+    def count(self, names: list[str], outcome: Outcome) -> None:
+        for queue in self.find(names):
+            if number := self.size(queue):
+                outcome.moved[queue][0] = number
+
+    def find(self, names: list[str]) -> list[str]:
+        if not names:
+            raise click.UsageError("name the queues with --queues a,b: --all is for redis://")
+        return list(dict.fromkeys(names))
+
+    def size(self, queue: str) -> int:
+        number: int = self.channel._size(queue)
+        return number
+
+    # --- as the target
+
+    def put(self, queue: str, payload: dict[str, Any], raw: bytes, identity: str | None) -> None:
+        payload["headers"] = payload.get("headers") or {}
+        if identity is None:
+            identity = f"{uuid.uuid4().hex} 0"
+        # As ids.py has them: a page, and a number in it.
+        batch, _, number = identity.partition(" ")
+        page, place = divmod(int(number), PAGE)
+        payload["properties"][self.names.PRODUCE_ID] = f"m{batch}.{page:x} {place}"
+        try:
+            self.channel._put(queue, payload)
+        except QueueFull:
+            raise
+        except (TypeError, ValueError) as exc:
+            raise NotMoved(f"refused by {self.url}: {exc}") from None
