@@ -33,16 +33,16 @@ def hear_pools() -> None:
         if semaphore is not None:
             semaphore.clear()  # a body that ends would let another one begin
         if isinstance(consumer.pool, PreforkPool) and consumer.pool._pool is not None:
-            pools.append(consumer.pool._pool)
+            pools.append((consumer.pool._pool, consumer.hub))
     until = time.monotonic() + BEGIN_S
-    for pool in pools:
+    for pool, _ in pools:
         _hand_over(pool, until)
-    while any(map(_about_to_begin, pools)) and time.monotonic() < until:
-        for pool in pools:
-            _hear(pool, 0.005)
+    while any(_about_to_begin(pool) for pool, _ in pools) and time.monotonic() < until:
+        for pool, hub in pools:
+            _hear(pool, hub, 0.005)
     given_back[0] += 1
-    for pool in pools:
-        _hear(pool)
+    for pool, hub in pools:
+        _hear(pool, hub)
 
 
 def _hand_over(pool: Any, until: float) -> None:
@@ -68,16 +68,19 @@ def _about_to_begin(pool: Any) -> bool:
     return any(id(job._write_to) not in busy and job._write_to._is_alive() for job in given if not job._accepted)
 
 
-def _hear(pool: Any, wait_s: float = 0.0) -> None:
+def _hear(pool: Any, hub: Any, wait_s: float = 0.0) -> None:
     """Reads what the processes of a prefork pool have said so far, above all that they have begun a body."""
-    hub = getattr(getattr(pool, "_result_handler", None), "_hub", None)
     if hub is None:
+        time.sleep(wait_s)  # a thread of the pool reads
         return
     waiting = select.poll()
-    for fd in list(pool._fileno_to_outq):
-        waiting.register(fd, select.POLLIN)
-    for fd, _ in waiting.poll(int(wait_s * 1000)):
-        _hear_one(pool, hub, fd)
+    for process in tuple(pool._pool):
+        # Celery keeps the numbers of pipes that are closed, of processes that died: they may be another file's now.
+        if process._is_alive() and pool._fileno_to_outq.get(process.outqR_fd) is process:
+            waiting.register(process.outqR_fd, select.POLLIN)
+    for fd, events in waiting.poll(int(wait_s * 1000)):
+        if events & select.POLLIN:
+            _hear_one(pool, hub, fd)
 
 
 def _hear_one(pool: Any, hub: Any, fd: int) -> None:
@@ -90,5 +93,7 @@ def _hear_one(pool: Any, hub: Any, fd: int) -> None:
         try:
             while inspect.isgenerator(reader) and waiting.poll(100):
                 next(reader)  # a part was read: the loop is about to forget it
-        except (StopIteration, OSError):
+        except (StopIteration, EOFError, OSError):
             pass
+        if fd not in hub.readers:
+            return  # the pipe is closed

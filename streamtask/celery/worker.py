@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
@@ -147,6 +147,8 @@ def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
     def on_close(consumer: Any) -> Any:
         if consumer in consumers:
             hear_pools()
+            if hooks.withdraw is not None:
+                hooks.withdraw()  # at a warm shutdown: other workers need not wait
         return original(consumer)
 
     return on_close
@@ -154,7 +156,7 @@ def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def keep_active(tags: Collection[str]) -> Collection[str]:
     """Of a closing channel's deliveries those whose body runs: Celery lets these go on and drops all others."""
-    if not {request.message.delivery_tag for request in tuple(state.requests.values())}.intersection(tags):
+    if not _tags_of(state.requests.values).intersection(tags):
         return ()  # not the channel of Celery's own consumer
     hear_pools()
     return active(tags)
@@ -162,20 +164,30 @@ def keep_active(tags: Collection[str]) -> Collection[str]:
 
 def not_begun(tags: Collection[str]) -> Collection[str]:
     """Of these delivery tags those whose requests wait for the pool."""
-    waiting = {request.message.delivery_tag for request in tuple(state.reserved_requests)}
-    return waiting.difference(request.message.delivery_tag for request in tuple(state.active_requests)).intersection(
-        tags
-    )
+    waiting = _tags_of(lambda: state.reserved_requests) - _tags_of(lambda: state.active_requests)
+    return waiting.intersection(tags)
 
 
 def active(tags: Collection[str]) -> Collection[str]:
     """Of these delivery tags those whose body runs."""
-    return {
-        request.message.delivery_tag
-        for request in tuple(state.active_requests)
-        # Celery stops the bodies of such requests, and leaves their messages to be delivered again.
-        if not (request.app.conf.worker_cancel_long_running_tasks_on_connection_loss and request.task.acks_late)
-    }.intersection(tags)
+    # Celery stops the bodies of late requests if it is told to, and leaves their messages to be delivered again.
+    return _tags_of(
+        lambda: state.active_requests,
+        lambda request: (
+            not (request.app.conf.worker_cancel_long_running_tasks_on_connection_loss and request.task.acks_late)
+        ),
+    ).intersection(tags)
+
+
+def _tags_of(requests: Callable[[], Iterable[Any]], which: Callable[[Any], bool] = lambda request: True) -> set[str]:
+    """The delivery tags of some of Celery's requests."""
+    while True:
+        try:
+            found = tuple(requests())
+            break
+        except RuntimeError:
+            continue  # a thread of the pool has changed it meanwhile
+    return {request.message.delivery_tag for request in found if which(request)}
 
 
 class _GivenUpTask(Proxy):  # type: ignore[misc]

@@ -792,13 +792,16 @@ class ShardConsumer:
 
     def flush(self, link: Link) -> None:
         """Writes the notes and dead letters that ``collect`` and reading have left to do."""
-        if self._notes:
-            self._write_notes(link, self._notes)
-            self._notes = []
+        self.write_notes(link)
         while self._dead:
             item, _, outcome = self._dead[0]
             self._dead_letter(link, item, outcome)
             self._dead.pop(0)
+
+    def write_notes(self, link: Link) -> None:
+        if self._notes:
+            self._write_notes(link, self._notes)
+            self._notes = []
 
     def has_writes(self) -> bool:
         return bool(self._notes or self._dead)

@@ -21,6 +21,9 @@ from .session import Session
 
 log = logging.getLogger("streamtask.transport")
 
+LET_GO_S = 0.5
+"""How long a channel that consumes a queue no longer waits at most until the keeper has taken its shards back."""
+
 
 def _shards(value: Any) -> int:
     try:
@@ -271,6 +274,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         if self._no_ack.pop(queue, None) is not None:
             self.poller.forget(self, queue)
             self.session.cancel(queue, self)
+            self.session.let_go(LET_GO_S)
         else:
             self.poller.listener.unsubscribe(queue)
             self.session.listened.discard(queue)

@@ -73,6 +73,7 @@ class StreamConsumer(ShardConsumer):
                 self._replacements[entry_id] = _parse(text)[::2]
         elif not takeover:
             # Before any of it is fetched again: then it would be on offer while it is worked on.
+            self.write_notes(link)
             self.put_on_offer(link)
         return super().recover(link, takeover=takeover)
 
@@ -202,8 +203,8 @@ class StreamConsumer(ShardConsumer):
             self._returned = []
 
     def flush(self, link: Link) -> None:
+        super().flush(link)  # the notes first: whoever takes the message next has to know of its crashes
         self.put_on_offer(link)
-        super().flush(link)
         self.settle(link)
 
     def absorb_again(self, link: Link, entries: Sequence[Entry]) -> None:

@@ -25,6 +25,9 @@ not_begun: list[Callable[[Collection[str]], Collection[str]]] = []
 """Asked which of these deliveries wait to begin, and say so with ``begin`` when they do: their shard can go to another process
 without them."""
 
+withdraw: Callable[[], None] | None = None
+"""Gives back what is not begun of all shards, as ``not_begun`` knows it. Set by the transport as ``begin``."""
+
 begin: Callable[[str, bool], bool] | None = None
 """Says by its tag that the body of a delivery is about to start, that a pool gets it, or that it is acknowledged: False if it
 was given back before. With True as the second argument it stays this process' from now on, also when its channel closes. Set

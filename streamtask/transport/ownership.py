@@ -166,8 +166,8 @@ class Ownership:
             return
         consumed, shard = found
         consumed.shards[shard].closing = True
-        self._session.withdraw(consumed.shards[shard])
         self._releasing.add(number)
+        self._session.withdraw(consumed.shards[shard])
         self.end_releases()
 
     def _resume(self, order: dict[str, Any]) -> None:

@@ -109,6 +109,7 @@ class Poller:
         self._asleep = False
         self._soon = False  # the loop was asked to pump
         self._delivered = False  # something was delivered since the last wait of the loop began
+        self._put_off = False  # and the bell was not armed for that
         self._failed: Exception | None = None
         self._broken = False  # an error has ended the loop: a new connection comes, and nothing is taken over this one
 
@@ -317,11 +318,14 @@ class Poller:
             self._pump()
             if self._delivered:
                 # The pool writes to its processes after this wait, so it is to be short, and nothing else comes first.
-                self._delivered = False
                 self._wake_fd()
                 self.wake()
+            if self._delivered and not self._put_off:
+                self._put_off = True
             else:
+                self._put_off = False
                 self._arm()
+            self._delivered = False
             if self.loop is not None:
                 self._watch()
 

@@ -383,12 +383,18 @@ class Session:
                 if handed is not None:
                     handed.consumer.give_back(handed.batch)
 
-    def withdraw(self, consumer: StreamConsumer) -> None:
-        """A shard is to go to another process: what was handed out and has not begun goes with it."""
-        tags = [tag for tag, handed in self.handed.items() if handed.consumer is consumer and not handed.entered]
-        waiting = {tag for ask in hooks.not_begun for tag in ask(tags)} if tags else ()
-        for tag in waiting:
-            consumer.give_back(self.handed.pop(tag).batch)
+    def withdraw(self, consumer: StreamConsumer | None = None) -> None:
+        """A shard, or all, are to go to other processes: what was handed out and has not begun goes with them."""
+        with self.lock:
+            tags = [
+                tag
+                for tag, handed in self.handed.items()
+                if not handed.entered and not handed.consumer.lease.shared and consumer in (None, handed.consumer)
+            ]
+            waiting = {tag for ask in hooks.not_begun for tag in ask(tags)} if tags else ()
+            for tag in waiting:
+                handed = self.handed.pop(tag)
+                handed.consumer.give_back(handed.batch)
 
     def start(self, tag: str, hold: bool) -> bool:
         """A body starts, or a pool gets it: False if its message was given back before. ``hold``: closing its channel does not
@@ -484,10 +490,12 @@ class Session:
         until = mono_s() + most_s
         while mono_s() < until:
             with self.lock:
-                leaving = [
-                    c for consumed in self.consumed.values() if not consumed.users for c in consumed.shards.values()
-                ]
-                if not leaving or any(consumer.handed for consumer in leaving):
+                if not any(
+                    not consumer.handed
+                    for consumed in self.consumed.values()
+                    if not consumed.users
+                    for consumer in consumed.shards.values()
+                ):
                     return
             try:
                 self.flush()
@@ -526,13 +534,20 @@ def session_of(broker: Broker, options: Options) -> Session:
         found = _sessions.get(key)
         if found is None:
             found = _sessions[key] = Session(broker, options)
-            hooks.begin = _begin
-            hooks.still_owned = _still_owned
+        # Also where a forked child uses what it has inherited.
+        hooks.begin = _begin
+        hooks.withdraw = _withdraw
+        hooks.still_owned = _still_owned
         return found
 
 
 def _begin(tag: str, hold: bool) -> bool:
     return any(session.start(tag, hold) for session in list(_sessions.values()))
+
+
+def _withdraw() -> None:
+    for session in list(_sessions.values()):
+        session.withdraw()
 
 
 def _still_owned(delivery: dict[str, Any]) -> bool:
@@ -542,7 +557,7 @@ def _still_owned(delivery: dict[str, Any]) -> bool:
 def _after_fork() -> None:
     global _sessions_lock
     _sessions_lock = threading.Lock()
-    hooks.begin = None
+    hooks.begin = hooks.withdraw = None
     for key, session in list(_sessions.items()):
         # Connections that the child has inherited go on with it.
         del _sessions[key]

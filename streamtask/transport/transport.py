@@ -13,7 +13,7 @@ from kombu.transport import virtual
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull
 from ..redis.connection import safe_url
 from ..redis.link import ReplyError
-from .channel import Channel
+from .channel import LET_GO_S, Channel
 from .options import _url, broker_of, options_of
 from .poller import Poller
 from .session import Session, session_of
@@ -73,7 +73,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         super().close_connection(connection)
         self.poller.close()
         if self._pid == os.getpid():
-            self.session.let_go(0.5)
+            self.session.let_go(LET_GO_S)
             self.session.close_if_idle()
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> None:

@@ -53,14 +53,15 @@ def test_a_killed_workers_pool_processes_do_not_go_on(own_server, site):
 @pytest.mark.parametrize("name, key", [("poison", "a"), ("poison_late", None)])
 def test_a_message_that_kills_its_pool_process_each_time(own_server, site, name, key):
     """It is given up after ``max_crashes``, lies whole among the dead letters, and its key goes on."""
-    s = site(own_server, max_crashes=2)
+    s = site(own_server, max_crashes=1)
     s.worker(c=2)
     n = s.send(name, key)
     others = [s.send("put", "a"), s.send("late")]
+    # Celery looks for dead pool processes every 5 seconds.
     for other in others:
-        s.wait("E", other, timeout=30)
-    wait_until(lambda: dead(s), 15, lambda: f"a dead letter; {s}")
-    assert len(s.of("S", n=n)) == 3
+        s.wait("E", other, timeout=40)
+    wait_until(lambda: dead(s), 40, lambda: f"a dead letter; {s}")
+    assert len(s.of("S", n=n)) == 2
     ((_, fields),) = dead(s)
     assert json.loads(fields[b"error"])["reason"] == "crashed"
     s.nothing_left()
@@ -68,14 +69,14 @@ def test_a_message_that_kills_its_pool_process_each_time(own_server, site, name,
 
 def test_a_message_that_crashed_is_counted_over_its_workers(own_server, site):
     """What it did to one worker's processes is known to the next worker."""
-    s = site(own_server, max_crashes=2)
+    s = site(own_server, max_crashes=1)
     worker = s.worker(c=1)
     n = s.send("poison", "a")
-    s.wait("S", n, count=2)
+    s.wait("S", n, count=2, timeout=30)
     worker.kill()
     s.worker(c=1)
-    wait_until(lambda: dead(s), 15, lambda: f"a dead letter; {s}")
-    assert len(s.of("S", n=n)) <= 4  # the last crash before the worker's end may have gone unnoticed
+    wait_until(lambda: dead(s), 40, lambda: f"a dead letter; {s}")
+    assert len(s.of("S", n=n)) <= 3  # the last crash before the worker's end may have gone unnoticed
     s.nothing_left()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.celery.rig import Load
+from tests.helpers import wait_until
 
 
 @pytest.mark.parametrize("how", ["warm", "pod killed"])
@@ -36,4 +37,24 @@ def test_a_warm_shutdown_hands_over_at_once(own_server, site):
     s.wait_done(timeout=20)
     assert s.check().repeated == []
     assert {event.main for event in s.of("S")} == {leaving.pid, staying.pid}
+    s.nothing_left()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_warm_shutdown_waits_for_a_long_body_alone(own_server, site, pool):
+    """The other keys go on elsewhere meanwhile, also those whose messages the leaving worker had fetched."""
+    s = site(own_server, {"worker_prefetch_multiplier": 20}, lease=30)
+    leaving = s.worker(pool, c=1)
+    held = s.send("gated", "long")
+    s.wait("S", held)
+    others = [s.send("put", f"user{i % 12}") for i in range(36)]
+    staying = s.worker(pool, c=1)
+    leaving.terminate()
+    wait_until(lambda: s.ended() >= 24, 20, lambda: f"most others ended; {s}")
+    assert leaving.spawned.returncode is None
+    s.gate(held)
+    s.wait_done()
+    assert leaving.spawned.wait(20) == 0
+    assert s.check().repeated == []
+    assert {event.main for event in s.of("S") if event.n in others} == {staying.pid}
     s.nothing_left()

@@ -245,6 +245,31 @@ def test_the_reply_of_a_giving_back_is_lost_each_time(cut: tuple[Kit, Proxy, Kit
     assert proxy.cuts == 4
 
 
+def test_a_crash_is_counted_before_its_message_is_on_offer(cut: tuple[Kit, Proxy, Kit]) -> None:
+    """Whoever takes it next has to know how often it has taken its process down."""
+    kit, proxy, direct = cut
+    channel = direct.channel()
+    direct.queue(channel)
+    publish(channel, 1)
+    connection = kit.connect()
+    inbox = Inbox(connection.channel(), "q")
+    message = inbox.take()[0]
+    assert not message.channel.charge(message.delivery_tag)
+    direct.client().script_load(script("note").source)
+    proxy.cut_before_request(of("note"), times=2)
+    message.requeue()
+    assert proxy.cuts == 2
+    assert direct.keys("*:requeued") == []
+    inbox.messages.clear()
+    ends = time.monotonic() + 10
+    while not inbox.messages and time.monotonic() < ends:
+        with contextlib.suppress(*connection.connection_errors):
+            inbox.drain(0.1)
+    assert inbox.messages[0].payload == 1
+    (notes,) = direct.keys("*:notes:*")
+    assert [text.split()[2] for text in direct.client().hvals(notes)] == [b"1"]
+
+
 # --- flushes and restarts ------------------------------------------------------------------------------------------------
 
 
