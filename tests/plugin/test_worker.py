@@ -191,17 +191,16 @@ chord([keyed.s("f", 6)], keyed.si("g", 7)).delay()
 
 GUARDED = """
 from celery.contrib.testing.worker import start_worker
-import streamtask.transport.hooks as hooks
 
 given_back = []
 with start_worker(app, pool="{pool}", perform_ping_check=False, loglevel="INFO"):
     session = app.connection_for_write().transport.session
-    really = hooks.begin
-    def begin(tag, hold):
+    really = session.start
+    def start(tag, hold):
         if not given_back:
             given_back.append(session.reject(tag, requeue=True))
         return really(tag, hold)
-    hooks.begin = begin
+    session.start = start
     {name}.delay(*{first}).get(timeout=10)
     {name}.delay(*{second}).get(timeout=10)
     print(given_back)

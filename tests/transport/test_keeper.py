@@ -364,15 +364,15 @@ def test_an_outage_moves_nothing(own_rig, proxy):
     make_keyed(own_rig.broker)
     way = proxy(own_rig.server)
     via = Broker(way.url)
-    one, two = (own_rig.client(name, lease_ms=600).consume() for name in ("one", "two"))
-    three = own_rig.client("three", lease_ms=600, broker=via).consume()
+    one, two = (own_rig.client(name, lease_ms=1500).consume() for name in ("one", "two"))
+    three = own_rig.client("three", lease_ms=1500, broker=via).consume()
     for client in own_rig.clients:
         client.join()
     own_rig.until(lambda: sorted(len(client.shards) for client in own_rig.clients) == [2, 3, 3])
     before = [client.tokens for client in (one, two, three)]
     # Not even an answer: all leases run out together.
     own_rig.server.pause()
-    own_rig.pass_time(2.5)
+    own_rig.pass_time(3.5)
     own_rig.server.resume()
     wait_until(lambda: own_rig.consumers() == ["one", "three", "two"] and "" not in own_rig.owners())
     own_rig.pass_time(1.5)
