@@ -43,6 +43,9 @@ LOOK_S = 0.2
 WRITE_S = 0.005
 """Longest time for which what has ended waits to be written, while messages are being delivered."""
 
+REST_S = 0.005
+"""A message that comes so long after the last one came alone."""
+
 TURNS = 10
 """Fetches in one tick at most: others wait for the loop, too."""
 
@@ -109,7 +112,8 @@ class Poller:
         self._asleep = False
         self._soon = False  # the loop was asked to pump
         self._delivered = False  # something was delivered since the last wait of the loop began
-        self._put_off = False  # and the bell was not armed for that
+        self._delivered_at = 0.0
+        self._put_off = False  # the bell was not armed at the last turn
         self._failed: Exception | None = None
         self._broken = False  # an error has ended the loop: a new connection comes, and nothing is taken over this one
 
@@ -315,19 +319,26 @@ class Poller:
                 failed, self._failed = self._failed, None
                 raise failed
             self._check()
+            before, self._delivered = self._delivered, False
             self._pump()
-            if self._delivered:
-                # The pool writes to its processes after this wait, so it is to be short, and nothing else comes first.
+            at_rest = self._was_at_rest() if before or self._delivered else False
+            if self._delivered or at_rest:
+                # Others that are called before each wait (a pool that has something to write now) may have had their turn.
                 self._wake_fd()
                 self.wake()
-            if self._delivered and not self._put_off:
-                self._put_off = True
-            else:
-                self._put_off = False
-                self._arm()
             self._delivered = False
+            # A pool writes to its processes after this wait: a message that comes alone shall not wait for the bell.
+            self._put_off = at_rest and not self._put_off
+            if not self._put_off:
+                self._arm()
             if self.loop is not None:
                 self._watch()
+
+    def _was_at_rest(self) -> bool:
+        """Whether what was delivered just now came alone."""
+        now = mono_s()
+        before, self._delivered_at = self._delivered_at, now
+        return now - before > REST_S
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
