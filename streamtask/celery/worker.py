@@ -20,7 +20,7 @@ from celery.worker import state
 from ..transport import hooks
 from .brokers import is_ours
 from .keys import DELIVERY
-from .pools import consumers, given_back, hear_pools
+from .pools import consumers, given_back, hear_pools, running_kept
 
 log = logging.getLogger("streamtask.celery")
 
@@ -145,11 +145,13 @@ def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def on_close(consumer: Any) -> Any:
-        if consumer in consumers:
-            hear_pools()
-            if hooks.withdraw is not None:
-                hooks.withdraw()  # at a warm shutdown: other workers need not wait
-        return original(consumer)
+        if consumer not in consumers:
+            return original(consumer)
+        hear_pools()
+        if hooks.withdraw is not None:
+            hooks.withdraw()  # at a warm shutdown: other workers need not wait
+        with running_kept(consumer):
+            return original(consumer)
 
     return on_close
 
