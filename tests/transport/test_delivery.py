@@ -631,8 +631,6 @@ def test_expired_ones_use_up_no_prefetch(kit: Kit) -> None:
 
 @pytest.mark.parametrize("serializer", ["json", "pickle", "yaml"])
 def test_serializers(kit: Kit, serializer: str) -> None:
-    if serializer == "yaml":
-        pytest.importorskip("yaml")
     channel = kit.channel()
     kit.queue(channel)
     body = {"text": "äöü\u0000\U0001f600", "list": [1, 2.5, None, True], "nested": {"a": {"b": []}}}
