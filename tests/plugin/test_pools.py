@@ -83,3 +83,28 @@ pool.terminate()
 """)
         == "done\n"
     )
+
+
+def test_a_process_that_dies_while_celery_forgets_is_not_lost() -> None:
+    """Celery before 5.7 clears the list of jobs, and reaps right afterwards: the end of the process is for nobody."""
+    assert (
+        run("""
+ends = []
+pool.apply_async(
+    time.sleep, (60,), accept_callback=lambda pid, at: begun.append(pid), lost_worker_timeout=0.1,
+    error_callback=lambda info: ends.append("WorkerLostError" in str(info)),
+)
+turn(lambda: begun)
+gone = next(process for process in pool._pool if process.pid == begun[0])
+with pools.running_kept(Some(pool=kept, timer=Some(queue=[]))):
+    pool._cache.clear()
+    os.kill(gone.pid, signal.SIGKILL)
+    gone.join()
+    pool.maintain_pool()
+    assert not pool._cache
+turn(lambda: pool.maintain_pool() or ends)
+print(ends, len(pool._cache))
+pool.terminate()
+""")
+        == "[True] 0\n"
+    )
