@@ -60,6 +60,7 @@ class AsyncProducer:
                     continue
             except (BrokerUnavailable, QueueFull) as exc:
                 error = exc
+                call.repeated = True
             if waiting is None:
                 waiting = producer.waiting(timeout_s, started)
             await asyncio.sleep(waiting.pause(error))

@@ -181,8 +181,11 @@ class Target:
             ),
         )
 
-    def pack_deduped(self, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool, call_id: bytes) -> bytes:
-        """``produce_deduped.lua``. ``call_id``: random bytes that stand for this call and its repetitions."""
+    def pack_deduped(
+        self, id16: bytes, envelope: bytes, due_ms: int | None, relative: bool, call_id: bytes, repeated: bool = False
+    ) -> bytes:
+        """``produce_deduped.lua``. ``call_id``: random bytes that stand for this call and its repetitions;
+        ``repeated``: whether an earlier try may have stored the message."""
         keys, settings = self.keys, self._settings
         return script("produce_deduped").pack(
             (keys.state, keys.stream, keys.delayed, keys.wake, *generation_keys(keys, "d", self.layout, id16)),
@@ -197,8 +200,9 @@ class Target:
                 1 if relative else 0,
                 self.layout,
                 settings.max_dedupe_ids,
-                # Two bytes in the id's hash; a wrong match only matters to a call that is repeated.
+                # Two bytes in the id's hash: a wrong match is rare, and only a call that is repeated can meet it.
                 int.from_bytes(call_id[:2], "big") & 0x7FFF,
+                1 if repeated else 0,
             ),
         )
 
@@ -215,12 +219,16 @@ class Call:
     dedupe: bytes | None = None
     message_id: bytes | str = b""
     call_id: bytes = b""  # where there is a dedupe id
+    repeated: bool = False
+    """Whether an earlier try may have stored it, its reply lost."""
     produce_id: tuple[str, int] | None = None
     """A page's name and the number in it, where the caller may repeat this call itself; else one of the target's own."""
 
     def pack(self, target: Target) -> bytes:
         if self.dedupe is not None:
-            return target.pack_deduped(self.dedupe, self.envelope, self.due_ms, self.relative, self.call_id)
+            return target.pack_deduped(
+                self.dedupe, self.envelope, self.due_ms, self.relative, self.call_id, self.repeated
+            )
         if self.due_ms is not None:
             return target.pack_delayed(self.envelope, self.due_ms, self.relative, self.produce_id)
         if self.produce_id is not None:
@@ -324,6 +332,7 @@ class Producer:
                     continue
             except (BrokerUnavailable, QueueFull) as exc:
                 error = exc
+                call.repeated = True
             if waiting is None:
                 waiting = self.waiting(timeout_s, started)
             time.sleep(waiting.pause(error))

@@ -15,6 +15,7 @@
 -- ARGV[9] the layout of generations that the keys were made from
 -- ARGV[10] most ids to remember
 -- ARGV[11] a small number that stands for this call
+-- ARGV[12] 1 if this call may have been made before, with its reply lost; else 0
 -- Returns: the entry id or 1 if stored, 0 if stored already, a code, or {SEEN_LAYOUT, layout}: call again with that.
 --- @include codes
 --- @include admit
@@ -33,8 +34,9 @@ end
 for i = 5, #KEYS do
   local by = redis.call('HGET', KEYS[i], ARGV[2])
   if by then
-    -- The same call, repeated after a lost reply, is told that it stored the message.
-    return by == ARGV[11] and 1 or STORED_ALREADY
+    -- A call repeated after a lost reply is told that it stored the message. Two calls may have one number, so what is
+    -- made for the first time never is.
+    return ARGV[12] == '1' and by == ARGV[11] and 1 or STORED_ALREADY
   end
 end
 local admitted = admit(KEYS[1], KEYS[2], KEYS[3], ARGV[1], tonumber(ARGV[4]))
