@@ -158,20 +158,20 @@ def test_silence_and_a_second_worker(own_server, site, proxy):
 
 
 def test_the_connection_is_cut_under_long_keyed_bodies(own_server, site, proxy):
-    """With -c 8 and bodies of more than a lease: each runs once, in order, though its ack goes over another connection."""
+    """With -c 8 and bodies of 10 s, many leases: each runs once, in order, though its ack goes over another connection."""
     s, line = site(own_server), proxy(own_server)
     s.worker(c=8, port=line.port)
-    for _ in range(2):
+    for leases in (10, 2.5):
         for i in range(6):
-            s.send("put", f"user{i}", ms=2.5 * LEASE * 1000)
-    for _ in range(2):
-        s.send("late", ms=2.5 * LEASE * 1000)
+            s.send("put", f"user{i}", ms=leases * LEASE * 1000)
+        s.send("late", ms=leases * LEASE * 1000)
     for i in range(20):
         s.send("put", f"user{i % 6}")
         s.send("late")
+    # One of each key, and both of the others.
     wait_until(lambda: len(s.of("S")) >= 8, 10, lambda: f"8 running; {s}")
     assert line.cut() > 0
-    s.wait_ended(4, timeout=20)
+    s.wait_ended(4, timeout=30)
     line.cut()
     s.wait_done(timeout=40)
     assert s.check().repeated == []
