@@ -129,7 +129,7 @@ class RedisServer:
 
     def _wait_ready(self, deadline: float) -> bool:
         while time.monotonic() < deadline and self.running:
-            if self.answers():
+            if self.answers() and self._is_ours():
                 return True
             time.sleep(0.003)
         return False
@@ -148,6 +148,15 @@ class RedisServer:
                 reply = probe.recv(100)
                 return reply.startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
+            return False
+
+    def _is_ours(self) -> bool:
+        """Whether it is our process that answers, and not one that took the port before it."""
+        try:
+            return int(self._admin("INFO", "server")["process_id"]) == self.pid
+        except redis.AuthenticationError:
+            return True
+        except (redis.RedisError, OSError):
             return False
 
     def stop(self, timeout: float = 10) -> None:

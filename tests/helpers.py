@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,12 +48,19 @@ def wait_until(
         time.sleep(poll)
 
 
+_ports: deque[int] = deque(maxlen=1000)
+
+
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on 127.0.0.1 that was free a moment ago, and that this process was not given lately."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        # The kernel may give a port again before its first taker has come to use it.
+        if port not in _ports:
+            _ports.append(port)
+            return port
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
@@ -67,6 +75,7 @@ run_folders: set[str] = set()
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _spawner: ThreadPoolExecutor | None = None
 _spawner_pid = 0
+_spawner_lock = threading.Lock()
 
 
 def popen(args: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -92,8 +101,10 @@ def popen(args: list[str], **options: Any) -> subprocess.Popen[bytes]:
 
     if threading.current_thread() is threading.main_thread():
         return start()
-    if _spawner is None or _spawner_pid != parent:
-        _spawner, _spawner_pid = ThreadPoolExecutor(1, "spawner"), parent
+    with _spawner_lock:
+        # One, whoever comes first: a second one in its place would end, and with it all that it has started.
+        if _spawner is None or _spawner_pid != parent:
+            _spawner, _spawner_pid = ThreadPoolExecutor(1, "spawner"), parent
     return _spawner.submit(start).result()
 
 

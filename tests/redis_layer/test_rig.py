@@ -89,6 +89,15 @@ def test_a_unix_socket_server() -> None:
     assert not folder.exists()
 
 
+def test_whoever_has_the_port_already_is_not_taken_for_the_new_server(own_server: RedisServer) -> None:
+    """It would vanish in the middle of a test, with the test that it belongs to."""
+    other = RedisServer(own_server.binary)
+    other.port = own_server.port
+    with other:
+        assert other.port != own_server.port
+        assert other.client().info("server")["process_id"] == other.pid
+
+
 def test_a_server_started_in_a_thread_outlives_the_thread(own_server: RedisServer) -> None:
     own_server.kill()
     thread = threading.Thread(target=own_server.restart)
