@@ -293,9 +293,10 @@ class Producer:
     def append(self, queue: Queue, shard: int | str, envelope: bytes) -> None:
         """Stores one message, now and with no dedupe id: ``send`` for what is nearly always sent."""
         started = mono_s()
-        target = self._targets.get((queue, shard)) or self.target(queue, shard)
-        packed = target.pack_append(envelope)
+        packed = None
         try:
+            target = self._targets.get((queue, shard)) or self.target(queue, shard)
+            packed = target.pack_append(envelope)
             if type(self._call(target, packed, queue)) is bytes:
                 return
         except (BrokerUnavailable, QueueFull):
@@ -333,9 +334,15 @@ class Producer:
             except (BrokerUnavailable, QueueFull) as exc:
                 error = exc
                 call.repeated = True
+                self.look_again(call.queue)
             if waiting is None:
                 waiting = self.waiting(timeout_s, started)
             time.sleep(waiting.pause(error))
+
+    def look_again(self, queue: Queue) -> None:
+        """After an error: on a Cluster a shard may be at another server now. What was sent in vain stays as it is."""
+        if queue.broker.is_cluster:
+            self._targets.clear()
 
     def declare(self, queue: Queue, timeout_s: float | None = None) -> None:
         """Declares a queue that this process has not used yet; waits for Redis as ``send`` does."""
@@ -476,6 +483,7 @@ class Bulk:
                     errors += self._round(node, shards)
             except (BrokerUnavailable, QueueFull) as exc:
                 errors.append(exc)
+                self.producer.look_again(self.queue)
             if errors:
                 try:
                     time.sleep(self.waiting.pause(errors[0]))

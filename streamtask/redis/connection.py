@@ -68,6 +68,7 @@ class Broker:
         self._client: Any = None
         self._embedded: Any = None
         self._eviction_checked = False
+        self._slots_stale = False
         scheme = url.partition("://")[0] if "://" in url else ""
         if scheme not in SCHEMES:
             raise ConfigError(
@@ -207,25 +208,53 @@ class Broker:
         """Which server holds a key: '' but on a Cluster."""
         if not self.is_cluster:
             return ""
+        name: str = self._node(key).name
+        return name
+
+    def _node(self, key: str) -> Any:
+        """redis-py's node of a key, on a Cluster."""
+        client = self.client()
         with wrapped(self.safe_url):
-            name: str = self.client().get_node_from_key(key).name
-            return name
+            try:
+                if self._slots_stale:
+                    client = self._ask_for_slots(client)
+                node = client.get_node_from_key(key)
+                if node.redis_connection is None:
+                    client.get_redis_connection(node)
+            except ERRORS:
+                self._slots_stale = True
+                raise
+            return node
+
+    def forget_slots(self) -> None:
+        """A Cluster is asked anew, at the next use, where its slots are. Links do this when they fail."""
+        self._slots_stale = True
+
+    def _ask_for_slots(self, client: Any) -> Any:
+        with self._lock:
+            if not self._slots_stale or self._client is not client:
+                return self._client or client
+            self._slots_stale = False
+            try:
+                client.nodes_manager.initialize()
+            except ERRORS:
+                # None of the nodes that were known is there: the URL's name may stand for others by now.
+                self._client = self._open()
+                client.close()
+            return self._client
 
     def link(self, key: str = "", *, timeout_s: float | None = None, buffer_bytes: int = SMALL) -> Link:
         """A new, unconnected link to the server that holds ``key``. ``timeout_s`` bounds the wait for a reply,
         ``buffer_bytes`` is how much one read takes."""
-        client = self.client()
+        client = self._node(key).redis_connection if self.is_cluster else self.client()
         with wrapped(self.safe_url):
-            if self.is_cluster:
-                client = client.get_node_from_key(key).redis_connection or client.get_redis_connection(
-                    client.get_node_from_key(key)
-                )
             return open_link(
                 client,
                 self.safe_url,
                 timeout_s=timeout_s,
                 buffer_bytes=buffer_bytes,
                 memory=self.scheme == "memory",
+                astray=self.forget_slots if self.is_cluster else None,
             )
 
     def async_client(self) -> Any:

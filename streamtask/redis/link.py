@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hiredis
@@ -23,6 +23,8 @@ from .scripts import as_text, by_sha, script
 
 Reply = Any
 Part = str | bytes | int | float
+MOVED = ("MOVED", "ASK")  # how a node of a Cluster says that a slot is elsewhere
+
 ERRORS = (rexc.RedisError, rexc.RedisClusterException, OSError)  # the cluster's is no RedisError
 SMALL, LARGE = 1 << 14, 1 << 18
 """Bytes that one read takes at most: for short answers, and for fetches of whole batches."""
@@ -79,6 +81,11 @@ def translate_reply(text: str, where: str) -> StreamTaskError:
         return translate(rexc.AuthenticationError(text), where)
     if code in ("LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN"):
         return translate(rexc.BusyLoadingError(text), where)
+    if code in MOVED:
+        return ConfigError(
+            f"Redis at {where} is a node of a Redis Cluster: its URL must begin with redis+cluster:// "
+            "(of a Celery app with streamtask+cluster://)"
+        )
     # Redis 6.2 says ERR before the error of a command inside a script.
     return ReplyError(text.removeprefix("ERR "))
 
@@ -125,9 +132,7 @@ class Link:
         self.connects += 1
 
     def _take_over(self, sock: Any) -> None:
-        self._reader = hiredis.Reader(
-            protocolError=rexc.InvalidResponse, replyError=lambda text: translate_reply(text, self._where)
-        )
+        self._reader = hiredis.Reader(protocolError=rexc.InvalidResponse, replyError=self._translate_reply)
         self._gets = self._reader.gets
         self._feed: Any = self._reader.feed  # its stub knows bytes only
         timeout = sock.gettimeout()
@@ -142,6 +147,9 @@ class Link:
         self._sendall, self._recv_into = sock.sendall, sock.recv_into
         self._buffer = self._buffer or bytearray(self._buffer_bytes)
         self._sock = sock
+
+    def _translate_reply(self, text: str) -> StreamTaskError:
+        return translate_reply(text, self._where)
 
     @property
     def connected(self) -> bool:
@@ -285,6 +293,31 @@ class Link:
         self._conn.disconnect()
 
 
+class ClusterLink(Link):
+    """A link to one node of a Cluster. ``astray`` is called when the node fails, or does not have what it is asked for
+    any more."""
+
+    __slots__ = ("_astray",)
+
+    def __init__(self, conn: redis.Connection, where: str, buffer_bytes: int, astray: Callable[[], None]) -> None:
+        super().__init__(conn, where, buffer_bytes)
+        self._astray = astray
+
+    def _translate_reply(self, text: str) -> StreamTaskError:
+        if text.partition(" ")[0] in MOVED:
+            return BrokerUnavailable(f"the Redis Cluster at {self._where} has moved a slot: {text}")
+        return super()._translate_reply(text)
+
+    def _refused(self, error: Exception) -> Exception:
+        if isinstance(error, BrokerUnavailable):
+            self._astray()
+        return super()._refused(error)
+
+    def _failed(self, exc: BaseException) -> BaseException:
+        self._astray()
+        return super()._failed(exc)
+
+
 class MemoryLink(Link):
     """A link to fakeredis, which has no socket: everything goes through its connection object."""
 
@@ -331,12 +364,20 @@ class MemoryLink(Link):
 
 
 def open_link(
-    client: Any, where: str, *, timeout_s: float | None = None, buffer_bytes: int = SMALL, memory: bool = False
+    client: Any,
+    where: str,
+    *,
+    timeout_s: float | None = None,
+    buffer_bytes: int = SMALL,
+    memory: bool = False,
+    astray: Callable[[], None] | None = None,
 ) -> Link:
-    """A new, unconnected link to the server of a redis-py client."""
+    """A new, unconnected link to the server of a redis-py client; with ``astray`` one to a node of a Cluster."""
     pool = client.connection_pool
     # Not by the pool's make_connection: the pool counts these, and nobody would give them back to it.
     conn: redis.Connection = pool.connection_class(**pool.connection_kwargs)
     if timeout_s is not None:
         conn.socket_timeout = timeout_s
+    if astray is not None:
+        return ClusterLink(conn, where, buffer_bytes, astray)
     return (MemoryLink if memory else Link)(conn, where, buffer_bytes)

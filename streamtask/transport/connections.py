@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import BrokerUnavailable
 from ..redis.connection import Broker
-from ..redis.link import LARGE, REPLIES, Link, ReplyError
-from ..worker.links import Links, has_moved
+from ..redis.link import LARGE, REPLIES, Link
+from ..worker.links import Links
 
 
 class Connections:
@@ -53,11 +53,7 @@ class Connections:
         try:
             with self.borrow(key) as link:
                 return call(link)
-        except (BrokerUnavailable, ReplyError) as exc:
-            if isinstance(exc, ReplyError):
-                if not has_moved(exc):
-                    raise
-                self.broker.close()  # asks anew where the slots are
+        except BrokerUnavailable:
             for idle in self._idle:
                 idle.close()
             with self.borrow(key) as link:

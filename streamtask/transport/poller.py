@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
-from ..redis.link import Link, ReplyError, pack
-from ..worker.links import has_moved
+from ..redis.link import Link, pack
 from . import hooks
 from .fanout import Listener
 from .session import Session
@@ -295,12 +294,11 @@ class Poller:
                 asked, bell.asked = bell.asked, {}
                 try:
                     self.session.rang(bell.link.read(), asked)
-                except ReplyError as exc:
-                    if not has_moved(exc):
-                        raise
+                except BrokerUnavailable:
+                    # On a Cluster what it waits for may be elsewhere by now.
                     self._drop(bell)
                     self._bells = {place: other for place, other in self._bells.items() if other is not bell}
-                    raise BrokerUnavailable(f"the Cluster has moved a slot: {exc}") from None
+                    raise
                 return
 
     # kombu's event loop

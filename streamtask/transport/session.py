@@ -28,7 +28,6 @@ from ..queue.producer import Producer
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import Link, ReplyError
-from ..worker.links import has_moved
 from . import fetching, hooks, lifetime, taking
 from .connections import Connections
 from .consumed import Consumed, Handed
@@ -238,9 +237,6 @@ class Session:
             self.lost_streams(str(exc))
             raise
         except ReplyError as exc:
-            if has_moved(exc):
-                self._outage()
-                raise BrokerUnavailable(f"the Cluster at {self.broker.safe_url} has moved a slot: {exc}") from None
             if not _is_gone(exc):
                 raise
             self.lost_streams(f"a stream is gone: {exc}")

@@ -29,7 +29,7 @@ from ..queue.declare import Shape
 from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, ShardKeys
 from ..redis.link import Link, ReplyError, pack
-from .links import Links, has_moved
+from .links import Links
 
 BEATS = 3
 """Renewals in one lease time."""
@@ -190,9 +190,6 @@ class Coordinator:
         except BrokerUnavailable as exc:
             self.outage(exc)
         except (QueueFull, ReplyError) as exc:
-            if has_moved(exc):
-                self.outage(exc)
-                return
             self._log.error("%s", exc)
             self._put_off(0.2)
 

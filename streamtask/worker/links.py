@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import BrokerUnavailable
 from ..redis.connection import Broker
-from ..redis.link import SMALL, Link, Reply, ReplyError
+from ..redis.link import SMALL, Link, Reply
 
 
 class Links:
@@ -40,20 +39,12 @@ class Links:
         for link, positions in by_link.items():
             answers = link.answers([commands[position][1] for position in positions])
             for position, answer in zip(positions, answers, strict=True):
-                if has_moved(answer):
-                    raise BrokerUnavailable(f"the Cluster at {self._broker.safe_url} has moved a slot: {answer}")
                 replies[position] = answer
         return replies
 
     def close(self) -> None:
-        """Closes them all; on a Cluster the next use asks anew where the slots are."""
+        """Closes them all; the next use connects anew, on a Cluster to where the slots are then."""
         for link in self._links.values():
             link.close()
         if self._broker.is_cluster:
             self._links.clear()
-            self._broker.close()
-
-
-def has_moved(error: object) -> bool:
-    """Whether a Cluster says that a slot is elsewhere by now."""
-    return isinstance(error, ReplyError) and error.code in ("MOVED", "ASK")

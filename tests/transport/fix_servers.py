@@ -164,16 +164,23 @@ def sentinels(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sentin
         found.close()
 
 
+CLUSTER = {"cluster-enabled": "yes", "cluster-node-timeout": "1000", "repl-diskless-sync-delay": "0"}
+
+
 class RedisCluster:
     """Some nodes which own the slots in equal parts."""
 
     def __init__(self, binary: str, count: int) -> None:
-        self.nodes = [RedisServer(binary, config={"cluster-enabled": "yes"}) for _ in range(count)]
+        self.binary = binary
+        self.nodes = [self._node() for _ in range(count)]
+
+    def _node(self) -> RedisServer:
+        node = RedisServer(self.binary, config=CLUSTER)
         # A node talks to the others on its port and 10,000; ports must leave room for that.
-        for node in self.nodes:
-            while node.port > 55_000:
-                node.port = free_port()
-            node._any_port = False
+        while node.port > 55_000:
+            node.port = free_port()
+        node._any_port = False
+        return node
 
     @property
     def port(self) -> int:
@@ -194,6 +201,39 @@ class RedisCluster:
     def _complete(self, node: RedisServer) -> bool:
         info: Any = node.client().execute_command("CLUSTER INFO")
         return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == len(self.nodes)
+
+    def owner(self, key: str) -> RedisServer:
+        """The node that has a key's slot, as a living one sees it."""
+        living = next(node for node in self.nodes if node.running)
+        slot = living.client().execute_command("CLUSTER", "KEYSLOT", key)
+        ranges: Any = living.client().execute_command("CLUSTER SLOTS")
+        port = next(master[1] for first, last, master, *_ in ranges if first <= slot <= last)
+        return next(node for node in self.nodes if node.port == port)
+
+    def move(self, key: str) -> RedisServer:
+        """Gives a key's slot, with all that lies in it, to another node, as a reshard does; that node."""
+        source = self.owner(key)
+        target = self.nodes[(self.nodes.index(source) + 1) % len(self.nodes)]
+        slot = source.client().execute_command("CLUSTER", "KEYSLOT", key)
+        ids = {node.port: node.client().execute_command("CLUSTER MYID").decode() for node in (source, target)}
+        target.client().execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
+        source.client().execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
+        while found := source.client().execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            source.client().migrate("127.0.0.1", target.port, found, 0, 5000)
+        for node in (target, source, *self.nodes):
+            node.client().execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
+        return target
+
+    def replicate(self, master: RedisServer) -> RedisServer:
+        """Starts a replica of a node; returns once it has what the node has, and may take its place."""
+        replica = self._node()
+        self.nodes.append(replica)
+        replica.start()
+        replica.client().execute_command("CLUSTER", "MEET", "127.0.0.1", master.port)
+        wait_until(lambda: all(self._complete(node) for node in self.nodes), 20)
+        replica.client().execute_command("CLUSTER", "REPLICATE", master.client().execute_command("CLUSTER MYID"))
+        wait_until(lambda: replica.client().info("replication").get("master_link_status") == "up", 20)
+        return replica
 
     def close(self) -> None:
         for node in self.nodes:

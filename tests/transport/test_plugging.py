@@ -22,7 +22,7 @@ from streamtask.transport import Transport
 from streamtask.transport.options import Options, broker_of, options_of
 from tests.fix_redis import RedisServer
 from tests.helpers import free_port, spawn, wait_until
-from tests.transport.fix_servers import RedisCluster, Sentinels, TlsServer
+from tests.transport.fix_servers import Sentinels, TlsServer
 from tests.transport.kit import LEASE_S, Inbox, Kit, publish
 
 OURS = "streamtask.transport:Transport"
@@ -319,7 +319,7 @@ def test_failover_under_a_publish(make_kit: Any, request: pytest.FixtureRequest,
         assert Inbox(other.channel(), "q").drain_all() == [2]
 
 
-# --- Sentinel, Cluster ---------------------------------------------------------------------------------------------------
+# --- Sentinel -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["path", "option", "kombu", "list"])
@@ -356,43 +356,6 @@ def test_sentinel_failover(sentinels: Sentinels, make_kit: Any) -> None:
     producer.publish(2, routing_key="q", retry=True, retry_policy=policy)
     assert sentinels.master is not master
     assert sorted(Inbox(kit.channel() if False else kit.connect(url).channel(), "q").drain_all(1)) == [1, 2]
-
-
-@pytest.mark.parametrize("redis_cluster", [1, 3], ids=["one node", "three nodes"], indirect=True)
-def test_cluster(redis_cluster: RedisCluster, make_kit: Any) -> None:
-    kit = make_kit(redis_cluster)
-    url = f"streamtask+cluster://127.0.0.1:{redis_cluster.port}"
-    connection = kit.connect(url)
-    for n in range(4):
-        works(connection, f"q{n}")
-    channel = kit.connect(url).channel()
-    for n in range(30):
-        publish(channel, n, to="q0", headers={"shard_key": f"u{n}"})
-    inbox = Inbox(kit.connect(url).channel(), "q0", prefetch=10)
-    for _ in range(30):
-        inbox.take()[0].ack()
-    assert sorted(inbox.bodies) == list(range(30))
-    producer = connection.Producer()
-    with producer.batch():
-        for n in range(10):
-            producer.publish(n, routing_key="q1")
-    assert channel.queue_purge("q1") == 10
-    channel.queue_delete("q1")
-    assert sum(len(list(node.client().scan_iter("*kombu.q1*:stream"))) for node in redis_cluster.nodes) == 0
-
-
-def test_fanout_on_a_cluster(redis_cluster: RedisCluster, make_kit: Any) -> None:
-    from kombu import Exchange, Producer, Queue
-
-    kit = make_kit(redis_cluster)
-    url = f"streamtask+cluster://127.0.0.1:{redis_cluster.port}"
-    exchange = Exchange("f", type="fanout")
-    channel = kit.connect(url).channel()
-    queue = Queue("one", exchange)(channel)
-    queue.declare()
-    inbox = Inbox(channel, queue, no_ack=True)
-    Producer(kit.connect(url).channel(), exchange).publish("x")
-    assert inbox.take()[0].payload == "x"
 
 
 # --- wrong URLs and options ----------------------------------------------------------------------------------------------

@@ -1,0 +1,214 @@
+"""Redis Cluster: all of a queue on one node or on several, slots that move, masters that die."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from kombu import Connection
+
+from streamtask import StreamTask
+from streamtask.errors import ConfigError
+from tests.helpers import wait_until
+from tests.transport.fix_servers import RedisCluster
+from tests.transport.kit import Inbox, Kit, publish
+from tests.transport.test_plugging import works
+
+three_nodes = pytest.mark.parametrize("redis_cluster", [3], ids=["three nodes"], indirect=True)
+
+
+def url_of(cluster: RedisCluster) -> str:
+    return f"streamtask+cluster://127.0.0.1:{cluster.port}"
+
+
+@pytest.mark.parametrize("redis_cluster", [1, 3], ids=["one node", "three nodes"], indirect=True)
+def test_cluster(redis_cluster: RedisCluster, make_kit: Any) -> None:
+    kit = make_kit(redis_cluster)
+    url = url_of(redis_cluster)
+    connection = kit.connect(url)
+    for n in range(4):
+        works(connection, f"q{n}")
+    channel = kit.connect(url).channel()
+    for n in range(30):
+        publish(channel, n, to="q0", headers={"shard_key": f"u{n}"})
+    inbox = Inbox(kit.connect(url).channel(), "q0", prefetch=10)
+    for _ in range(30):
+        inbox.take()[0].ack()
+    assert sorted(inbox.bodies) == list(range(30))
+    producer = connection.Producer()
+    with producer.batch():
+        for n in range(10):
+            producer.publish(n, routing_key="q1")
+    assert channel.queue_purge("q1") == 10
+    channel.queue_delete("q1")
+    assert sum(len(list(node.client().scan_iter("*kombu.q1*:stream"))) for node in redis_cluster.nodes) == 0
+
+
+def test_fanout_on_a_cluster(redis_cluster: RedisCluster, make_kit: Any) -> None:
+    from kombu import Exchange, Producer, Queue
+
+    kit = make_kit(redis_cluster)
+    url = url_of(redis_cluster)
+    exchange = Exchange("f", type="fanout")
+    channel = kit.connect(url).channel()
+    queue = Queue("one", exchange)(channel)
+    queue.declare()
+    inbox = Inbox(channel, queue, no_ack=True)
+    Producer(kit.connect(url).channel(), exchange).publish("x")
+    assert inbox.take()[0].payload == "x"
+
+
+class Reader:
+    """Takes and acknowledges what a queue has; after an error anew with a copy of its connection, as kombu's mixin does."""
+
+    def __init__(self, kit: Kit, connection: Connection, queue: str = "q") -> None:
+        self.kit = kit
+        self.connection = connection
+        self.queue = queue
+        self.bodies: list[Any] = []
+        self._inbox: Inbox | None = None
+
+    def read_until(self, body: Any, timeout: float = 20) -> None:
+        wait_until(lambda: self._read(body), timeout, lambda: f"{body!r}; came: {self.bodies}", poll=0)
+
+    def _read(self, body: Any) -> bool:
+        try:
+            if self._inbox is None:
+                self._inbox = Inbox(self.connection.channel(), self.queue)
+            self._inbox.drain(0.1)
+            while self._inbox.messages:
+                message = self._inbox.messages.pop(0)
+                self.bodies.append(message.payload)
+                message.ack()
+        except (*self.connection.connection_errors, *self.connection.channel_errors):
+            self._inbox = None
+            with contextlib.suppress(Exception):
+                self.connection.release()
+            self.connection = self.kit.clone(self.connection)
+        return body in self.bodies
+
+
+# --- slots that move -----------------------------------------------------------------------------------------------------
+
+
+def stream(kit: Kit, shard: int | str, queue: str = "q") -> str:
+    """The key of a queue's stream."""
+    return f"{kit.namespace}:{{kombu.{queue}.0.{shard}}}:stream"
+
+
+def length(cluster: RedisCluster, key: str) -> int:
+    return int(cluster.owner(key).client().xlen(key))
+
+
+@three_nodes
+def test_publishing_goes_on_when_slots_have_moved(redis_cluster: RedisCluster, make_kit: Any) -> None:
+    """By a process that does nothing else: one call at a time, and in batches."""
+    kit = make_kit(redis_cluster)
+    connection = kit.connect(url_of(redis_cluster))
+    channel = connection.channel()
+    kit.queue(channel)
+    producer = connection.Producer(channel)
+    shared = stream(kit, "shared")
+    publish(channel, 0, to="q")
+    publish(channel, 0, to="q", headers={"shard_key": "u1"})
+    keyed = next(stream(kit, n) for n in range(8) if length(redis_cluster, stream(kit, n)))
+    for n in range(1, 4):
+        for key in (shared, keyed):
+            redis_cluster.move(key)
+        publish(channel, n, to="q")
+        publish(channel, n, to="q", headers={"shard_key": "u1"})
+        redis_cluster.move(shared)
+        with producer.batch():
+            for _ in range(5):
+                producer.publish(n, routing_key="q")
+    assert length(redis_cluster, shared) == 4 + 15
+    assert length(redis_cluster, keyed) == 4
+
+
+@three_nodes
+def test_consuming_goes_on_when_slots_move(redis_cluster: RedisCluster, make_kit: Any) -> None:
+    kit = make_kit(redis_cluster)
+    connection = kit.connect(url_of(redis_cluster))
+    channel = connection.channel()
+    kit.queue(channel)
+    reader = Reader(kit, kit.connect(url_of(redis_cluster)))
+    expected: list[str] = []
+    for n in range(4):
+        expected += [f"plain {n}", f"keyed {n}"]
+        publish(channel, f"plain {n}", to="q")
+        publish(channel, f"keyed {n}", to="q", headers={"shard_key": "u1"})
+        for body in expected[-2:]:
+            reader.read_until(body)
+        keyed = [stream(kit, n) for n in range(8)]
+        for key in (stream(kit, "shared"), *keyed):
+            redis_cluster.move(key)
+    assert sorted(set(reader.bodies)) == sorted(expected)
+
+
+@three_nodes
+def test_streamtask_producers_go_on_when_slots_have_moved(redis_cluster: RedisCluster) -> None:
+    app = StreamTask("t", broker=f"redis+cluster://127.0.0.1:{redis_cluster.port}")
+
+    @app.task(name="keyed", shard_key="user")
+    def keyed(user: int) -> None: ...
+
+    try:
+        keyed.delay(user=1)
+        streams = [f"streamtask:{{t.default.0.{n}}}:stream" for n in range(8)]
+        key = next(one for one in streams if length(redis_cluster, one))
+        redis_cluster.move(key)
+        keyed.delay(user=1)
+        redis_cluster.move(key)
+        keyed.send_many([{"user": n} for n in (1, 2, 3, 1)])
+        redis_cluster.move(key)
+        assert keyed.apply_async(kwargs={"user": 1}, dedupe_id="a").stored
+        redis_cluster.move(key)
+        assert not keyed.apply_async(kwargs={"user": 1}, dedupe_id="a").stored
+        redis_cluster.move(key)
+        keyed.apply_async(kwargs={"user": 1}, countdown=60)
+        assert length(redis_cluster, key) == 5
+    finally:
+        app.close()
+
+
+# --- masters that die ----------------------------------------------------------------------------------------------------
+
+
+@three_nodes
+def test_a_replica_takes_the_place_of_the_node_that_the_url_names(redis_cluster: RedisCluster, make_kit: Any) -> None:
+    kit = make_kit(redis_cluster)
+    master = redis_cluster.nodes[0]
+    queue = next(f"q{n}" for n in range(100) if redis_cluster.owner(stream(kit, "shared", f"q{n}")) is master)
+    connection = kit.connect(url_of(redis_cluster))
+    channel = connection.channel()
+    kit.queue(channel, queue)
+    reader = Reader(kit, kit.connect(url_of(redis_cluster)), queue)
+    publish(channel, "before", to=queue)
+    reader.read_until("before")
+    redis_cluster.replicate(master)
+
+    master.kill()
+
+    def published() -> bool:
+        try:
+            publish(channel, "after", to=queue)
+        except connection.recoverable_connection_errors:
+            return False
+        return True
+
+    wait_until(published, 20)
+    reader.read_until("after")
+
+
+# --- the wrong kind of URL -----------------------------------------------------------------------------------------------
+
+
+@three_nodes
+def test_a_url_of_one_server_that_is_a_clusters_node(redis_cluster: RedisCluster, make_kit: Any) -> None:
+    channel = make_kit(redis_cluster).channel()
+    elsewhere = next(
+        f"q{n}" for n in range(100) if redis_cluster.owner(f"{{kombu.q{n}}}:meta") not in redis_cluster.nodes[:1]
+    )
+    with pytest.raises(ConfigError, match="redis\\+cluster://"):
+        channel.queue_declare(elsewhere)
