@@ -13,7 +13,7 @@ What it does, and where:
   ``shard_key``. A signal's handler could not refuse a call: Celery logs what it raises and publishes all the same.
   What was published before this module was imported is stamped when it reaches the transport (``stamp_missed``).
 - retry: a publish that repeats the running message with one retry more carries that message's delivery, so that the
-  transport puts it in the place of the old one.
+  transport puts it in the place of the old one. Where it can't be published, the running message goes back (``Task.retry``).
 - worker (``Task.start_strategy``): a message that came out of a shard is acknowledged after its body, and goes back when
   its pool process dies, whatever the configuration says: its lane opens with the acknowledgement. This depends on the
   message, not on the task, because any task may be called with ``shard_key=``; with another broker nothing changes.
@@ -35,12 +35,13 @@ from celery.worker.request import Request
 from ..transport import hooks
 from .brokers import on_worker_setup
 from .pools import hear_pools
-from .publish import stamp_missed, with_key
+from .publish import stamp_missed, with_key, with_retry_kept
 from .worker import active, keep_active, not_begun, with_crash_count, with_hearing, with_keyed_strategy
 
 
 def _install() -> None:
     Celery.send_task = with_key(Celery.send_task)
+    Task.retry = with_retry_kept(Task.retry)
     Task.start_strategy = with_keyed_strategy(Task.start_strategy)
     Request.on_failure = with_crash_count(Request.on_failure)
     Consumer.on_close = with_hearing(Consumer.on_close)

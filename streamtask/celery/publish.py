@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from celery._state import _get_active_apps, get_current_worker_task
+from celery.exceptions import Reject
 from kombu.compression import decompress
 from kombu.exceptions import KombuError
 from kombu.serialization import loads
 
-from ..errors import ShardKeyError
+from ..errors import BrokerUnavailable, ShardKeyError
 from ..sharding import canonical
 from .brokers import look_at_broker
 from .keys import DELIVERY, KEY, OPTION, ORDERED, PRIVATE, REPLACES, Rule, key_of, rule_by_name, rule_of
@@ -109,6 +110,24 @@ def with_key(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(app, name, args, kwargs, *rest, **options)
 
     return send_task
+
+
+def with_retry_kept(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Task.retry``: where Redis can't be reached and the retry is not published, the message goes back and runs again.
+    Celery rejects it for good, so that an outage of a second would make dead letters of what is retried just then."""
+
+    @functools.wraps(original)
+    def retry(task: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return original(task, *args, **options)
+        except Reject as exc:
+            if isinstance(exc.reason, BrokerUnavailable) or isinstance(
+                getattr(exc.reason, "__cause__", None), BrokerUnavailable
+            ):
+                exc.requeue = True
+            raise
+
+    return retry
 
 
 def stamp_missed(message: dict[str, Any]) -> None:

@@ -85,7 +85,12 @@ def body(task: Any, key: str | None, n: int, ms: float, fail: int, countdown: fl
     if task.request.retries < fail:
         last = task.max_retries is not None and task.request.retries >= task.max_retries
         note("D" if last else "F", key, n)
-        raise task.retry(countdown=countdown, exc=ValueError(f"fails {fail} times"))
+        try:
+            raise task.retry(countdown=countdown, exc=ValueError(f"fails {fail} times"))
+        except Reject as exc:
+            if exc.requeue:
+                note("Q", key, n)  # the retry could not be published
+            raise
     note("E", key, n)
 
 

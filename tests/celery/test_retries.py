@@ -122,6 +122,27 @@ def test_the_connection_is_cut_while_retries_wait(own_server, site, proxy):
     s.nothing_left()
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_the_server_is_down_for_longer_than_celery_tries_to_publish_a_retry(own_server, site, pool):
+    """Celery would reject the message for good. Here it goes back, to the head of its key, and runs again."""
+    s = site(own_server, {"task_publish_retry_policy": {"max_retries": 1, "interval_start": 0.02}})
+    s.worker(pool, c=2)
+    n = s.send("put", "a", fail=1, ms=1000)
+    plain = s.send("late", fail=1, ms=1000)
+    behind = s.send("put", "a")
+    s.wait("S", count=2)
+    own_server.kill()
+    s.wait("Q", count=2)
+    own_server.restart()
+    s.wait_done()
+    s.check()
+    for retried in (n, plain):
+        assert [event.attempt for event in s.of("S", n=retried)] == [0, 0, 1]
+    assert s.of("S", n=behind)[0].at > s.of("E", n=n)[0].at
+    assert not list(s.redis.scan_iter("*:dlq"))
+    s.nothing_left()
+
+
 def test_the_reply_of_a_retrys_publish_is_lost(own_server, site, proxy):
     """It is published again, as the same replacement of the same message."""
     s, line = site(own_server), proxy(own_server)
