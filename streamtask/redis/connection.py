@@ -25,6 +25,9 @@ log = logging.getLogger("streamtask.redis")
 
 MIN_VERSION = (6, 2)
 SENTINEL_OPTIONS = ("sentinel_kwargs", "min_other_sentinels")
+_cluster_nodes: dict[str, list[tuple[str, int]]] = {}
+"""The nodes of Clusters by URL, as this process saw them last: they answer when those that the URL names do not."""
+
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
 
 
@@ -83,7 +86,8 @@ class Broker:
             return
         try:
             parts = urlsplit(self.url)
-            _ = parts.port if "," not in parts.netloc else None
+            places = parts.netloc.rpartition("@")[2].split(",")
+            _ = [urlsplit(f"//{place}").port for place in places]
         except ValueError:
             # The parser's own words may repeat a piece of a password that was not percent-encoded.
             raise ConfigError(
@@ -150,13 +154,38 @@ class Broker:
         if self.scheme == "embedded":
             return redis.Redis.from_url(self._embedded_url(), **self._for_scheme(options))
         if self.scheme == "redis+cluster":
-            from redis.cluster import RedisCluster
-
             options.pop("retry")
-            return RedisCluster.from_url("redis" + self.url[len("redis+cluster") :], **options)
+            return self._open_cluster(options)
         if self.scheme == "redis+sentinel":
             return self._open_sentinel(options)
         return _checked(redis.Redis.from_url(self.url, **self._for_scheme(options)))
+
+    def _open_cluster(self, options: dict[str, Any]) -> Any:
+        from redis.cluster import ClusterNode, RedisCluster
+
+        parts = urlsplit(self.url)
+        userinfo, at, hosts = parts.netloc.rpartition("@")
+        first, *others = hosts.split(",")
+        nodes = [(place.hostname or "localhost", place.port or 6379) for place in (urlsplit(f"//{o}") for o in others)]
+        client = RedisCluster.from_url(
+            parts._replace(scheme="redis", netloc=f"{userinfo}{at}{first}").geturl(),
+            startup_nodes=[ClusterNode(host, port) for host, port in dict.fromkeys([*nodes, *self.cluster_nodes])],
+            **options,
+        )
+        self._remember_nodes(client)
+        return client
+
+    @property
+    def cluster_nodes(self) -> list[tuple[str, int]]:
+        """Host and port of each node of the Cluster, as this process saw them last."""
+        return _cluster_nodes.get(self.url, [])
+
+    @cluster_nodes.setter
+    def cluster_nodes(self, nodes: list[tuple[str, int]]) -> None:
+        _cluster_nodes[self.url] = nodes
+
+    def _remember_nodes(self, client: Any) -> None:
+        self.cluster_nodes = [(node.host, node.port) for node in client.get_nodes()]
 
     def _for_scheme(self, options: dict[str, Any]) -> dict[str, Any]:
         if self.scheme in ("unix", "embedded"):
@@ -237,6 +266,7 @@ class Broker:
             self._slots_stale = False
             try:
                 client.nodes_manager.initialize()
+                self._remember_nodes(client)
             except ERRORS:
                 # None of the nodes that were known is there: the URL's name may stand for others by now.
                 self._client = self._open()

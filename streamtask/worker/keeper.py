@@ -200,7 +200,7 @@ class Keeper:
 def _travelling(broker: Broker) -> str:
     """A broker as text for a private socket: its URL may hold a password, its options an object of the user's."""
     try:
-        packed = pickle.dumps((broker.url, broker.timeout_s, broker.client_name, broker.options))
+        packed = pickle.dumps((broker.url, broker.timeout_s, broker.client_name, broker.options, broker.cluster_nodes))
     except Exception as exc:
         raise ConfigError(
             f"the options of the broker {broker.safe_url} can't be given to the process that keeps leases: {exc}. Use a "
@@ -211,8 +211,10 @@ def _travelling(broker: Broker) -> str:
 
 def unpack_broker(text: str) -> Broker:
     """The other half of ``_travelling``."""
-    url, timeout_s, client_name, options = pickle.loads(base64.b64decode(text))
-    return Broker(url, timeout_s=timeout_s, client_name=client_name, options=options)
+    url, timeout_s, client_name, options, nodes = pickle.loads(base64.b64decode(text))
+    broker = Broker(url, timeout_s=timeout_s, client_name=client_name, options=options)
+    broker.cluster_nodes = nodes
+    return broker
 
 
 def _import_path() -> dict[str, str]:

@@ -10,7 +10,7 @@ from kombu import Connection
 
 from streamtask import StreamTask
 from streamtask.errors import ConfigError
-from tests.helpers import wait_until
+from tests.helpers import free_port, wait_until
 from tests.transport.fix_servers import RedisCluster
 from tests.transport.kit import Inbox, Kit, publish
 from tests.transport.test_plugging import works
@@ -87,6 +87,16 @@ class Reader:
                 self.connection.release()
             self.connection = self.kit.clone(self.connection)
         return body in self.bodies
+
+
+def test_a_url_may_name_several_nodes(redis_cluster: RedisCluster, make_kit: Any) -> None:
+    """Those that are down are passed over."""
+    kit = make_kit(redis_cluster)
+    down, *up = free_port(), *(node.port for node in redis_cluster.nodes)
+    for name, ports in (("first", [down, *up]), ("last", [*up, down])):
+        works(kit.connect("streamtask+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)), name)
+    with pytest.raises(ConfigError, match="port"):
+        works(kit.connect(f"streamtask+cluster://127.0.0.1:{up[0]},127.0.0.1:nonsense"))
 
 
 # --- slots that move -----------------------------------------------------------------------------------------------------
