@@ -37,7 +37,10 @@ def hear_pools() -> None:
         if semaphore is not None:
             semaphore.clear()  # a body that ends would let another one begin
         if isinstance(consumer.pool, PreforkPool) and consumer.pool._pool is not None:
-            pools.append((consumer.pool._pool, consumer.hub))
+            pool, hub = consumer.pool._pool, consumer.hub
+            # Before the loop hears the pool, its processes have been given nothing.
+            if hub is None or "handle_event" in vars(pool._result_handler):
+                pools.append((pool, hub))
     until = time.monotonic() + BEGIN_S
     for pool, _ in pools:
         _hand_over(pool, until)

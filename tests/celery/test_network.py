@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 
+from streamtask.redis.scripts import script
 from tests.celery import app as sut
 from tests.celery.rig import LEASE, Load, broker_url, close_app
 from tests.helpers import free_port, is_alive, wait_until
@@ -176,6 +177,18 @@ def test_the_connection_is_cut_under_long_keyed_bodies(own_server, site, proxy):
     s.wait_done(timeout=40)
     assert s.check().repeated == []
     s.nothing_left()
+
+
+def test_the_connection_is_lost_while_a_worker_starts(own_server, site, proxy):
+    """Its pool has begun by then, and nothing reads from that yet."""
+    s, line = site(own_server), proxy(own_server)
+    line.cut_before_request(script("bind_queue").sha.encode(), times=3)
+    worker = s.worker(c=2, port=line.port)
+    assert line.cuts == 3
+    assert "Connection to broker lost" in worker.log
+    s.mix(keys=2, each=2, late=2)
+    s.wait_done()
+    assert s.check().repeated == []
 
 
 def test_many_cuts_under_load(own_server, site, proxy):
