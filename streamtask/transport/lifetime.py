@@ -29,9 +29,4 @@ def is_declared(session: Session, name: str) -> bool:
 def touch(session: Session, name: str, expires_ms: int) -> None:
     """A queue with ``x-expires`` is in use."""
     key = keys.expiring(session.options.namespace, session.options.app)
-
-    def prolong(link: Link) -> None:
-        seconds, micros = link.command("TIME")
-        link.command("ZADD", key, "XX", int(seconds) * 1000 + int(micros) // 1000 + expires_ms, name)
-
-    session.connections.once_more(prolong, key)
+    session.connections.run("touch_queues", [key], [expires_ms, name])

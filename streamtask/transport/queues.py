@@ -87,10 +87,11 @@ class KombuQueue(Queue):
             shape = Shape(int(shards or 0), int(epoch))
             streams: set[int | str] = {*wanted, *(range(shape.shards) if keyed else ())}
             opened = script("open_shard")
+            fresh = 0
             for shard in streams:
                 keys = self.shard_keys(shard, shape)
-                self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, GROUP)))
-            if keyed or steps:
+                fresh += self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, GROUP)))
+            if fresh and (keyed or steps):
                 # Consumers learn it from the bell of the shared stream, keepers from the channel; both look now and then.
                 wake = self.shard_keys(SHARED, shape).wake
                 self._on(wake, link, pack("XADD", wake, "MAXLEN", 1, "*", "w", "streams"))

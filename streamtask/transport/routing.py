@@ -50,24 +50,10 @@ def _bind(session: Session, queue: str, exchange: str, member: str, expires_ms: 
     namespace, app = session.options.namespace, session.options.app
     names = [
         keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue),
-        keys.bindings(namespace, app, exchange),
+        keys.bindings(namespace, app, exchange), keys.born(namespace, app),
     ]  # fmt: skip
-    session.connections.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP])
-    if not session.born:
-        session.born = _born(session)
-
-
-def _born(session: Session) -> bytes:
-    """What was written at the first binding ever, or since a flush."""
-    name = keys.born(session.options.namespace, session.options.app)
-
-    def ask(link: Link) -> bytes:
-        link.command("SET", name, uuid.uuid4().hex, "NX")
-        found: bytes = link.command("GET", name)
-        return found
-
-    found: bytes = session.connections.once_more(ask, name)
-    return found
+    born = session.connections.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP, uuid.uuid4().hex])
+    session.born = session.born or born
 
 
 def flushed(session: Session) -> bool:

@@ -65,8 +65,7 @@ def _payload(link: Link, queue: str, names: ShardKeys, entry_id: bytes, fields: 
             "reason": "undecodable", "message": str(exc), "traceback": None, "attempts": 0, "crashes": 0,
             "dead_at": id_order(entry_id)[0], "appended_at": id_order(entry_id)[0], "queue": queue, "shard": "shared",
         }  # fmt: skip
-        link.command(
-            "XADD", names.dlq, "*", "error", json.dumps(error), "entry", entry_id, "group", GROUP, "held", "0", *fields
-        )
+        dead: list[str | bytes] = ["error", json.dumps(error), "entry", entry_id, "group", GROUP, "held", "0", *fields]
+        link.run("bury", [names.state, names.dlq], dead)
         log.error("dead letter: undecodable queue=%s entry=%s: %s", queue, entry_id.decode(), exc)
         return None

@@ -99,8 +99,10 @@ def test_junk_in_a_stream(kit: Kit, kind: str, key: str | None) -> None:
     assert kit.dead() == (kind != "empty properties")
 
 
-@pytest.mark.parametrize("how", ["get", "no_ack get", "no_ack"])
-def test_junk_in_other_ways_of_taking(kit: Kit, how: str) -> None:
+@pytest.mark.parametrize("full", [False, True], ids=["", "full"])
+@pytest.mark.parametrize("how", ["get", "no_ack get", "no_ack", "consume"])
+def test_junk_in_other_ways_of_taking(kit: Kit, redis_server: RedisServer, how: str, full: bool) -> None:
+    """Also where Redis is full."""
     channel = kit.channel()
     queue = kit.queue(channel)
     publish(channel, "before")
@@ -108,10 +110,15 @@ def test_junk_in_other_ways_of_taking(kit: Kit, how: str) -> None:
         entry: Any = JUNK[kind]
         kit.client().xadd(stream_of(kit, None), entry)
     publish(channel, "after")
+    if full:
+        used = kit.client().info("memory")["used_memory"]
+        redis_server.config_set(maxmemory_policy="noeviction", maxmemory=used // 2)
     got: list[Any] = []
-    if how == "no_ack":
-        inbox = Inbox(kit.channel(), "q", no_ack=True)
+    if how in ("no_ack", "consume"):
+        inbox = Inbox(kit.channel(), "q", no_ack=how == "no_ack")
         inbox.take(2)
+        for message in inbox.messages:
+            how == "consume" and message.ack()
         got = inbox.bodies
     else:
 

@@ -3,14 +3,18 @@
 -- KEYS[2] expiring  sorted set queue -> when it expires unless it is used (ms)
 -- KEYS[3] bound     set of the queue's bindings: exchange SEP routing key SEP pattern SEP queue
 -- KEYS[4] bindings  set of the exchange's bindings: routing key SEP pattern SEP queue
+-- KEYS[5] born      what was written at the first declaration ever, or since a flush
 -- ARGV[1] queue
 -- ARGV[2] when the queue expires, ms from now; 0 for never; '' leaves that as it is
 -- ARGV[3] exchange, or '' to declare only
 -- ARGV[4] the binding: routing key SEP pattern SEP queue
 -- ARGV[5] SEP
--- Returns: 1 if the queue was not declared before
+-- ARGV[6] what to write as born where nothing is
+-- Returns: what is born
 --- @include now
-local fresh = redis.call('SADD', KEYS[1], ARGV[1])
+-- A write that Redis allows above maxmemory lets the next ones through: a consumer declares its queue before it drains it.
+redis.call('ZREM', KEYS[2], '')
+redis.call('SADD', KEYS[1], ARGV[1])
 if ARGV[2] ~= '' and tonumber(ARGV[2]) > 0 then
   redis.call('ZADD', KEYS[2], now_ms() + tonumber(ARGV[2]), ARGV[1])
 elseif ARGV[2] == '0' then
@@ -20,4 +24,5 @@ if ARGV[3] ~= '' then
   redis.call('SADD', KEYS[4], ARGV[4])
   redis.call('SADD', KEYS[3], ARGV[3] .. ARGV[5] .. ARGV[4])
 end
-return fresh
+redis.call('SET', KEYS[5], ARGV[6], 'NX')
+return redis.call('GET', KEYS[5])

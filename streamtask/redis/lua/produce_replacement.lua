@@ -29,11 +29,16 @@ local admitted = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], 0)
 if admitted ~= 1 then
   return admitted
 end
+local pending = is_pending(KEYS[3], ARGV[7], ARGV[8])
+if pending then
+  -- Redis allows it above maxmemory, and with it what follows: the message is there already.
+  redis.call('HDEL', KEYS[7], '')
+end
 if redis.call('SETBIT', KEYS[2], ARGV[2], 1) == 1 then
   return STORED_ALREADY
 end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
-if is_pending(KEYS[3], ARGV[7], ARGV[8]) then
+if pending then
   if redis.call('HGET', KEYS[6], 'token') ~= ARGV[9] then
     return STORED_ALREADY
   end
