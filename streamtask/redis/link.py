@@ -8,6 +8,7 @@ connection end here: callers see ``BrokerUnavailable``, ``BrokerOutOfMemory``, `
 from __future__ import annotations
 
 import re
+import select
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -228,6 +229,12 @@ class Link:
         sock = self._sock
         return sock is not None and (self._reader.has_data() or (hasattr(sock, "pending") and sock.pending() > 0))
 
+    def drop_if_ended(self) -> None:
+        """Between two calls: closes a connection that the server has closed, as its ``timeout`` setting says of idle ones.
+        The next use connects anew, where it would have failed."""
+        if self._sock is not None and not self.buffered() and _is_readable(self.fileno()):
+            self.close()
+
     def call(self, packed: bytes) -> Reply:
         """Sends one prepared command and reads its reply; an unknown script is loaded and called again."""
         if self._sock is None:
@@ -291,6 +298,14 @@ class Link:
     def close(self) -> None:
         self._sock = None
         self._conn.disconnect()
+
+
+def _is_readable(fd: int) -> bool:
+    if hasattr(select, "poll"):
+        waiting = select.poll()
+        waiting.register(fd, select.POLLIN)
+        return bool(waiting.poll(0))
+    return bool(select.select([fd], [], [], 0)[0])  # with eventlet
 
 
 class ClusterLink(Link):

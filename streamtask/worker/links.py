@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..clock import mono_s
 from ..redis.connection import Broker
 from ..redis.link import SMALL, Link, Reply
+
+IDLE_S = 1.0
+"""A connection that was not used for so long may have been closed by the server: it is looked at before its next use."""
 
 
 class Links:
@@ -17,6 +21,7 @@ class Links:
         self._buffer_bytes = buffer_bytes
         self._timeout_s = timeout_s
         self._links: dict[str, Link] = {}
+        self._used_at: dict[str, float] = {}
 
     def at(self, key: str) -> Link:
         """The link to the server that holds a key."""
@@ -26,6 +31,10 @@ class Links:
             link = self._links[node] = self._broker.link(
                 key, timeout_s=self._timeout_s, buffer_bytes=self._buffer_bytes
             )
+        now = mono_s()
+        if now - self._used_at.get(node, now) > IDLE_S:
+            link.drop_if_ended()
+        self._used_at[node] = now
         return link
 
     def pipeline(self, commands: Sequence[tuple[str, bytes]]) -> list[Reply]:

@@ -179,6 +179,25 @@ def test_the_connection_is_cut_under_long_keyed_bodies(own_server, site, proxy):
     s.nothing_left()
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_redis_closes_idle_connections(own_server, site, pool):
+    """As its ``timeout`` says, and many a hosted Redis does: a worker at rest, or in a long body, does not take it for an
+    outage."""
+    own_server.config_set(timeout=1)
+    s = site(own_server)
+    worker = s.worker(pool, c=2)
+    for _ in range(2):
+        s.send("put", "a", ms=2500)
+        s.send("late", ms=2500)
+        s.wait_done()
+        time.sleep(2.5)  # nothing must happen, so there is nothing to wait for
+    s.mix(keys=2, each=2, late=2)
+    s.wait_done()
+    assert s.check().repeated == []
+    s.nothing_left()
+    assert "WARNING" not in worker.log
+
+
 def test_the_connection_is_lost_while_a_worker_starts(own_server, site, proxy):
     """Its pool has begun by then, and nothing reads from that yet."""
     s, line = site(own_server), proxy(own_server)
