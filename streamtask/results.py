@@ -10,7 +10,7 @@ from .backoff import delays
 from .clock import mono_s, wall_ms
 from .errors import BrokerUnavailable, ConfigError, ResultTimeout, TaskError, TaskRevoked
 from .redis import keys, wire
-from .redis.connection import Broker, wrapped
+from .redis.connection import Broker
 from .redis.scripts import script
 
 PENDING = "PENDING"
@@ -48,7 +48,7 @@ class ResultStore:
         return script("store_result").pack((self.key(task_id),), (payload, self._ttl_ms))
 
     def read(self, task_id: str) -> dict[str, Any] | None:
-        with wrapped(self.broker.safe_url):
+        with self.broker.wrapped():
             payload = self.broker.client().get(self.key(task_id))
         return None if payload is None else wire.unpack_body(payload)
 
@@ -69,7 +69,7 @@ class ResultStore:
                 raise ResultTimeout(f"no result of task {task_id} within {timeout_s} s")
 
     def _wait_once(self, task_id: str, deadline: float | None) -> dict[str, Any] | None:
-        with wrapped(self.broker.safe_url):
+        with self.broker.wrapped():
             pubsub = self.broker.client().pubsub()
             try:
                 pubsub.subscribe(self.key(task_id))

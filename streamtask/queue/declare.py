@@ -54,6 +54,7 @@ class Queue:
     def after_fork(self) -> None:
         # Another thread of the parent may have held it.
         self._lock = threading.Lock()
+        self.broker.after_fork()
 
     def declare(self, groups: tuple[str, ...] = ()) -> Shape:
         """Records the queue and opens its shards, unless that is done; adds groups to all of them, from the beginning.

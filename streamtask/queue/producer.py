@@ -83,12 +83,6 @@ def _bulk(*parts: str | bytes | int) -> bytes:
 _NUMBERS = [_bulk(number) for number in range(PAGE)]
 
 
-def _close_unless_answered(link: Link, error: BaseException) -> None:
-    """After anything but an error reply a link may still owe an answer, which its next user must not read."""
-    if not isinstance(error, REPLIES):
-        link.close()
-
-
 class Target:
     """One shard as a producer sees it: its keys, its produce ids, and what of its next calls is prepared."""
 
@@ -408,12 +402,16 @@ class Producer:
         except IndexError:
             link = queue.broker.link(target.keys.stream)
         try:
-            return link.call(packed)
+            answer = link.call(packed)
         except BaseException as exc:
-            _close_unless_answered(link, exc)
+            if isinstance(exc, REPLIES):
+                links.append(link)
+            else:
+                # It may still owe an answer, which its next user must not read; on a Cluster it may be another node's.
+                link.close()
             raise
-        finally:
-            links.append(link)
+        links.append(link)
+        return answer
 
     def take_link(self, node: str, queue: Queue, key: str) -> Link:
         try:
@@ -523,8 +521,7 @@ class Bulk:
                 for shard in shards:
                     self.unknown.update(self.prepared[shard][0])
             raise
-        finally:
-            self.producer.give_link(node, link)
+        self.producer.give_link(node, link)
         errors: list[StreamTaskError] = []
         fatal: StreamTaskError | None = None
         for shard, answer in zip(shards, answers, strict=True):

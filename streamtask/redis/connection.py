@@ -18,7 +18,8 @@ import redis
 import redis.asyncio
 from redis.sentinel import SentinelManagedSSLConnection as _SentinelTLS
 
-from ..errors import ConfigError, UnsupportedServer
+from ..clock import mono_s
+from ..errors import BrokerUnavailable, ConfigError, UnsupportedServer
 from .link import ERRORS, SMALL, Link, open_link, translate
 
 log = logging.getLogger("streamtask.redis")
@@ -27,6 +28,9 @@ MIN_VERSION = (6, 2)
 SENTINEL_OPTIONS = ("sentinel_kwargs", "min_other_sentinels")
 _cluster_nodes: dict[str, list[tuple[str, int]]] = {}
 """The nodes of Clusters by URL, as this process saw them last: they answer when those that the URL names do not."""
+
+SLOTS_S = 0.1
+"""A Cluster is asked where its slots are at most so often, in seconds."""
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
 
@@ -72,6 +76,8 @@ class Broker:
         self._embedded: Any = None
         self._eviction_checked = False
         self._slots_stale = False
+        self._slots_asked_at = float("-inf")
+        self._asking = threading.Lock()
         scheme = url.partition("://")[0] if "://" in url else ""
         if scheme not in SCHEMES:
             raise ConfigError(
@@ -145,7 +151,8 @@ class Broker:
                     raise translate(exc, self.safe_url) from None
                 except (ValueError, TypeError) as exc:
                     raise ConfigError(f"the broker URL {self.safe_url!r} can't be used: {exc}") from None
-            return self._client
+            client = self._client
+        return self._ask_for_slots(client) if self._slots_stale and self.is_cluster else client
 
     def _open(self) -> Any:
         options = self._options()
@@ -237,47 +244,73 @@ class Broker:
         """Which server holds a key: '' but on a Cluster."""
         if not self.is_cluster:
             return ""
-        name: str = self._node(key).name
-        return name
+        return self._node(key)[0]
 
-    def _node(self, key: str) -> Any:
-        """redis-py's node of a key, on a Cluster."""
+    def _node(self, key: str) -> tuple[str, Any]:
+        """A key's node on a Cluster: its name, and redis-py's client of it."""
         client = self.client()
-        with wrapped(self.safe_url):
-            try:
-                if self._slots_stale:
-                    client = self._ask_for_slots(client)
-                node = client.get_node_from_key(key)
-                if node.redis_connection is None:
-                    client.get_redis_connection(node)
-            except ERRORS:
-                self._slots_stale = True
-                raise
-            return node
+        try:
+            node = client.get_node_from_key(key)
+            return node.name, client.get_redis_connection(node)
+        except Exception as exc:
+            # redis-py 5 raises others, too, while another thread learns of the slots or loses a node.
+            self._slots_stale = True
+            if isinstance(exc, ERRORS):
+                raise translate(exc, self.safe_url) from None
+            raise BrokerUnavailable(
+                f"the nodes of the Redis Cluster at {self.safe_url} are not known: {exc!r}"
+            ) from exc
 
     def forget_slots(self) -> None:
         """A Cluster is asked anew, at the next use, where its slots are. Links do this when they fail."""
         self._slots_stale = True
 
     def _ask_for_slots(self, client: Any) -> Any:
-        with self._lock:
-            if not self._slots_stale or self._client is not client:
-                return self._client or client
+        """One thread asks, which may take long; the others go on with what is known."""
+        if mono_s() - self._slots_asked_at < SLOTS_S or not self._asking.acquire(blocking=False):
+            return client
+        try:
             self._slots_stale = False
             try:
                 client.nodes_manager.initialize()
                 self._remember_nodes(client)
-            except ERRORS:
+            except Exception:
                 # None of the nodes that were known is there: the URL's name may stand for others by now.
-                self._client = self._open()
-                client.close()
-            return self._client
+                old, client = client, self._open()
+                with self._lock:
+                    self._client = client
+                old.close()
+            return client
+        except Exception as exc:
+            self._slots_stale = True
+            if isinstance(exc, ERRORS):
+                raise translate(exc, self.safe_url) from None
+            raise BrokerUnavailable(
+                f"the Redis Cluster at {self.safe_url} does not say where its slots are: {exc!r}"
+            ) from exc
+        finally:
+            self._slots_asked_at = mono_s()
+            self._asking.release()
+
+    @contextmanager
+    def wrapped(self) -> Iterator[None]:
+        """Around calls of ``client()``: turns redis-py's errors into ours."""
+        try:
+            yield
+        except ERRORS as exc:
+            self._slots_stale = True
+            raise translate(exc, self.safe_url) from None
+
+    def after_fork(self) -> None:
+        """In the child: another thread of the parent may have held the locks."""
+        self._lock = threading.Lock()
+        self._asking = threading.Lock()
 
     def link(self, key: str = "", *, timeout_s: float | None = None, buffer_bytes: int = SMALL) -> Link:
         """A new, unconnected link to the server that holds ``key``. ``timeout_s`` bounds the wait for a reply,
         ``buffer_bytes`` is how much one read takes."""
-        client = self._node(key).redis_connection if self.is_cluster else self.client()
-        with wrapped(self.safe_url):
+        client = self._node(key)[1] if self.is_cluster else self.client()
+        with self.wrapped():
             return open_link(
                 client,
                 self.safe_url,
@@ -305,7 +338,7 @@ class Broker:
         """The server's version. Raises ``UnsupportedServer`` below 6.2 and ``BrokerUnavailable``."""
         if self.scheme == "memory":
             return (7, 0)  # fakeredis has no INFO; it is made with that version below
-        with wrapped(self.safe_url):
+        with self.wrapped():
             info = self.client().info("server")
             if self.is_cluster and "redis_version" not in info:
                 info = next(iter(info.values()))
@@ -322,7 +355,7 @@ class Broker:
         if self._eviction_checked or self.scheme == "memory":
             return
         self._eviction_checked = True
-        with wrapped(self.safe_url):
+        with self.wrapped():
             info = self.client().info("memory")
             if self.is_cluster and "maxmemory" not in info:
                 info = next(iter(info.values()))
@@ -349,15 +382,6 @@ def _checked(client: Any) -> Any:
     """The client, if its URL's options are ones that a connection takes: redis-py looks at them at the first use."""
     client.connection_pool.make_connection()
     return client
-
-
-@contextmanager
-def wrapped(where: str) -> Iterator[None]:
-    """Turns redis-py's errors inside the block into ours."""
-    try:
-        yield
-    except ERRORS as exc:
-        raise translate(exc, where) from None
 
 
 def _memory_client(url: str) -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
 from ..redis.link import Link, pack
+from ..worker.links import IDLE_S
 from . import hooks
 from .fanout import Listener
 from .session import Session
@@ -73,13 +74,21 @@ class Bell:
         self.link = link
         self.asked: dict[bytes, tuple[str, str]] = {}
         self.overdue_at = 0.0
+        self.rang_at = mono_s()
 
     def arm(self, streams: dict[bytes, tuple[str, str]], block_s: float, grace_s: float) -> None:
         ids = [at for _, at in streams.values()]
         block_ms = max(1, int(block_s * 1000))
+        if mono_s() - self.rang_at > IDLE_S:
+            self.link.drop_if_ended()
         self.link.send(pack("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *streams, *ids))
         self.asked = streams
         self.overdue_at = mono_s() + block_s + grace_s
+
+    def rang(self) -> dict[bytes, tuple[str, str]]:
+        """What it was asked for; it rests now."""
+        asked, self.asked, self.rang_at = self.asked, {}, mono_s()
+        return asked
 
     def drop(self) -> None:
         self.asked = {}
@@ -172,7 +181,7 @@ class Poller:
             self.listener.fail()
         for bell in self._bells.values():
             if bell.asked and mono_s() > bell.overdue_at and not self._look(bell.link.fileno()):
-                self._drop(bell)
+                self._forget(bell)
                 raise BrokerUnavailable(f"Redis at {session.broker.safe_url} does not answer")
 
     def _look(self, fd: int) -> bool:
@@ -248,7 +257,21 @@ class Poller:
                 ):
                     continue
                 self._drop(bell)  # it waits for too little, or too long
-            bell.arm(streams, block_s, self.session.broker.timeout_s)
+            with self._or_forgotten(bell):
+                bell.arm(streams, block_s, self.session.broker.timeout_s)
+
+    @contextmanager
+    def _or_forgotten(self, bell: Bell) -> Iterator[None]:
+        """A bell whose server is lost is not used again: on a Cluster what it waits for may be elsewhere by then."""
+        try:
+            yield
+        except BrokerUnavailable:
+            self._forget(bell)
+            raise
+
+    def _forget(self, bell: Bell) -> None:
+        self._drop(bell)
+        self._bells = {place: other for place, other in self._bells.items() if other is not bell}
 
     def _drop(self, bell: Bell) -> None:
         fd = bell.link.fileno()
@@ -291,14 +314,9 @@ class Poller:
             self.session.take_orders()
         for bell in self._bells.values():
             if bell.asked and bell.link.fileno() == fd:
-                asked, bell.asked = bell.asked, {}
-                try:
+                asked = bell.rang()
+                with self._or_forgotten(bell):
                     self.session.rang(bell.link.read(), asked)
-                except BrokerUnavailable:
-                    # On a Cluster what it waits for may be elsewhere by now.
-                    self._drop(bell)
-                    self._bells = {place: other for place, other in self._bells.items() if other is not bell}
-                    raise
                 return
 
     # kombu's event loop

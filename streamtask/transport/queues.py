@@ -87,14 +87,14 @@ class KombuQueue(Queue):
             shape = Shape(int(shards or 0), int(epoch))
             streams: set[int | str] = {*wanted, *(range(shape.shards) if keyed else ())}
             opened = script("open_shard")
-            fresh = 0
             for shard in streams:
                 keys = self.shard_keys(shard, shape)
-                fresh += self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, GROUP)))
-            if fresh and (keyed or steps):
-                # Consumers learn it from the bell of the shared stream, keepers from the channel; both look now and then.
+                self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, GROUP)))
+            if keyed or steps:
+                # Consumers learn it from the bell of the shared stream, keepers from the channel. Whoever made the streams
+                # may have ended before this, so all ring.
                 wake = self.shard_keys(SHARED, shape).wake
-                self._on(wake, link, pack("XADD", wake, "MAXLEN", 1, "*", "w", "streams"))
+                self._on(wake, link, script("ring").pack((wake,), ("streams",)))
                 self._on("", link, pack("PUBLISH", self.keys.channel(GROUP), "keyed"))
             names = app_queues(self.namespace, self.app)
             if not self._on(names, link, pack("SISMEMBER", names, self.name)):

@@ -560,6 +560,7 @@ def _after_fork() -> None:
         here = (os.getpid(), *key[1:])
         _sessions[here] = session
         session.begin()
+        session.broker.after_fork()
         for queue in session.queues.values():
             queue.after_fork()
 

@@ -49,7 +49,8 @@ def take(session: Session, consumed: Consumed, most: int) -> list[tuple[dict[str
                 if next_ms >= 0:
                     due_at.append(mono_s() + max(0, int(next_ms) - int(now_ms)) / 1000)
                 break
-    consumed.rung = len(out) >= most
+    # A first keyed message has come: the next fetch joins those who share its shards out.
+    consumed.rung = len(out) >= most or queue.keyed
     consumed.next_due = min(due_at, default=None)
     return out
 

@@ -198,6 +198,9 @@ class KeeperProcess:
         self._namespace, self._app, self._group = start["namespace"], start["app"], start["group"]
         self._lease_ms = start["lease_ms"]
         self._broker = unpack_broker(start["broker"])
+        if self._broker.is_cluster:
+            # A node that swallows packets must not cost the leases that lie on others.
+            self._broker.timeout_s = min(self._broker.timeout_s, max(0.5, self._lease_ms / 3000))
         about = {
             "host": socket.gethostname(),
             "started": wall_ms() / 1000,

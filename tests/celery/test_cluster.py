@@ -6,6 +6,7 @@ import pytest
 
 from tests.celery import app as sut
 from tests.celery.rig import close_app
+from tests.transport.fix_servers import wait_replicated
 
 pytestmark = pytest.mark.parametrize("redis_cluster", [3], ids=["three nodes"], indirect=True)
 
@@ -58,7 +59,7 @@ def test_a_replica_takes_a_masters_place(on_cluster, redis_cluster):
     redis_cluster.replicate(master)
     some(s, app)
     s.wait_done(timeout=30)
-    master.client().execute_command("WAIT", 1, 2000)
+    wait_replicated(master)
     master.kill()
     some(s, app)
     s.wait_done(timeout=60)

@@ -12,6 +12,7 @@ from streamtask.redis.scripts import script
 from tests.celery import app as sut
 from tests.celery.rig import LEASE, Load, broker_url, close_app
 from tests.helpers import free_port, is_alive, wait_until
+from tests.transport.fix_servers import wait_replicated
 
 
 def test_the_reply_of_a_fetch_is_lost(own_server, site, wire):
@@ -179,12 +180,12 @@ def test_the_connection_is_cut_under_long_keyed_bodies(own_server, site, proxy):
     s.nothing_left()
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_redis_closes_idle_connections(own_server, site, pool):
+@pytest.mark.parametrize("pool, most", [("prefork", 4), ("prefork", 1), ("threads", 1)])
+def test_redis_closes_idle_connections(own_server, site, pool, most):
     """As its ``timeout`` says, and many a hosted Redis does: a worker at rest, or in a long body, does not take it for an
     outage."""
     own_server.config_set(timeout=1)
-    s = site(own_server)
+    s = site(own_server, {"worker_prefetch_multiplier": most})
     worker = s.worker(pool, c=2)
     for _ in range(2):
         s.send("put", "a", ms=2500)
@@ -254,7 +255,7 @@ def test_sentinels_name_another_master(sentinels, site):
             s.send("put", "a", app=app)
             s.send("late", app=app)
         s.wait_done()
-        master.client().execute_command("WAIT", 1, 2000)
+        wait_replicated(master)
         master.kill()
         for _ in range(3):
             s.send("put", "a", app=app)

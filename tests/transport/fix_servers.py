@@ -167,6 +167,16 @@ def sentinels(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sentin
 CLUSTER = {"cluster-enabled": "yes", "cluster-node-timeout": "1000", "repl-diskless-sync-delay": "0"}
 
 
+def wait_replicated(master: RedisServer) -> None:
+    """Waits until a master's replicas have all that it has."""
+
+    def done() -> bool:
+        info: Any = master.client().info("replication")
+        return bool(info["connected_slaves"]) and info["slave0"]["offset"] == info["master_repl_offset"]
+
+    wait_until(done, 20)
+
+
 class RedisCluster:
     """Some nodes which own the slots in equal parts."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -178,6 +180,69 @@ def test_streamtask_producers_go_on_when_slots_have_moved(redis_cluster: RedisCl
         redis_cluster.move(key)
         keyed.apply_async(kwargs={"user": 1}, countdown=60)
         assert length(redis_cluster, key) == 5
+    finally:
+        app.close()
+
+
+@three_nodes
+def test_many_threads_publish_while_slots_move(redis_cluster: RedisCluster) -> None:
+    """They share the connections to each node: none may be kept under the name of another."""
+    app = StreamTask("t", broker=f"redis+cluster://127.0.0.1:{redis_cluster.port}", shards=4)
+
+    @app.task(name="keyed", shard_key="user")
+    def keyed(user: int) -> None: ...
+
+    streams = [f"streamtask:{{t.default.0.{n}}}:stream" for n in range(4)]
+    sent = [0] * 6
+    stop = threading.Event()
+
+    def send(thread: int) -> None:
+        while not stop.is_set():
+            keyed.apply_async(kwargs={"user": sent[thread]}, timeout=3)
+            sent[thread] += 1
+
+    try:
+        keyed.delay(user=0)
+        with ThreadPoolExecutor(len(sent)) as pool:
+            threads = [pool.submit(send, thread) for thread in range(len(sent))]
+            for n in range(12):
+                before = list(sent)
+                wait_until(lambda before=before: all(now > was + 3 for now, was in zip(sent, before, strict=True)), 10)
+                redis_cluster.move(streams[n % 4])
+            before = list(sent)
+            wait_until(lambda before=before: all(now > was + 20 for now, was in zip(sent, before, strict=True)), 10)
+            stop.set()
+            for thread in threads:
+                thread.result(10)
+        assert sum(length(redis_cluster, key) for key in streams) == sum(sent) + 1
+    finally:
+        stop.set()
+        app.close()
+
+
+@three_nodes
+@pytest.mark.parametrize("how", ["one", "many"])
+def test_a_connection_under_the_name_of_another_node_is_not_kept(redis_cluster: RedisCluster, how: str) -> None:
+    """As one comes there that is made while another thread learns where the slots are."""
+    app = StreamTask("t", broker=f"redis+cluster://127.0.0.1:{redis_cluster.port}")
+
+    @app.task(name="keyed", shard_key="user")
+    def keyed(user: int) -> None: ...
+
+    try:
+        queue = app.queue("default")
+        mine = queue.shard_for(b"1")
+        nodes = {shard: app.broker.node(queue.shard_keys(shard).stream) for shard in range(8)}
+        elsewhere = next(shard for shard, node in nodes.items() if node != nodes[mine])  # type: ignore[index]
+        keyed.delay(user=1)
+        links = app.producer.target(queue, mine).links
+        for _ in range(3):
+            links.append(app.broker.link(queue.shard_keys(elsewhere).stream))
+        if how == "one":
+            keyed.apply_async(kwargs={"user": 1}, timeout=2)
+        else:
+            keyed.send_many([{"user": 1}], timeout=2)
+        assert length(redis_cluster, queue.shard_keys(mine).stream) == 2
     finally:
         app.close()
 

@@ -22,7 +22,7 @@ from streamtask.transport import Transport
 from streamtask.transport.options import Options, broker_of, options_of
 from tests.fix_redis import RedisServer
 from tests.helpers import free_port, spawn, wait_until
-from tests.transport.fix_servers import Sentinels, TlsServer
+from tests.transport.fix_servers import Sentinels, TlsServer, wait_replicated
 from tests.transport.kit import LEASE_S, Inbox, Kit, publish
 
 OURS = "streamtask.transport:Transport"
@@ -350,7 +350,7 @@ def test_sentinel_failover(sentinels: Sentinels, make_kit: Any) -> None:
     producer = connection.Producer()
     kit.queue(connection.channel())
     producer.publish(1, routing_key="q")
-    master.client().execute_command("WAIT", 1, 2000)
+    wait_replicated(master)
     master.kill()
     policy = {"max_retries": 100, "interval_start": 0.1, "interval_max": 0.2}
     producer.publish(2, routing_key="q", retry=True, retry_policy=policy)

@@ -276,6 +276,29 @@ def test_a_full_redis(own_server_all: RedisServer, make_kit: Any) -> None:
     assert inbox.bodies[-1] == "room"
 
 
+@pytest.mark.parametrize("no_ack", [False, True], ids=["acks", "no_ack"])
+@pytest.mark.parametrize(
+    "options", [{"priority": 9}, {"headers": {"shard_key": "a"}}], ids=["first of its priority", "first with a key"]
+)
+def test_consumers_hear_of_a_stream_that_was_made_when_redis_was_full(
+    kit: Kit, redis_server: RedisServer, options: dict[str, Any], no_ack: bool
+) -> None:
+    """The stream is there, and its first message is refused: who publishes again makes nothing."""
+    channel = kit.channel()
+    kit.queue(channel)
+    inbox = Inbox(channel, "q", no_ack=no_ack)
+    inbox.drain(0.2)
+    redis_server.config_set(maxmemory_policy="noeviction", maxmemory=kit.client().info("memory")["used_memory"] // 2)
+    other = kit.connect(transport_options={"send_timeout": 0.2})
+    with pytest.raises((*other.connection_errors, *other.channel_errors, OperationalError)):
+        publish(other.channel(), "refused", **options)
+    inbox.drain(0.2)
+    redis_server.config_set(maxmemory=0)
+    publish(other.channel(), "stored", **options)
+    inbox.take(timeout=4)
+    assert inbox.bodies == ["stored"]
+
+
 def test_backlog_limit(kit: Kit) -> None:
     connection = kit.connect(transport_options={"max_backlog": 5, "send_timeout": 0.2})
     channel = connection.channel()
