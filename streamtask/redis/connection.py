@@ -19,7 +19,7 @@ import redis.asyncio
 from redis.sentinel import SentinelManagedSSLConnection as _SentinelTLS
 
 from ..clock import mono_s
-from ..errors import BrokerUnavailable, ConfigError, UnsupportedServer
+from ..errors import BrokerUnavailable, ConfigError, StreamTaskError, UnsupportedServer
 from .link import ERRORS, SMALL, Link, open_link, translate
 
 log = logging.getLogger("streamtask.redis")
@@ -253,13 +253,7 @@ class Broker:
             node = client.get_node_from_key(key)
             return node.name, client.get_redis_connection(node)
         except Exception as exc:
-            # redis-py 5 raises others, too, while another thread learns of the slots or loses a node.
-            self._slots_stale = True
-            if isinstance(exc, ERRORS):
-                raise translate(exc, self.safe_url) from None
-            raise BrokerUnavailable(
-                f"the nodes of the Redis Cluster at {self.safe_url} are not known: {exc!r}"
-            ) from exc
+            raise self._went_astray(exc) from exc
 
     def forget_slots(self) -> None:
         """A Cluster is asked anew, at the next use, where its slots are. Links do this when they fail."""
@@ -282,12 +276,7 @@ class Broker:
                 old.close()
             return client
         except Exception as exc:
-            self._slots_stale = True
-            if isinstance(exc, ERRORS):
-                raise translate(exc, self.safe_url) from None
-            raise BrokerUnavailable(
-                f"the Redis Cluster at {self.safe_url} does not say where its slots are: {exc!r}"
-            ) from exc
+            raise self._went_astray(exc) from exc
         finally:
             self._slots_asked_at = mono_s()
             self._asking.release()
@@ -298,8 +287,15 @@ class Broker:
         try:
             yield
         except ERRORS as exc:
-            self._slots_stale = True
-            raise translate(exc, self.safe_url) from None
+            raise self._went_astray(exc) from None
+
+    def _went_astray(self, exc: Exception) -> StreamTaskError:
+        """An error of redis-py as one of ours; a Cluster is asked anew where its slots are."""
+        self.forget_slots()
+        if isinstance(exc, ERRORS):
+            return translate(exc, self.safe_url)
+        # redis-py 5 raises others, too, while another thread learns of the slots or loses a node.
+        return BrokerUnavailable(f"the nodes of the Redis Cluster at {self.safe_url} are not known: {exc!r}")
 
     def after_fork(self) -> None:
         """In the child: another thread of the parent may have held the locks."""

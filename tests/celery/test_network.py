@@ -180,6 +180,23 @@ def test_the_connection_is_cut_under_long_keyed_bodies(own_server, site, proxy):
     s.nothing_left()
 
 
+def idle_seconds(server):
+    """Of each connection that waits for nothing, and so is Redis' to close: for how long it has done nothing."""
+    rows = server.client().client_list(_type="normal")
+    return {row["id"]: int(row["idle"]) for row in rows if "b" not in row["flags"]}
+
+
+def wait_closed(server):
+    """Waits until Redis has closed those of its connections that rest."""
+    before = idle_seconds(server)
+
+    def closed():
+        left = {number: idle for number, idle in idle_seconds(server).items() if number in before}
+        return len(left) < len(before) and not any(left.values())
+
+    wait_until(closed, 10)
+
+
 @pytest.mark.parametrize("pool, most", [("prefork", 4), ("prefork", 1), ("threads", 1)])
 def test_redis_closes_idle_connections(own_server, site, pool, most):
     """As its ``timeout`` says, and many a hosted Redis does: a worker at rest, or in a long body, does not take it for an
@@ -191,7 +208,7 @@ def test_redis_closes_idle_connections(own_server, site, pool, most):
         s.send("put", "a", ms=2500)
         s.send("late", ms=2500)
         s.wait_done()
-        time.sleep(2.5)  # nothing must happen, so there is nothing to wait for
+        wait_closed(own_server)
     s.mix(keys=2, each=2, late=2)
     s.wait_done()
     assert s.check().repeated == []

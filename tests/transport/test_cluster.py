@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,6 +60,18 @@ def test_fanout_on_a_cluster(redis_cluster: RedisCluster, make_kit: Any) -> None
     inbox = Inbox(channel, queue, no_ack=True)
     Producer(kit.connect(url).channel(), exchange).publish("x")
     assert inbox.take()[0].payload == "x"
+
+
+@pytest.fixture
+def app(redis_cluster: RedisCluster) -> Iterator[StreamTask]:
+    """An app of streamtask's own with a task ``keyed``."""
+    made = StreamTask("t", broker=f"redis+cluster://127.0.0.1:{redis_cluster.port}")
+
+    @made.task(name="keyed", shard_key="user")
+    def keyed(user: int) -> None: ...
+
+    yield made
+    made.close()
 
 
 class Reader:
@@ -159,40 +172,29 @@ def test_consuming_goes_on_when_slots_move(redis_cluster: RedisCluster, make_kit
 
 
 @three_nodes
-def test_streamtask_producers_go_on_when_slots_have_moved(redis_cluster: RedisCluster) -> None:
-    app = StreamTask("t", broker=f"redis+cluster://127.0.0.1:{redis_cluster.port}")
-
-    @app.task(name="keyed", shard_key="user")
-    def keyed(user: int) -> None: ...
-
-    try:
-        keyed.delay(user=1)
-        streams = [f"streamtask:{{t.default.0.{n}}}:stream" for n in range(8)]
-        key = next(one for one in streams if length(redis_cluster, one))
-        redis_cluster.move(key)
-        keyed.delay(user=1)
-        redis_cluster.move(key)
-        keyed.send_many([{"user": n} for n in (1, 2, 3, 1)])
-        redis_cluster.move(key)
-        assert keyed.apply_async(kwargs={"user": 1}, dedupe_id="a").stored
-        redis_cluster.move(key)
-        assert not keyed.apply_async(kwargs={"user": 1}, dedupe_id="a").stored
-        redis_cluster.move(key)
-        keyed.apply_async(kwargs={"user": 1}, countdown=60)
-        assert length(redis_cluster, key) == 5
-    finally:
-        app.close()
+def test_streamtask_producers_go_on_when_slots_have_moved(redis_cluster: RedisCluster, app: StreamTask) -> None:
+    keyed = app.tasks["keyed"]
+    keyed.delay(user=1)
+    streams = [f"streamtask:{{t.default.0.{n}}}:stream" for n in range(8)]
+    key = next(one for one in streams if length(redis_cluster, one))
+    redis_cluster.move(key)
+    keyed.delay(user=1)
+    redis_cluster.move(key)
+    keyed.send_many([{"user": n} for n in (1, 2, 3, 1)])
+    redis_cluster.move(key)
+    assert keyed.apply_async(kwargs={"user": 1}, dedupe_id="a").stored
+    redis_cluster.move(key)
+    assert not keyed.apply_async(kwargs={"user": 1}, dedupe_id="a").stored
+    redis_cluster.move(key)
+    keyed.apply_async(kwargs={"user": 1}, countdown=60)
+    assert length(redis_cluster, key) == 5
 
 
 @three_nodes
-def test_many_threads_publish_while_slots_move(redis_cluster: RedisCluster) -> None:
+def test_many_threads_publish_while_slots_move(redis_cluster: RedisCluster, app: StreamTask) -> None:
     """They share the connections to each node: none may be kept under the name of another."""
-    app = StreamTask("t", broker=f"redis+cluster://127.0.0.1:{redis_cluster.port}", shards=4)
-
-    @app.task(name="keyed", shard_key="user")
-    def keyed(user: int) -> None: ...
-
-    streams = [f"streamtask:{{t.default.0.{n}}}:stream" for n in range(4)]
+    keyed = app.tasks["keyed"]
+    streams = [f"streamtask:{{t.default.0.{n}}}:stream" for n in range(8)]
     sent = [0] * 6
     stop = threading.Event()
 
@@ -208,7 +210,7 @@ def test_many_threads_publish_while_slots_move(redis_cluster: RedisCluster) -> N
             for n in range(12):
                 before = list(sent)
                 wait_until(lambda before=before: all(now > was + 3 for now, was in zip(sent, before, strict=True)), 10)
-                redis_cluster.move(streams[n % 4])
+                redis_cluster.move(streams[n % 8])
             before = list(sent)
             wait_until(lambda before=before: all(now > was + 20 for now, was in zip(sent, before, strict=True)), 10)
             stop.set()
@@ -217,34 +219,28 @@ def test_many_threads_publish_while_slots_move(redis_cluster: RedisCluster) -> N
         assert sum(length(redis_cluster, key) for key in streams) == sum(sent) + 1
     finally:
         stop.set()
-        app.close()
 
 
 @three_nodes
 @pytest.mark.parametrize("how", ["one", "many"])
-def test_a_connection_under_the_name_of_another_node_is_not_kept(redis_cluster: RedisCluster, how: str) -> None:
+def test_a_connection_under_the_name_of_another_node_is_not_kept(
+    redis_cluster: RedisCluster, app: StreamTask, how: str
+) -> None:
     """As one comes there that is made while another thread learns where the slots are."""
-    app = StreamTask("t", broker=f"redis+cluster://127.0.0.1:{redis_cluster.port}")
-
-    @app.task(name="keyed", shard_key="user")
-    def keyed(user: int) -> None: ...
-
-    try:
-        queue = app.queue("default")
-        mine = queue.shard_for(b"1")
-        nodes = {shard: app.broker.node(queue.shard_keys(shard).stream) for shard in range(8)}
-        elsewhere = next(shard for shard, node in nodes.items() if node != nodes[mine])  # type: ignore[index]
-        keyed.delay(user=1)
-        links = app.producer.target(queue, mine).links
-        for _ in range(3):
-            links.append(app.broker.link(queue.shard_keys(elsewhere).stream))
-        if how == "one":
-            keyed.apply_async(kwargs={"user": 1}, timeout=2)
-        else:
-            keyed.send_many([{"user": 1}], timeout=2)
-        assert length(redis_cluster, queue.shard_keys(mine).stream) == 2
-    finally:
-        app.close()
+    keyed = app.tasks["keyed"]
+    queue = app.queue("default")
+    mine = queue.shard_for(b"1")
+    nodes = {shard: app.broker.node(queue.shard_keys(shard).stream) for shard in range(8)}
+    elsewhere = next(shard for shard, node in nodes.items() if node != nodes[mine])  # type: ignore[index]
+    keyed.delay(user=1)
+    links = app.producer.target(queue, mine).links
+    for _ in range(3):
+        links.append(app.broker.link(queue.shard_keys(elsewhere).stream))
+    if how == "one":
+        keyed.apply_async(kwargs={"user": 1}, timeout=2)
+    else:
+        keyed.send_many([{"user": 1}], timeout=2)
+    assert length(redis_cluster, queue.shard_keys(mine).stream) == 2
 
 
 # --- masters that die ----------------------------------------------------------------------------------------------------
