@@ -73,6 +73,7 @@ def judge(
     early: Collection[int] = (),
     skipped: Collection[tuple[str | None, int]] = (),
     slack: float = 0.3,
+    lease: float = 0.0,
 ) -> Report:
     """Checks a record.
 
@@ -80,6 +81,7 @@ def judge(
     when processes were killed, main ones or those of a pool. ``paused``: when main processes were stopped. ``early``: the
     numbers without a key that are acknowledged before they run, so that a kill may end them. ``skipped``: (key, number) of
     what need not run. ``slack``: how long before its death a process may have acknowledged what runs again, in seconds.
+    ``lease``: for how long after a pause the processes of its pool may start what they had been given, in seconds.
     """
     killed, paused = killed or {}, paused or {}
     report = Report()
@@ -110,7 +112,7 @@ def judge(
         report.problems.append(f"ran but never sent: {foreign[:5]}")
 
     for key, own in by_key.items():
-        _check_repeats(own, killed, paused, acked, slack, report)
+        _check_repeats(own, killed, paused, acked, slack, lease, report)
         if key is not None:
             skip = {n for k, n in skipped if k == key}
             _check_order(key, own, produced.get(key, ()), skip, killed, paused, report)
@@ -135,6 +137,7 @@ def _check_repeats(
     paused: Mapping[int, float],
     acked: Mapping[tuple[str, int], float],
     slack: float,
+    lease: float,
     report: Report,
 ) -> None:
     last: dict[tuple[int, str], Event] = {}  # two messages of one number have two task ids
@@ -163,7 +166,7 @@ def _check_repeats(
         if gone is None:
             report.problems.append(f"run twice though its process lived: {_who(before)}, then {_who(event)}")
             continue
-        if event.key is not None and before.at > gone and before.main in paused:
+        if event.key is not None and before.at > gone + lease and before.main in paused:
             report.problems.append(f"started after the pause, and elsewhere: {_who(before)}, then {_who(event)}")
         ack = acked.get((event.id, before.attempt))
         if ack is not None and ack < gone - slack:

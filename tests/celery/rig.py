@@ -264,7 +264,8 @@ class Site:
 
     def check(self, **options: Any) -> Report:
         """The checker's judgement on all that was published."""
-        defaults = {"killed": self.killed, "paused": self.paused, "early": self.early}
+        lease = self.options.get("lease", 0.0)
+        defaults = {"killed": self.killed, "paused": self.paused, "early": self.early, "lease": lease}
         report = check(self.events(), self.produced, **{**defaults, **options})
         print(report)
         return report
