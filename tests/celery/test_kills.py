@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 
 import pytest
 
@@ -155,14 +156,24 @@ def test_a_worker_is_stopped_beyond_its_lease_and_continued(own_server, site):
 
 def test_a_short_stop_costs_nothing(own_server, site):
     """Shorter than the lease: nothing moves, nothing runs twice."""
-    s = site(own_server, lease=5)
+    s = site(own_server, lease=15)
     worker, _ = s.start_workers(2, c=4)
+    s.mix(keys=8, each=1)
+
+    def leases() -> dict[bytes, tuple[bytes, bytes]]:
+        keys = sorted(key for key in s.redis.scan_iter("*:lease:*", count=1000) if b".shared}" not in key)
+        return dict(zip(keys, (tuple(s.redis.hmget(key, "owner", "token")) for key in keys), strict=True))
+
+    # Stopped in the middle of a hand-over, it would keep the other one waiting.
+    wait_until(lambda: sorted(Counter(owner for owner, _ in leases().values()).values()) == [4, 4], 15, leases)
+    before = leases()
     s.mix(keys=8, each=10, late=20, ms=20)
-    s.wait_ended(20)
+    s.wait_ended(28)
     os.kill(worker.pid, signal.SIGSTOP)
     try:
-        s.wait_ended(25)
+        time.sleep(2)
     finally:
         os.kill(worker.pid, signal.SIGCONT)
     s.wait_done(timeout=30)
     assert s.check().repeated == []
+    assert leases() == before
