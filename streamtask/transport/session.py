@@ -108,11 +108,13 @@ class Session:
             options = self.options
             found = self.queues.setdefault(
                 name,
-                KombuQueue(
-                    self.broker, options.namespace, options.app, name, options.shards, self.connections.once_more
-                ),
+                KombuQueue(self.broker, options.namespace, options.app, name, options.shards, self._call),
             )
         return found
+
+    def _call(self, call: Callable[[Link], Any], key: str = "") -> Any:
+        """For what outlives a fork: a child has connections of its own."""
+        return self.connections.once_more(call, key)
 
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
         """A channel begins to take messages of a queue. ``no_ack``: it will not acknowledge any."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -410,6 +411,52 @@ def test_a_forked_child_may_use_the_inherited_connection(kit: Kit) -> None:
     for n in range(2, 12):
         producer.publish(n, routing_key="q")
     assert sorted(Inbox(kit.channel(), "q").drain_all()) == list(range(12))
+
+
+FORKING = """
+    import os, sys
+    from kombu import Connection
+    import streamtask.transport
+
+    url, namespace = sys.argv[1:]
+    connection = Connection(url, transport_options={"namespace": namespace})
+    producer = connection.Producer()
+    queues = [f"q{n}" for n in range(6)]
+
+    def send(who):
+        for n in range(30):
+            for queue in queues:
+                producer.publish([who, n], routing_key=queue, headers={"shard_key": f"k{n}"} if n % 2 else {})
+
+    for queue in queues:
+        connection.SimpleQueue(queue).put(["before", 0])  # it is open when the children begin
+    children = []
+    for who in range(6):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                send(f"child{who}")
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(pid)
+    send("parent")
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 6
+    send("after")
+"""
+
+
+def test_many_forked_children_publish_to_queues_that_their_parent_had_opened(kit: Kit, tmp_path: Path) -> None:
+    """As under a web server that loads the app before it forks. Two processes on one socket would read each other's replies."""
+    script = tmp_path / "forking.py"
+    script.write_text(textwrap.dedent(FORKING))
+    with spawn(script, kit.url, kit.namespace) as process:
+        assert process.wait(30) == 0, process
+    published = [["before", 0]]
+    published += [[who, n] for who in ("parent", "after", *(f"child{who}" for who in range(6))) for n in range(30)]
+    for queue in range(6):
+        assert sorted(Inbox(kit.channel(), f"q{queue}", no_ack=True).drain_all()) == sorted(published)
 
 
 def test_ids_of_a_forked_child_are_its_own(kit: Kit) -> None:
