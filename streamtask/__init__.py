@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .app import StreamTask
     from .errors import (
+        AccessRefused,
         BrokerOutOfMemory,
         BrokerUnavailable,
         BulkSendError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .results import AsyncResult
 
 __all__ = [
+    "AccessRefused",
     "AsyncResult",
     "BrokerOutOfMemory",
     "BrokerUnavailable",

@@ -13,6 +13,7 @@
     │   └── QueueFull            the backlog limit, or Redis' memory limit, is reached
     │       └── BrokerOutOfMemory
     ├── BrokerUnavailable        Redis can't be reached
+    │   ├── AccessRefused        Redis refused the user, the password or a command (a ConfigError, too)
     │   └── EmbeddedServerError  the embedded redis-server is missing or did not start
     ├── BulkSendError            send_many stored a part
     ├── LeaseLost                another process owns the shard now
@@ -36,6 +37,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 __all__ = [
+    "AccessRefused",
     "BrokerOutOfMemory",
     "BrokerUnavailable",
     "BulkSendError",
@@ -108,6 +110,14 @@ class BrokerUnavailable(StreamTaskError, ConnectionError):
 
     After a produce call, the message may be stored or not: the reply was lost. Repeat the call with a
     ``dedupe_id`` where that matters.
+    """
+
+
+class AccessRefused(ConfigError, BrokerUnavailable):
+    """Redis refused the user or password, or its ACL a command or key.
+
+    A wrong setting for a call and at a start, which fail at once. A worker that runs waits, as it does for a Redis that is
+    away: the password is being changed, or a replica that was promoted has not its users yet.
     """
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from .backoff import delays
 from .clock import mono_s, wall_ms
-from .errors import BrokerUnavailable, ConfigError, ResultTimeout, TaskError, TaskRevoked
+from .errors import AccessRefused, BrokerUnavailable, ConfigError, ResultTimeout, TaskError, TaskRevoked
 from .redis import keys, wire
 from .redis.connection import Broker
 from .redis.scripts import script
@@ -61,6 +61,8 @@ class ResultStore:
                 found = self._wait_once(task_id, deadline)
                 if found is not None:
                     return found
+            except AccessRefused:
+                raise
             except BrokerUnavailable:
                 if deadline is not None and mono_s() >= deadline:
                     raise

@@ -23,7 +23,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,14 @@ class RedisServer:
         """``config_set(maxmemory="2mb", maxmemory_policy="noeviction")``: underscores become hyphens."""
         for name, value in {**(values or {}), **more}.items():
             self._admin("CONFIG", "SET", name.replace("_", "-"), str(value))
+
+    def lock_out(self, password: str = "") -> Callable[[], None]:
+        """Ends all connections and changes the password, which was ``password``; returns what changes it back."""
+        admin = self.client(password=password or None)
+        admin.config_set("requirepass", "changed")
+        for kind in ("normal", "pubsub"):
+            admin.client_kill_filter(_type=kind, skipme=True)
+        return lambda: admin.config_set("requirepass", password)
 
     def close_clients(self) -> None:
         while self._clients:

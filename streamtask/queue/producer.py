@@ -241,6 +241,8 @@ class Waiting:
         self._delays: Iterator[float] = delays(0.01, 0.5)
 
     def pause(self, error: StreamTaskError) -> float:
+        if isinstance(error, ConfigError):
+            raise error  # a refused password
         deadline = self._full_deadline if isinstance(error, QueueFull) else self._deadline
         left = deadline - mono_s()
         if left <= 0:

@@ -19,7 +19,7 @@ import redis
 from hiredis import pack_command
 from redis import exceptions as rexc
 
-from ..errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, StreamTaskError
+from ..errors import AccessRefused, BrokerOutOfMemory, BrokerUnavailable, ConfigError, StreamTaskError
 from .scripts import as_text, by_sha, script
 
 Reply = Any
@@ -60,8 +60,10 @@ def translate(exc: Exception, where: str) -> StreamTaskError:
             f"Redis at {where} refuses writes: its memory limit (maxmemory) is reached and nothing was stored. "
             "Raise maxmemory, or let workers drain the queues"
         )
-    if isinstance(exc, rexc.AuthenticationError | rexc.NoPermissionError) or "NOAUTH" in text or "WRONGPASS" in text:
-        return ConfigError(f"Redis at {where} refused the user or password: {text}")
+    if isinstance(exc, rexc.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
+        return AccessRefused(f"Redis at {where} refused the user or password: {text}")
+    if isinstance(exc, rexc.NoPermissionError):
+        return AccessRefused(f"Redis at {where} refuses the user a command or a key, which its ACL must allow: {text}")
     if isinstance(exc, rexc.BusyLoadingError | rexc.ReadOnlyError | rexc.ClusterDownError | rexc.TryAgainError):
         return BrokerUnavailable(f"Redis at {where} is not ready: {text}")
     if isinstance(exc, rexc.NoScriptError):
@@ -78,8 +80,10 @@ def translate_reply(text: str, where: str) -> StreamTaskError:
     code = text.partition(" ")[0]
     if code == "OOM" or "OOM command not allowed" in text:
         return translate(rexc.OutOfMemoryError(text), where)
-    if code in ("NOAUTH", "WRONGPASS", "NOPERM"):
+    if code in ("NOAUTH", "WRONGPASS"):
         return translate(rexc.AuthenticationError(text), where)
+    if code == "NOPERM":
+        return translate(rexc.NoPermissionError(text), where)
     if code in ("LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN"):
         return translate(rexc.BusyLoadingError(text), where)
     if code in MOVED:

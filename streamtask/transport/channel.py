@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from amqp.exceptions import ChannelError
@@ -21,16 +21,22 @@ from .session import Session
 
 log = logging.getLogger("streamtask.transport")
 
+FOR_EVER_MS = 10**12  # some 30 years
 LET_GO_S = 0.5
 """How long a channel that consumes a queue no longer waits at most until the keeper has taken its shards back."""
 
 
-def _shards(value: Any) -> int:
+def _argument(arguments: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+    value = arguments.get(name)
+    if value is None:
+        return None
     try:
-        if isinstance(value, bool) or not 0 < int(value) <= 1024:
+        if isinstance(value, bool) or not least <= int(value) <= most:
             raise ValueError
-    except (TypeError, ValueError):
-        raise ConfigError(f"the queue argument x-shards must be a whole number from 1 to 1024, not {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(
+            f"the queue argument {name} must be a whole number from {least} to {most}, not {value!r}"
+        ) from None
     return int(value)
 
 
@@ -99,16 +105,16 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         arguments = kwargs.get("arguments") or {}
         if kwargs.get("auto_delete"):
             self._auto_delete.add(queue)
-        shards = arguments.get("x-shards")
+        shards = _argument(arguments, "x-shards", 1, 1024)
+        ttl = _argument(arguments, "x-message-ttl", 0, FOR_EVER_MS)
+        expires = _argument(arguments, "x-expires", 0, FOR_EVER_MS)
         if shards is not None:
-            self.session.queue(queue).shards = _shards(shards)
-        ttl = arguments.get("x-message-ttl")
+            self.session.queue(queue).shards = shards
         if ttl is not None:
-            self._time_to_live[queue] = int(ttl)
+            self._time_to_live[queue] = ttl
         else:
             self._time_to_live.pop(queue, None)
-        expires = arguments.get("x-expires")
-        routing.declare(self.session, queue, int(expires) if expires else None)
+        routing.declare(self.session, queue, expires or None)
 
     def prepare_queue_arguments(self, arguments: Any, **kwargs: Any) -> Any:
         from kombu.transport.base import to_rabbitmq_queue_arguments

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from ..backoff import delays
 from ..clock import mono_s
 from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
 from ..queue.consumer import Batch, Outcome, ShardConsumer
@@ -28,6 +27,7 @@ from ..queue.lanes import Delivery
 from ..redis import wire
 from ..redis.link import LARGE, Link, ReplyError, pack
 from ..redis.scripts import script
+from .outage import Outage
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory
 
@@ -132,7 +132,7 @@ class Control:
         self._arming_of: tuple[list[Owned], bytes] = ([], b"")
         self._watch_dirty = True
         self._down_until = 0.0
-        self._down_delays: Iterator[float] | None = None
+        self._outage = Outage(log, 0.02, 1.0)
         self._progress_at: float | None = None
         self._look_at: float | None = None
         self._cold_at = 0.0
@@ -245,9 +245,8 @@ class Control:
         """Runs a step; an outage makes the loop wait and find out afterwards what was lost."""
         try:
             step()
-            if self._down_delays is not None and self._link.connected:
-                log.info("connected again broker=%s", self._settings.broker.safe_url)
-                self._down_delays = None
+            if self._outage and self._link.connected:
+                self._outage.over(self._settings.broker.safe_url)
         except BrokerUnavailable as exc:
             self._lost_connection(exc)
         except QueueFull as exc:
@@ -255,13 +254,10 @@ class Control:
             self._down_until = mono_s() + 0.2
 
     def _lost_connection(self, exc: StreamTaskError) -> None:
-        if self._down_delays is None:
-            self._down_delays = delays(0.02, 1.0)
-            log.warning("%s", exc)
         self._link.close()
         self._drop_settling()
         self._drop_fetch()
-        self._down_until = mono_s() + next(self._down_delays)
+        self._down_until = mono_s() + self._outage.met(exc)
 
     def _drop_fetch(self) -> None:
         if self._fetch_fd != -1:

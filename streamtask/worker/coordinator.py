@@ -15,11 +15,10 @@ from __future__ import annotations
 import logging
 import math
 import selectors
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..backoff import delays
 from ..clock import mono_s, wall_ms
 from ..coordination.assignment import assign
 from ..coordination.lease import Lease, Refused, acquire, reap
@@ -30,6 +29,7 @@ from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, ShardKeys
 from ..redis.link import Link, ReplyError, pack
 from .links import Links
+from .outage import Outage
 
 BEATS = 3
 """Renewals in one lease time."""
@@ -175,7 +175,7 @@ class Coordinator:
         self._news: Link | None = None
         self._subscribed: set[bytes] = set()
         self._next_beat = 0.0
-        self._down_delays: Iterator[float] | None = None
+        self._outage = Outage(log, 0.05, 0.5)
 
     def work(self) -> None:
         """Does what is due."""
@@ -196,7 +196,7 @@ class Coordinator:
     def wake_at(self) -> float:
         """When to call ``work`` next, on the monotonic clock."""
         wake = self._next_beat
-        if self._down_delays is None and not self.closing:
+        if not self._outage and not self.closing:
             wake = min([wake, *(watch.look_at for watch in self._watches if watch.shared_out)])
         ends = [
             held.handover_until
@@ -213,15 +213,12 @@ class Coordinator:
 
     def outage(self, exc: StreamTaskError) -> None:
         """Redis did not answer: connect anew after a wait."""
-        if self._down_delays is None:
-            self._log.warning("%s", exc)
-            self._down_delays = delays(0.05, 0.5)
         self.outages += 1
         self.links.close()
         self._close_news()
         for watch in self._watches:
             watch.membership.cut_off = True
-        self._put_off(next(self._down_delays))
+        self._put_off(self._outage.met(exc))
 
     def _put_off(self, wait_s: float) -> None:
         self._next_beat = mono_s() + wait_s
@@ -265,9 +262,7 @@ class Coordinator:
                 continue
             if held.handover_until is None:
                 member.trust(held, held.lease.trusted_until)
-        if self._down_delays is not None:
-            self._log.info("connected again broker=%s", self._broker.safe_url)
-            self._down_delays = None
+        self._outage.over(self._broker.safe_url)
         self._next_beat = 0.0 if any(found) else mono_s() + self._lease_ms / 1000 / BEATS
         self._beaten(live)
         self._listen()

@@ -111,6 +111,33 @@ def test_the_server_is_away_for_longer_than_the_lease(own_server, site):
     s.nothing_left()
 
 
+def test_the_password_is_refused_for_longer_than_the_lease(own_server, site):
+    """As while it is being changed: the workers wait for it, and calls made meanwhile are kept."""
+    s = site(own_server)
+    workers = s.start_workers(2, c=4)
+    running = [s.send("gated", f"user{i}") for i in range(4)]
+    for n in running:
+        s.wait("S", n)
+    for i in range(4):
+        s.send("put", f"user{i}")
+    let_in = own_server.lock_out()
+    gone = time.monotonic()
+    later = threading.Thread(target=s.send, args=("put", "user0"))
+    later.start()
+    s.gate(running[0])  # ends meanwhile: its ack waits
+    s.wait("E", running[0])
+    wait_until(lambda: time.monotonic() > gone + 2 * LEASE, 10)
+    let_in()
+    later.join(20)
+    for n in running[1:]:
+        s.gate(n)
+    s.wait_done(timeout=30)
+    assert s.check().repeated == []
+    s.nothing_left()
+    for worker in workers:
+        assert "refused the user or password" in worker.log
+
+
 def test_a_half_open_connection(own_server, site, wire):
     """Everything sent is swallowed and nothing is closed: the worker finds out by itself, and goes on."""
     s, line = site(own_server, health_check_interval=1, socket_timeout=2), wire(own_server)

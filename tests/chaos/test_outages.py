@@ -74,6 +74,17 @@ def test_redis_hangs_for_longer_than_the_lease(own_server, site):
     survives(site, pods, 3, own_server.pause, own_server.resume)
 
 
+def test_redis_refuses_the_password_for_longer_than_the_lease(own_server, site):
+    """As while it is being changed, or after a failover to a replica that has not the users yet."""
+    site = site(own_server, lease=LEASE)
+    pods = [site.pod(2), site.pod(1)]
+    back = []
+    survives(site, pods, 3, lambda: back.append(own_server.lock_out()), lambda: back.pop()())
+    for pod in pods:
+        assert "refused the user or password" in pod.log
+        assert "Traceback" not in pod.log
+
+
 @pytest.mark.parametrize("hold", [False, True], ids=["lost", "held"])
 def test_the_network_swallows_everything_for_longer_than_the_lease(redis_server, site, proxy, hold):
     site, between = site(redis_server, lease=LEASE, redis_timeout=1.0), proxy(redis_server)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import redis
 from kombu import Connection
+from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES, get_transport_cls
 
 import streamtask.transport.options as options_module
@@ -198,6 +199,33 @@ def test_wrong_password(make_kit: Any, redis_server: RedisServer) -> None:
         connection.connect()
     assert "wrongone" not in str(info.value)
     assert time.monotonic() - began < 5
+
+
+def test_a_password_that_is_refused_for_a_while(make_kit: Any, redis_server: RedisServer) -> None:
+    """For who was connected it is an outage: kombu's errors of a connection, and a new connection goes on."""
+    redis_server.config_set(requirepass="right")
+    kit = make_kit(redis_server)
+    connection = kit.connect(f"streamtask://:right@127.0.0.1:{redis_server.port}/0")
+    channel = connection.channel()
+    inbox = Inbox(channel, kit.queue(channel, "q"))
+    producer = connection.Producer()
+    producer.publish("before", routing_key="q")
+    inbox.take()[0].ack()
+    let_in = redis_server.lock_out("right")
+
+    def refused() -> bool:
+        try:
+            inbox.drain(0.1)
+        except connection.recoverable_connection_errors as exc:
+            return "refused the user or password" in str(exc)
+        return False
+
+    wait_until(refused)
+    with pytest.raises(OperationalError, match="refused the user or password"):
+        producer.publish("refused", routing_key="q", retry=True, retry_policy={"max_retries": 1, "interval_start": 0})
+    let_in()
+    producer.publish("after", routing_key="q")
+    assert Inbox(kit.clone(connection).channel(), "q").take()[0].payload == "after"
 
 
 def called_password() -> str:

@@ -13,6 +13,7 @@ import pytest
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.exceptions import BatchPublishError, OperationalError
 
+from streamtask.errors import ConfigError
 from streamtask.sharding import shard_of
 from tests.fix_proxy import Proxy
 from tests.fix_redis import RedisServer
@@ -657,11 +658,16 @@ def test_number_of_shards(kit: Kit) -> None:
     assert inbox.bodies == [1, 1, "x", "x"]
 
 
-@pytest.mark.parametrize("shards", ["x", 0, -1, 100_000])
-def test_wrong_shards_argument(kit: Kit, shards: Any) -> None:
+@pytest.mark.parametrize(
+    "name, value",
+    [("x-shards", "x"), ("x-shards", 0), ("x-shards", -1), ("x-shards", 100_000), ("x-message-ttl", "soon"),
+     ("x-message-ttl", -1), ("x-expires", "never"), ("x-expires", -1), ("x-expires", True), ("x-expires", float("inf"))],
+)  # fmt: skip
+def test_wrong_queue_arguments(kit: Kit, name: str, value: Any) -> None:
     channel = kit.channel()
-    with pytest.raises(Exception, match="x-shards"):
-        kit.queue(channel, queue_arguments={"x-shards": shards})
+    with pytest.raises(ConfigError, match=f"the queue argument {name} must be a whole number"):
+        kit.queue(channel, queue_arguments={name: value})
+    assert kit.keys("*") == []
 
 
 def test_a_key_goes_to_its_shard(kit: Kit) -> None:

@@ -1,0 +1,41 @@
+"""An outage of Redis, as one part of a worker sees it: how long to wait before the next try, and what has been said of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from ..backoff import delays
+from ..errors import AccessRefused, StreamTaskError
+
+
+class Outage:
+    """See the module. The waits grow from ``base_s`` to ``cap_s`` seconds; the log has one line for each kind of error."""
+
+    def __init__(self, log: logging.Logger, base_s: float, cap_s: float) -> None:
+        self._log = log
+        self._base_s = base_s
+        self._cap_s = cap_s
+        self._delays: Iterator[float] | None = None
+        self._said: set[type] = set()
+
+    def __bool__(self) -> bool:
+        """Whether there is one."""
+        return self._delays is not None
+
+    def met(self, exc: StreamTaskError) -> float:
+        """Redis did not answer, or let us in. Returns how many seconds to wait."""
+        if self._delays is None:
+            self._delays = delays(self._base_s, self._cap_s)
+        if type(exc) not in self._said:
+            # A refused password does not mend itself.
+            self._log.log(logging.ERROR if isinstance(exc, AccessRefused) else logging.WARNING, "%s", exc)
+            self._said.add(type(exc))
+        return next(self._delays)
+
+    def over(self, where: str) -> None:
+        """Redis has answered."""
+        if self:
+            self._log.info("connected again broker=%s", where)
+            self._delays = None
+            self._said.clear()
