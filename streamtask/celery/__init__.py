@@ -18,7 +18,8 @@ What it does, and where:
   its pool process dies, whatever the configuration says: its lane opens with the acknowledgement. This depends on the
   message, not on the task, because any task may be called with ``shard_key=``; with another broker nothing changes.
 - worker (``Request.on_failure``): such a message, and one of a task with ``reject_on_worker_lost``, that has taken its pool
-  process down more than ``max_crashes`` times fails for good, and goes to the dead letters.
+  process down more than ``max_crashes`` times fails for good, and goes to the dead letters. Where the body runs in the worker
+  itself, the transport writes down that one starts again, and whoever takes the message next counts.
 - worker (``run_if_ours``): no body starts whose message another worker has been given meanwhile.
 
 Celery itself sees to it that pool processes die with their worker (PR_SET_PDEATHSIG), so none runs beside a redelivery.

@@ -55,7 +55,7 @@ def _guarded(consumer: Any, late: bool) -> Any:
 
     def apply_async(target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
         tag = (args[2].get("properties") or {}).get("delivery_tag") if prefork else None
-        ours = tag is None or hooks.begin is None or hooks.begin(tag, False)
+        ours = tag is None or hooks.begin is None or hooks.begin(tag, False, False)
         seen = (ours, os.getpid(), *given_back, late, hold)
         return pool.apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
 
@@ -93,7 +93,7 @@ def _settle_now(settle: Callable[..., Any], *args: Any) -> None:
     """In place of ``Consumer.call_soon``, which hands an acknowledgement or rejection to the loop: there it may lie while the
     connection breaks, and what has ended would be given back."""
     tag = settle.__self__.delivery_tag  # type: ignore[attr-defined]  # a method of the message
-    if hooks.begin is not None and not hooks.begin(tag, True):
+    if hooks.begin is not None and not hooks.begin(tag, True, False):
         _refused.tag = tag
     settle(*args)
 
@@ -112,7 +112,12 @@ def run_if_ours(
     transport still knows its delivery it comes again, and else the rejection means nothing to it.
     """
     if _may_start(seen, request):
-        return trace(name, task_id, request, *args)
+        try:
+            return trace(name, task_id, request, *args)
+        except MemoryError:
+            if os.getpid() != seen[1]:
+                raise
+            return 1, ExceptionInfo(internal=True), 0.0  # a pool in its worker's process tells nobody
     log.info("Task %s[%s] is not started: its message has been given back, and runs elsewhere", name, task_id)
     try:
         raise Reject("the message has been given back", requeue=True)
@@ -130,7 +135,7 @@ def _may_start(seen: tuple[bool, int, int, int, bool, bool], request: Mapping[st
         if not late:
             # Its acknowledgement came just before, from this very thread.
             return tag is None or getattr(_refused, "tag", None) != tag
-        if hooks.begin is not None and tag is not None and not hooks.begin(tag, hold):
+        if hooks.begin is not None and tag is not None and not hooks.begin(tag, hold, True):
             return False
     elif given_back[1] == mark and given_back[0] != returned:
         # A pool process says that it begins before it comes here: either its worker has heard that, or it stops here.
@@ -206,24 +211,32 @@ def with_crash_count(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def on_failure(request: Any, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
-        if _took_its_process_down(request, exc_info) and request.message.channel.charge(request.message.delivery_tag):
-            task = request.task
-            request._task = _GivenUpTask(lambda: task)
+        exc = exc_info.exception
+        if isinstance(exc, ExceptionWithTraceback):
+            exc = exc.exc
+        if _took_its_process_down(request, exc):
+            given_up = request.message.channel.charge(request.message.delivery_tag)
+            if isinstance(exc, MemoryError):
+                # Celery ends the worker, or does not hear of it in a thread, and leaves the message as it is.
+                request.reject(requeue=not given_up)
+            elif given_up:
+                task = request.task
+                request._task = _GivenUpTask(lambda: task)
         return original(request, exc_info, *args, **kwargs)
 
     return on_failure
 
 
-def _took_its_process_down(request: Any, exc_info: Any) -> bool:
-    exc = exc_info.exception
-    if isinstance(exc, ExceptionWithTraceback):
-        exc = exc.exc
-    if not isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt):
+def _took_its_process_down(request: Any, exc: Any) -> bool:
+    if not isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt | MemoryError):
         return False
     if state.should_stop is not None or state.should_terminate is not None:
         return False  # the worker ends, and takes its pool with it
     if request._already_cancelled or request._already_revoked:
         return False
     task = request.task
-    comes_again = task.acks_late and task.reject_on_worker_lost and not getattr(task, "retry_on_worker_lost", False)
+    if isinstance(exc, MemoryError):
+        comes_again = task.acks_late
+    else:
+        comes_again = task.acks_late and task.reject_on_worker_lost and not getattr(task, "retry_on_worker_lost", False)
     return comes_again and hasattr(request.message.channel, "charge")

@@ -39,8 +39,7 @@ class StreamConsumer(ShardConsumer):
         self._replaced_key = self.keys.replaced(self.settings.group)
 
     def _needs_mark(self, delivery: Delivery) -> bool:
-        # Whose fault the death of a foreign process was can't be told, so nothing is charged.
-        return False
+        return False  # what is handed out need not run: see ``mark``
 
     def generation(self, entry_id: bytes) -> int:
         return self._generations.get(entry_id, 0)
@@ -109,10 +108,26 @@ class StreamConsumer(ShardConsumer):
         self._notes.append((delivery.entry_id, note))
         return False
 
+    def mark(self, link: Link, batch: Batch) -> None:
+        """The body of a message starts in this process: whoever has it next, if this process dies, counts a crash. Raises
+        ``BrokerUnavailable``, ``LeaseLost``."""
+        delivery = batch.deliveries[0]
+        note = delivery.note = delivery.note or Note()
+        note.mark = self.lease.token
+        self._write_notes(link, [(delivery.entry_id, note)])
+
+    def unmark(self, batch: Batch) -> None:
+        """The process ends in good order, or what ran has ended: nothing is to be counted."""
+        delivery = batch.deliveries[0]
+        if delivery.note is not None and delivery.note.mark:
+            delivery.note.mark = 0
+            self._notes.append((delivery.entry_id, delivery.note))
+
     def give_back(self, batch: Batch) -> None:
         """A message is to be delivered again: at the head of its lane, or, from a shared stream, by whoever comes first."""
         delivery = batch.deliveries[0]
         delivery.fresh = False
+        self.unmark(batch)
         self._closed.clear()
         if self.lease.shared:
             self.handed.pop(batch.number, None)
@@ -215,7 +230,8 @@ class StreamConsumer(ShardConsumer):
         for item in self._decode(entries):
             delivery = Delivery(*item) if isinstance(item, list) else item
             delivery.fresh = False
-            delivery.note = known.get(delivery.entry_id)
+            if delivery.entry_id in known:
+                self._take_note(delivery, known[delivery.entry_id])
             found.append(delivery)
         self.buffer.extendleft(reversed(found))
 

@@ -28,7 +28,8 @@ without them."""
 withdraw: Callable[[], None] | None = None
 """Gives back what is not begun of all shards, as ``not_begun`` knows it. Set by the transport as ``begin``."""
 
-begin: Callable[[str, bool], bool] | None = None
+begin: Callable[[str, bool, bool], bool] | None = None
 """Says by its tag that the body of a delivery is about to start, that a pool gets it, or that it is acknowledged: False if it
-was given back before. With True as the second argument it stays this process' from now on, also when its channel closes. Set
-by the transport where the process that asks is the one that received it; None elsewhere (a forked pool process)."""
+was given back before. With True as the second argument it stays this process' from now on, also when its channel closes; as
+the third, its body runs in this very process, whose death is counted if it was delivered before. Set by the transport where
+the process that asks is the one that received it; None elsewhere (a forked pool process)."""

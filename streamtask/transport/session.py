@@ -393,10 +393,13 @@ class Session:
             for tag in waiting:
                 handed = self.handed.pop(tag)
                 handed.consumer.give_back(handed.batch)
+            if consumer is None:
+                for handed in self.handed.values():
+                    handed.consumer.unmark(handed.batch)
 
-    def start(self, tag: str, hold: bool) -> bool:
+    def start(self, tag: str, hold: bool, here: bool) -> bool:
         """A body starts, or a pool gets it: False if its message was given back before. ``hold``: closing its channel does not
-        give it back any more."""
+        give it back any more. ``here``: it starts in this process."""
         # Under the lock: not between the look at what is worked on and the giving back of the rest.
         with self.lock:
             handed = self.handed.get(tag)
@@ -404,7 +407,22 @@ class Session:
                 return False
             handed.entered = True
             handed.started |= hold
-            return True
+            return not here or handed.batch.deliveries[0].fresh or self._mark(handed)
+
+    def _mark(self, handed: Handed) -> bool:
+        """Writes down that the body of a message that comes again starts here: it may be what has ended the process before.
+        False if the message is another's."""
+        consumer = handed.consumer
+        try:
+            with self._guarded():
+                try:
+                    consumer.mark(self.link(consumer), handed.batch)
+                except LeaseLost as exc:
+                    self.lost(consumer, str(exc))
+                    return False
+        except StreamTaskError as exc:
+            log.info("the start of a body was not written down: %s", exc)
+        return True
 
     def still_owned(self, delivery: dict[str, Any]) -> bool:
         """Whether Redis says that the shard of a keyed delivery is still its receiver's; True where Redis can't be asked."""
@@ -539,8 +557,8 @@ def session_of(broker: Broker, options: Options) -> Session:
         return found
 
 
-def _begin(tag: str, hold: bool) -> bool:
-    return any(session.start(tag, hold) for session in list(_sessions.values()))
+def _begin(tag: str, hold: bool, here: bool) -> bool:
+    return any(session.start(tag, hold, here) for session in list(_sessions.values()))
 
 
 def _withdraw() -> None:

@@ -34,6 +34,7 @@ from ..backoff import delays
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease, reap
 from ..errors import StreamTaskError
+from ..queue.lanes import Note
 from ..redis.keys import QueueKeys, ShardKeys, expiring
 from ..redis.link import pack
 from ..version import installed
@@ -291,7 +292,7 @@ class KeeperProcess:
         until = mono_s() + self._lease_ms / 1000 * BURY_LEASES
         for wait in delays(0.05, 0.5):
             try:
-                self._coordinator.bury(self._client, {})
+                self._coordinator.bury(self._client, self._marked())
                 return
             except StreamTaskError as exc:
                 self._coordinator.outage(exc)
@@ -299,6 +300,22 @@ class KeeperProcess:
                 log.warning("what a process had was not given back; its leases run out pid=%d", self._process.pid)
                 return
             time.sleep(wait)
+
+    def _marked(self) -> dict[int, list[str]]:
+        """By lease of a shard, the entries of which the client has written down that their bodies start in it. Who takes over
+        what it had of a shared stream sees that there."""
+        owned = [held for held in self._client.held.values() if not held.lease.shared]
+        notes = [held.lease.keys.notes(self._group) for held in owned]
+        replies = self._coordinator.links.pipeline([(key, pack("HGETALL", key)) for key in notes])
+        found = {}
+        for held, flat in zip(owned, replies, strict=True):
+            if isinstance(flat, Exception):
+                raise flat
+            marks = zip(flat[::2], flat[1::2], strict=True)
+            found[held.number] = [
+                entry_id.decode() for entry_id, text in marks if Note.parse(text).mark == held.lease.token
+            ]
+        return found
 
     # Orders of the client
 

@@ -132,7 +132,13 @@ def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = T
         note("S", k, n)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def hungry(self: Any, k: str | None = None, n: int = 0) -> None:
+        note("S", k, n)
+        raise MemoryError("as if")
+
     task(name="poison", **keyed)(poison)
+    task(name="hungry", **keyed)(hungry)
+    task(name="hungry_late", bind=True, acks_late=True)(hungry)
     task(name="poison_late", bind=True, acks_late=True, reject_on_worker_lost=True)(poison)
 
     @task(name="busy", **keyed)

@@ -81,6 +81,79 @@ def test_a_message_that_crashed_is_counted_over_its_workers(own_server, site):
     s.nothing_left()
 
 
+@pytest.mark.parametrize("name, key", [("poison", "a"), ("poison_late", None)])
+@pytest.mark.parametrize("pool", ["solo", "threads", "gevent"])
+def test_a_message_that_kills_its_worker_each_time(own_server, site, pool, name, key):
+    """Its first death is nobody's, for many bodies may have run; from its second run on they are counted."""
+    s = site(own_server, max_crashes=1)
+    n = s.send(name, key)
+    others = [s.send("put", "a"), s.send("late")]
+    for count in (1, 2, 3):
+        worker = s.start_worker(pool, c=1)
+        s.wait("S", n, count=count, timeout=20)
+        worker.spawned.wait(20)
+    s.worker(pool, c=1)
+    for other in others:
+        s.wait("E", other)
+    wait_until(lambda: dead(s), 20, lambda: f"a dead letter; {s}")
+    assert len(s.of("S", n=n)) == 3
+    ((_, fields),) = dead(s)
+    assert json.loads(fields[b"error"])["reason"] == "crashed"
+    s.nothing_left()
+
+
+def test_a_worker_that_was_told_to_stop_and_is_killed_is_no_crash(own_server, site):
+    """As in a deployment whose grace period is shorter than its bodies, however often that happens."""
+    s = site(own_server, max_crashes=1)
+
+    def marks() -> list[bytes]:
+        notes = [text for key in s.redis.scan_iter("*:notes:*") for text in s.redis.hvals(key)]
+        return [mark for _, _, _, mark, _, _ in (text.split() for text in notes) if mark != b"0"]
+
+    n, free = s.send("gated", "a"), s.send("free_gated")
+    for count in range(1, 5):
+        worker = s.worker("threads", c=2)
+        s.wait("S", n, count=count)
+        s.wait("S", free, count=count)
+        assert len(marks()) == (2 if count > 1 else 0)
+        worker.terminate()
+        wait_until(lambda: not marks())
+        worker.kill()
+    s.worker("threads", c=2)
+    for held in (n, free):
+        s.wait("S", held, count=5)
+        s.gate(held)
+    s.wait_done()
+    s.nothing_left()
+    assert dead(s) == []
+
+
+@pytest.mark.parametrize("name, key", [("hungry", "a"), ("hungry_late", None)])
+@pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
+def test_a_message_that_raises_memory_error_each_time(own_server, site, pool, name, key):
+    """Celery ends the worker for it, and would do so for ever."""
+    s = site(own_server, max_crashes=1)
+    n = s.send(name, key)
+    others = [s.send("put", "a"), s.send("late")]
+    worker = s.start_worker(pool, c=1)
+    ended = 0
+
+    def decided() -> bool:
+        nonlocal worker, ended
+        if not is_alive(worker.pid):
+            ended += 1
+            worker = s.start_worker(pool, c=1)
+        return bool(dead(s))
+
+    wait_until(decided, 40, lambda: f"a dead letter; {s}", poll=0.05)
+    for other in others:
+        wait_until(lambda other=other: decided() and s.of("E", n=other), 20)
+    assert len(s.of("S", n=n)) <= 3
+    assert ended <= 3
+    assert json.loads(dead(s)[0][1][b"error"])["reason"] == "crashed"
+    s.nothing_left()
+
+
 def dead(s):
     return [letter for key in s.redis.scan_iter("*:dlq") for letter in s.redis.xrange(key)]
 
