@@ -49,11 +49,11 @@ class QoS(virtual.QoS):  # type: ignore[misc]
         self._pid = os.getpid()
 
     def ack(self, delivery_tag: str) -> None:
-        self.session.ack(delivery_tag)
+        self.session.deliveries.ack(delivery_tag)
         super().ack(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        self.session.reject(delivery_tag, requeue)
+        self.session.deliveries.reject(delivery_tag, requeue)
         super().ack(delivery_tag)
 
     def restore_unacked(self) -> list[Any]:
@@ -61,7 +61,7 @@ class QoS(virtual.QoS):  # type: ignore[misc]
         tags = list(self._delivered)
         self._delivered.clear()
         if self._pid == os.getpid():
-            self.session.restore(tags)
+            self.session.deliveries.restore(tags)
         return []
 
 
@@ -288,7 +288,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
     def deliver(self, payload: dict[str, Any], tag: str, queue: str) -> None:
         """Gives a message to its consumer."""
         if self._no_ack.get(queue):
-            self.session.ack(tag)
+            self.session.deliveries.ack(tag)
         self._callbacks[queue](payload)
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
@@ -307,7 +307,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         payload, tag = found[0]
         message = self.Message(payload, channel=self)
         if no_ack:
-            session.ack(tag)
+            session.deliveries.ack(tag)
         else:
             self.qos.append(message, tag)
         return message
@@ -328,7 +328,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def charge(self, delivery_tag: str) -> bool:
         """The process that worked on a message died of it: True if that was once too often. It is to be rejected then."""
-        return self.session.charge(delivery_tag)
+        return self.session.deliveries.charge(delivery_tag)
 
     def basic_recover(self, requeue: bool = False) -> None:
         self.qos.restore_unacked()

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from ..clock import mono_s
-from ..queue.consumer import Batch
 from .consumer import StreamConsumer
 from .queues import KombuQueue, shared
-
-
-@dataclass(slots=True)
-class Handed:
-    """A delivery that was handed to a channel."""
-
-    tag: str
-    consumer: StreamConsumer
-    batch: Batch
-    entered: bool = False
-    """Its body has begun, or a process of a pool has been given it."""
-    started: bool = False
-    """Its body has begun in this process: it waits for its end, also without its channel."""
 
 
 class Consumed:

@@ -9,7 +9,7 @@ from ..clock import mono_s, wall_ms
 from ..errors import LeaseLost
 from ..queue.consumer import Batch
 from ..redis.scripts import Code, script
-from .consumed import Consumed, Handed
+from .consumed import Consumed
 from .consumer import StreamConsumer
 from .message import DELIVERY, decode, expired
 from .queues import GROUP
@@ -169,5 +169,5 @@ def _handed(
             "tag": tag,
             "trusted": mono_s() + session.options.lease_ms / 2000,
         }
-    session.handed[tag] = Handed(tag, consumer, batch)
+    session.deliveries.add(tag, consumer, batch)
     return payload, tag

@@ -150,7 +150,7 @@ class Ownership:
             held.closing = False  # told again by a new keeper
             return
         if held is not None:
-            session.forget_deliveries(held)
+            session.deliveries.forget(held)
         consumer = StreamConsumer(lease, consumed.queue.name, shard, session.consumer_settings)
         consumer.needs_audit = True  # the pending entries come first
         consumer.taken_over = True
@@ -167,7 +167,7 @@ class Ownership:
         consumed, shard = found
         consumed.shards[shard].closing = True
         self._releasing.add(number)
-        self._session.withdraw(consumed.shards[shard])
+        self._session.deliveries.withdraw(consumed.shards[shard])
         self.end_releases()
 
     def _resume(self, order: dict[str, Any]) -> None:
@@ -210,5 +210,5 @@ class Ownership:
         found = self._numbers.pop(number, None)
         self._releasing.discard(number)
         if found is not None and found[1] in found[0].shards:
-            self._session.forget_deliveries(found[0].shards.pop(found[1]))
+            self._session.deliveries.forget(found[0].shards.pop(found[1]))
             self._session.say_lost(f"shard {found[1]} of queue {found[0].queue.name!r} is another's")

@@ -211,7 +211,7 @@ class Poller:
                         yield channel, queue, payload, tag
                 finally:
                     for _, tag in found:
-                        session.reject(tag, requeue=True)
+                        session.deliveries.reject(tag, requeue=True)
 
     def deliver(self, channel: Channel, queue: str, payload: dict[str, Any], tag: str) -> None:
         if queue not in channel.consumed_queues():
@@ -220,7 +220,7 @@ class Poller:
         if queue in channel.consumed_queues():
             channel.deliver(payload, tag, queue)
         else:
-            self.session.reject(tag, requeue=True)
+            self.session.deliveries.reject(tag, requeue=True)
 
     def _deliver_fanout(self, most: int) -> int:
         count = 0
@@ -494,7 +494,7 @@ class Poller:
         waiting, self._waiting = self._waiting, deque()
         for item in waiting:
             if item[0] is channel and item[1] == queue:
-                self.session.reject(item[3], requeue=True)
+                self.session.deliveries.reject(item[3], requeue=True)
             else:
                 self._waiting.append(item)
 
@@ -503,7 +503,7 @@ class Poller:
             return
         self.closed = True
         for *_, tag in self._waiting:
-            self.session.reject(tag, requeue=True)
+            self.session.deliveries.reject(tag, requeue=True)
         self._waiting.clear()
         if self.loop is not None:
             self.loop.on_tick.discard(self.tick)

@@ -30,8 +30,9 @@ from ..redis.keys import SHARED
 from ..redis.link import Link, ReplyError
 from . import fetching, hooks, lifetime, taking
 from .connections import Connections
-from .consumed import Consumed, Handed
+from .consumed import Consumed
 from .consumer import StreamConsumer
+from .deliveries import Deliveries
 from .fetching import SHARD_READ
 from .ids import ProduceIds
 from .options import Options
@@ -70,9 +71,7 @@ class Session:
         self.incarnation = uuid.uuid4().hex[:16]
         self.ownership = Ownership(self)
         self.consumed: dict[str, Consumed] = {}
-        self.handed: dict[str, Handed] = {}
-        self._outlived: dict[str, bool] = {}
-        """Deliveries whose channel was closed while they were worked on; True: at the last look they no longer were."""
+        self.deliveries = Deliveries(self)
         self.epoch = getattr(self, "epoch", 0) + 1
         """Grows when leases were lost: what was delivered before is others' now."""
         self.listened: set[str] = set()
@@ -118,7 +117,7 @@ class Session:
 
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
         """A channel begins to take messages of a queue. ``no_ack``: it will not acknowledge any."""
-        with self.lock, self._guarded():
+        with self.lock, self.guarded():
             consumed = self.consumed.get(name) or Consumed(self.queue(name))
             self.consumed[name] = consumed
             consumed.gone = False
@@ -205,7 +204,7 @@ class Session:
             if consumed is None:
                 return
             for consumer in consumed.consumers():
-                self.forget_deliveries(consumer)
+                self.deliveries.forget(consumer)
                 if consumer.lease.shared:
                     self.ownership.forget(consumer.lease)
             self.ownership.leave(consumed)
@@ -221,14 +220,10 @@ class Session:
             consumed.gone = False
             self.wake()
 
-    def forget_deliveries(self, consumer: StreamConsumer) -> None:
-        for tag in [tag for tag, handed in self.handed.items() if handed.consumer is consumer]:
-            del self.handed[tag]
-
     # Errors
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def guarded(self) -> Iterator[None]:
         """What follows from an error of a call: a lost connection may have lost replies, a lost lease all deliveries."""
         try:
             yield
@@ -256,7 +251,7 @@ class Session:
         """Leases of shared streams ran out, or their records are gone: what was delivered is others'. Begins anew."""
         for consumed in self.consumed.values():
             for consumer in consumed.streams.values():
-                self.forget_deliveries(consumer)
+                self.deliveries.forget(consumer)
                 self.ownership.forget(consumer.lease)
             consumed.streams = {}
             consumed.queue.forget()
@@ -282,7 +277,7 @@ class Session:
 
     def fetch(self, name: str, most: int) -> list[tuple[dict[str, Any], str]]:
         """Up to ``most`` messages of a queue, as (payload, delivery tag). Raises ``BrokerUnavailable``, ``LeaseLost``."""
-        with self.lock, self._guarded():
+        with self.lock, self.guarded():
             consumed = self._consumed(name)
             if consumed.gone:
                 return []
@@ -304,7 +299,7 @@ class Session:
                     fetching.hand_out(self, consumed, most, out)
             except BaseException:
                 for _, tag in out:
-                    self.reject(tag, requeue=True)
+                    self.deliveries.reject(tag, requeue=True)
                 raise
             return out
 
@@ -339,90 +334,7 @@ class Session:
                 if consumed is not None:
                     consumed.rang(bytes(key), entries[-1][0])
 
-    # Ends of messages
-
-    def ack(self, tag: str) -> bool:
-        """A message has ended; False where this process does not hold it (any more)."""
-        with self.lock:
-            handed = self.handed.pop(tag, None)
-            if handed is None:
-                return False
-            handed.consumer.end(handed.batch)
-            return True
-
-    def reject(self, tag: str, requeue: bool) -> bool:
-        """A message is to be delivered again, or goes to the dead letters. False as ``ack``."""
-        with self.lock:
-            handed = self.handed.pop(tag, None)
-            if handed is None:
-                return False
-            if requeue:
-                handed.consumer.give_back(handed.batch)
-            else:
-                handed.consumer.reject(handed.batch)
-            return True
-
-    def charge(self, tag: str) -> bool:
-        """A message took its process down; True if that was once too often."""
-        with self.lock:
-            handed = self.handed.get(tag)
-            return handed is not None and handed.consumer.charge(handed.batch)
-
-    def restore(self, tags: Iterable[str]) -> None:
-        """A channel closes: what it was given and has not acknowledged is delivered again, but for what is worked on."""
-        with self.lock:
-            left = [tag for tag in tags if tag in self.handed]
-            kept = {tag for tag in left if self.handed[tag].started}
-            for ask in hooks.keep_on_close:
-                kept.update(ask(left))
-            self._outlived.update(dict.fromkeys(kept.intersection(left), False))
-            for tag in left:
-                handed = None if tag in kept else self.handed.pop(tag, None)  # the asking may have acknowledged it
-                if handed is not None:
-                    handed.consumer.give_back(handed.batch)
-
-    def withdraw(self, consumer: StreamConsumer | None = None) -> None:
-        """A shard, or all, are to go to other processes: what was handed out and has not begun goes with them."""
-        with self.lock:
-            tags = [
-                tag
-                for tag, handed in self.handed.items()
-                if not handed.entered and not handed.consumer.lease.shared and consumer in (None, handed.consumer)
-            ]
-            waiting = {tag for ask in hooks.not_begun for tag in ask(tags)} if tags else ()
-            for tag in waiting:
-                handed = self.handed.pop(tag)
-                handed.consumer.give_back(handed.batch)
-            if consumer is None:
-                for handed in self.handed.values():
-                    handed.consumer.unmark(handed.batch)
-
-    def start(self, tag: str, hold: bool, here: bool) -> bool:
-        """A body starts, or a pool gets it: False if its message was given back before. ``hold``: closing its channel does not
-        give it back any more. ``here``: it starts in this process."""
-        # Under the lock: not between the look at what is worked on and the giving back of the rest.
-        with self.lock:
-            handed = self.handed.get(tag)
-            if handed is None:
-                return False
-            handed.entered = True
-            handed.started |= hold
-            return not here or handed.batch.deliveries[0].fresh or self._mark(handed)
-
-    def _mark(self, handed: Handed) -> bool:
-        """Writes down that the body of a message that comes again starts here: it may be what has ended the process before.
-        False if the message is another's."""
-        consumer = handed.consumer
-        try:
-            with self._guarded():
-                try:
-                    consumer.mark(self.link(consumer), handed.batch)
-                except LeaseLost as exc:
-                    self.lost(consumer, str(exc))
-                    return False
-        except StreamTaskError as exc:
-            log.info("the start of a body was not written down: %s", exc)
-        return True
+    # What has ended
 
     def still_owned(self, delivery: dict[str, Any]) -> bool:
         """Whether Redis says that the shard of a keyed delivery is still its receiver's; True where Redis can't be asked."""
@@ -439,7 +351,7 @@ class Session:
 
     def flush(self) -> None:
         """Writes what has ended. Raises ``BrokerUnavailable``: then it is written later."""
-        with self.lock, self._guarded():
+        with self.lock, self.guarded():
             self.ownership.take_orders()
             for consumed in list(self.consumed.values()):
                 for consumer in list(consumed.consumers()):
@@ -470,7 +382,7 @@ class Session:
         self._upkeep_at = now + UPKEEP_S
         with self.lock:
             self.ownership.restart_keeper()
-            self._look_after_outlived()
+            self.deliveries.look_after_outlived()
             gone = [name for name, consumed in self.consumed.items() if consumed.gone]
         for name in gone:
             if lifetime.is_declared(self, name):
@@ -479,23 +391,6 @@ class Session:
             if now >= self._touch_at.get(name, 0.0) and (name in self.consumed or name in self.listened):
                 self._touch_at[name] = now + expires_ms / 3000
                 lifetime.touch(self, name, expires_ms)
-
-    def _look_after_outlived(self) -> None:
-        """Gives back what nobody works on any more, and nobody has acknowledged: its end was lost with its connection. Seen
-        twice, for an end and its acknowledgement are two steps."""
-        self._outlived = {tag: ended for tag, ended in self._outlived.items() if tag in self.handed}
-        if not self._outlived:
-            return
-        working: set[str] = set()
-        for ask in hooks.worked_on:
-            working.update(ask(self._outlived))
-        for tag, ended in list(self._outlived.items()):
-            self._outlived[tag] = tag not in working
-            if ended and tag not in working:
-                del self._outlived[tag]
-                handed = self.handed.pop(tag)
-                log.warning("the end of a message was lost, it is delivered again queue=%s", handed.consumer.queue)
-                handed.consumer.give_back(handed.batch)
 
     def wake(self) -> None:
         for waker in list(self.wakers):
@@ -558,12 +453,12 @@ def session_of(broker: Broker, options: Options) -> Session:
 
 
 def _begin(tag: str, hold: bool, here: bool) -> bool:
-    return any(session.start(tag, hold, here) for session in list(_sessions.values()))
+    return any(session.deliveries.start(tag, hold, here) for session in list(_sessions.values()))
 
 
 def _withdraw() -> None:
     for session in list(_sessions.values()):
-        session.withdraw()
+        session.deliveries.withdraw()
 
 
 def _still_owned(delivery: dict[str, Any]) -> bool:

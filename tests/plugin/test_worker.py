@@ -194,13 +194,13 @@ from celery.contrib.testing.worker import start_worker
 
 given_back = []
 with start_worker(app, pool="{pool}", perform_ping_check=False, loglevel="INFO"):
-    session = app.connection_for_write().transport.session
-    really = session.start
-    def start(tag, hold):
+    deliveries = app.connection_for_write().transport.session.deliveries
+    really = deliveries.start
+    def start(*args):
         if not given_back:
-            given_back.append(session.reject(tag, requeue=True))
-        return really(tag, hold)
-    session.start = start
+            given_back.append(deliveries.reject(args[0], requeue=True))
+        return really(*args)
+    deliveries.start = start
     {name}.delay(*{first}).get(timeout=10)
     {name}.delay(*{second}).get(timeout=10)
     print(given_back)

@@ -79,7 +79,7 @@ class Streams(Broker):
 
     def identity(self, tag: str) -> str:
         """What is the same in each delivery of a message: its entry in its stream."""
-        handed = self.channel.session.handed[tag]
+        handed = self.channel.session.deliveries[tag]
         place = (handed.consumer.keys.stream, handed.batch.deliveries[0].entry_id)
         return f"{uuid.uuid5(uuid.NAMESPACE_OID, repr(place)).hex} 0"
 

@@ -1,0 +1,151 @@
+"""What was handed to this process' channels and has not ended, by delivery tag: it outlives them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import LeaseLost, StreamTaskError
+from ..queue.consumer import Batch
+from . import hooks
+from .consumer import StreamConsumer
+
+if TYPE_CHECKING:
+    from .session import Session
+
+log = logging.getLogger("streamtask.transport")
+
+
+@dataclass(slots=True)
+class Handed:
+    """A delivery that was handed to a channel."""
+
+    tag: str
+    consumer: StreamConsumer
+    batch: Batch
+    entered: bool = False
+    """Its body has begun, or a process of a pool has been given it."""
+    started: bool = False
+    """Its body has begun in this process: it waits for its end, also without its channel."""
+
+
+class Deliveries:
+    """See the module. The session's lock guards it; its methods take it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._handed: dict[str, Handed] = {}
+        self._outlived: dict[str, bool] = {}
+        """Those whose channel was closed while they were worked on; True: at the last look they no longer were."""
+
+    def add(self, tag: str, consumer: StreamConsumer, batch: Batch) -> None:
+        self._handed[tag] = Handed(tag, consumer, batch)
+
+    def __getitem__(self, tag: str) -> Handed:
+        return self._handed[tag]
+
+    def ack(self, tag: str) -> bool:
+        """A message has ended; False where this process does not hold it (any more)."""
+        with self._session.lock:
+            handed = self._handed.pop(tag, None)
+            if handed is None:
+                return False
+            handed.consumer.end(handed.batch)
+            return True
+
+    def reject(self, tag: str, requeue: bool) -> bool:
+        """A message is to be delivered again, or goes to the dead letters. False as ``ack``."""
+        with self._session.lock:
+            handed = self._handed.pop(tag, None)
+            if handed is None:
+                return False
+            if requeue:
+                handed.consumer.give_back(handed.batch)
+            else:
+                handed.consumer.reject(handed.batch)
+            return True
+
+    def charge(self, tag: str) -> bool:
+        """A message took its process down; True if that was once too often."""
+        with self._session.lock:
+            handed = self._handed.get(tag)
+            return handed is not None and handed.consumer.charge(handed.batch)
+
+    def restore(self, tags: Iterable[str]) -> None:
+        """A channel closes: what it was given and has not acknowledged is delivered again, but for what is worked on."""
+        with self._session.lock:
+            left = [tag for tag in tags if tag in self._handed]
+            kept = {tag for tag in left if self._handed[tag].started}
+            for ask in hooks.keep_on_close:
+                kept.update(ask(left))
+            self._outlived.update(dict.fromkeys(kept.intersection(left), False))
+            for tag in left:
+                handed = None if tag in kept else self._handed.pop(tag, None)  # the asking may have acknowledged it
+                if handed is not None:
+                    handed.consumer.give_back(handed.batch)
+
+    def withdraw(self, consumer: StreamConsumer | None = None) -> None:
+        """A shard, or all, are to go to other processes: what was handed out and has not begun goes with them."""
+        with self._session.lock:
+            tags = [
+                tag
+                for tag, handed in self._handed.items()
+                if not handed.entered and not handed.consumer.lease.shared and consumer in (None, handed.consumer)
+            ]
+            waiting = {tag for ask in hooks.not_begun for tag in ask(tags)} if tags else ()
+            for tag in waiting:
+                handed = self._handed.pop(tag)
+                handed.consumer.give_back(handed.batch)
+            if consumer is None:
+                for handed in self._handed.values():
+                    handed.consumer.unmark(handed.batch)
+
+    def start(self, tag: str, hold: bool, here: bool) -> bool:
+        """A body starts, or a pool gets it: False if its message was given back before. ``hold``: closing its channel does not
+        give it back any more. ``here``: it starts in this process."""
+        # Under the lock: not between the look at what is worked on and the giving back of the rest.
+        with self._session.lock:
+            handed = self._handed.get(tag)
+            if handed is None:
+                return False
+            handed.entered = True
+            handed.started |= hold
+            return not here or handed.batch.deliveries[0].fresh or self._mark(handed)
+
+    def _mark(self, handed: Handed) -> bool:
+        """Writes down that the body of a message that comes again starts here: it may be what has ended the process before.
+        False if the message is another's."""
+        session, consumer = self._session, handed.consumer
+        try:
+            with session.guarded():
+                try:
+                    consumer.mark(session.link(consumer), handed.batch)
+                except LeaseLost as exc:
+                    session.lost(consumer, str(exc))
+                    return False
+        except StreamTaskError as exc:
+            log.info("the start of a body was not written down: %s", exc)
+        return True
+
+    def look_after_outlived(self) -> None:
+        """Gives back what nobody works on any more, and nobody has acknowledged: its end was lost with its connection. Seen
+        twice, for an end and its acknowledgement are two steps."""
+        self._outlived = {tag: ended for tag, ended in self._outlived.items() if tag in self._handed}
+        if not self._outlived:
+            return
+        working: set[str] = set()
+        for ask in hooks.worked_on:
+            working.update(ask(self._outlived))
+        for tag, ended in list(self._outlived.items()):
+            self._outlived[tag] = tag not in working
+            if ended and tag not in working:
+                del self._outlived[tag]
+                handed = self._handed.pop(tag)
+                log.warning("the end of a message was lost, it is delivered again queue=%s", handed.consumer.queue)
+                handed.consumer.give_back(handed.batch)
+
+    def forget(self, consumer: StreamConsumer) -> None:
+        for tag in [tag for tag, handed in self._handed.items() if handed.consumer is consumer]:
+            del self._handed[tag]
