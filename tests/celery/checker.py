@@ -7,13 +7,14 @@ The record has one line per event; the order of the lines is the order of the wr
   it - through retries too; only after a kill may they jump back, and then what repeats is a contiguous run in order;
 - bodies of a key never overlap, except with one of a process that was killed, or of a paused worker that began before;
 - a message runs again without a retry only when its process was killed or paused and its ack can't have reached Redis;
-  a paused worker may, when it goes on, still run messages without a key that it had fetched.
+  a paused worker may, when it goes on, still run messages without a key that it had fetched;
+- a failed run of a message without a key publishes a retry of its own: where it ran twice, its retry may, too.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,17 +141,28 @@ def _check_repeats(
     lease: float,
     report: Report,
 ) -> None:
-    last: dict[tuple[int, str], Event] = {}  # two messages of one number have two task ids
-    given_back: set[tuple[int, str]] = set()
+    last: dict[tuple[object, ...], Event] = {}
+    given_back: set[tuple[object, ...]] = set()
+    failed: Counter[tuple[int, str, int]] = Counter()
+    began: Counter[tuple[int, str, int]] = Counter()
     for event in own:
-        message = event.n, event.id
+        # Two messages of one number have two task ids. A retry without a key is a message of its own.
+        message = (event.n, event.id) if event.key is not None else (event.n, event.id, event.attempt)
         if event.kind == REQUEUED:
             given_back.add(message)
+        if event.kind == FAIL:
+            failed[event.n, event.id, event.attempt] += 1
         if event.kind != START:
             continue
+        began[event.n, event.id, event.attempt] += 1
         before = last.get(message)
         last[message] = event
         if before is None or event.attempt > before.attempt:
+            continue
+        if (
+            event.key is None
+            and began[event.n, event.id, event.attempt] <= failed[event.n, event.id, event.attempt - 1]
+        ):
             continue
         if message in given_back:
             given_back.discard(message)

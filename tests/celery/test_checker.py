@@ -39,6 +39,30 @@ OTHER = {"main": 2, "pid": 22}
         ),
         # acknowledged early, and killed in the body
         (record(("S", 0, {"key": None})), {None: [0]}, {"killed": {11: 0.5}, "early": {0}}),
+        # a plain message ran twice, and so does the retry that each run published
+        (
+            record(
+                ("S", 0, {"key": None}),
+                ("F", 0, {"key": None}),
+                ("S", 0, {**OTHER, "key": None}),
+                ("F", 0, {**OTHER, "key": None}),
+                *[(kind, 0, {**OTHER, "key": None, "attempt": 1}) for kind in "SESE"],
+            ),
+            {None: [0]},
+            {"killed": {1: 1.5, 11: 1.5}},
+        ),
+        # the retry of the killed worker's run came first
+        (
+            record(
+                ("S", 0, {"key": None}),
+                ("F", 0, {"key": None}),
+                *[(kind, 0, {"main": 3, "pid": 33, "key": None, "attempt": 1}) for kind in "SE"],
+                ("S", 0, {**OTHER, "key": None}),
+                ("E", 0, {**OTHER, "key": None}),
+            ),
+            {None: [0]},
+            {"killed": {1: 1.5, 11: 1.5}},
+        ),
         # gave itself back
         (record(("S", 0), ("Q", 0), ("S", 0), ("E", 0)), [0], {}),
         # one that need not run
@@ -65,6 +89,17 @@ def test_fine(events, numbers, options):
             "starts before the end of [0]",
         ),
         (record(("S", 0), ("E", 0), ("S", 0), ("E", 0)), [0], {}, "though its process lived"),
+        # one failed run, and two of its retry
+        (
+            record(
+                ("S", 0, {"key": None}),
+                ("F", 0, {"key": None}),
+                *[(kind, 0, {"key": None, "attempt": 1}) for kind in "SESE"],
+            ),
+            {None: [0]},
+            {},
+            "though its process lived",
+        ),
         (
             record(("S", 0), ("E", 0), ("A", 0, {"key": None}), ("S", 0, {**OTHER, "at": 9.0}), ("E", 0, OTHER)),
             [0],

@@ -232,7 +232,18 @@ class RedisCluster:
             source.client().migrate("127.0.0.1", target.port, found, 0, 5000)
         for node in (target, source, *self.nodes):
             node.client().execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
+        # Two moves at once may give two nodes the same epoch, and then each may take the other for a slot's owner for good.
+        wait_until(self._agree, 20, lambda: "\n".join(str(self._view(node)) for node in self.nodes))
         return target
+
+    def _view(self, node: RedisServer) -> dict[str, tuple[str, Any]]:
+        """Since which epoch which master has which slots, as a node sees it."""
+        seen: Any = node.client().execute_command("CLUSTER NODES")
+        return {one["node_id"]: (one["epoch"], one["slots"]) for one in seen.values() if "master" in one["flags"]}
+
+    def _agree(self) -> bool:
+        first, *others = [self._view(node) for node in self.nodes if node.running]
+        return all(other == first for other in others) and len({epoch for epoch, _ in first.values()}) == len(first)
 
     def replicate(self, master: RedisServer) -> RedisServer:
         """Starts a replica of a node; returns once it has what the node has, and may take its place."""
