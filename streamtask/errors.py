@@ -13,7 +13,7 @@
     │   └── QueueFull            the backlog limit, or Redis' memory limit, is reached
     │       └── BrokerOutOfMemory
     ├── BrokerUnavailable        Redis can't be reached
-    │   ├── AccessRefused        Redis refused the user, the password or a command (a ConfigError, too)
+    │   ├── AccessRefused        Redis refused the user or password (a ConfigError, too)
     │   └── EmbeddedServerError  the embedded redis-server is missing or did not start
     ├── BulkSendError            send_many stored a part
     ├── LeaseLost                another process owns the shard now
@@ -114,7 +114,7 @@ class BrokerUnavailable(StreamTaskError, ConnectionError):
 
 
 class AccessRefused(ConfigError, BrokerUnavailable):
-    """Redis refused the user or password, or its ACL a command or key.
+    """Redis refused the user or password.
 
     A wrong setting for a call and at a start, which fail at once. A worker that runs waits, as it does for a Redis that is
     away: the password is being changed, or a replica that was promoted has not its users yet.

@@ -37,7 +37,15 @@ from ..transport import hooks
 from .brokers import on_worker_setup
 from .pools import hear_pools
 from .publish import stamp_missed, with_key, with_retry_kept
-from .worker import active, keep_active, not_begun, with_crash_count, with_hearing, with_keyed_strategy
+from .worker import (
+    active,
+    keep_active,
+    not_begun,
+    on_shutting_down,
+    with_crash_count,
+    with_hearing,
+    with_keyed_strategy,
+)
 
 
 def _install() -> None:
@@ -52,6 +60,7 @@ def _install() -> None:
     hooks.not_begun.append(not_begun)
     hooks.before_failure.append(hear_pools)
     signals.celeryd_after_setup.connect(on_worker_setup, weak=False, dispatch_uid=__name__)
+    signals.worker_shutting_down.connect(on_shutting_down, weak=False, dispatch_uid=__name__)
 
 
 _install()

@@ -161,6 +161,12 @@ def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
     return on_close
 
 
+def on_shutting_down(**_: Any) -> None:
+    """A signal's handler interrupts the main thread anywhere, also in a call to Redis: what has to be written is another's."""
+    if hooks.spare is not None:
+        threading.Thread(target=hooks.spare, name="streamtask-spare", daemon=True).start()
+
+
 def keep_active(tags: Collection[str]) -> Collection[str]:
     """Of a closing channel's deliveries those whose body runs: Celery lets these go on and drops all others."""
     if not _tags_of(state.requests.values).intersection(tags):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..clock import wall_ms
-from ..errors import BrokerUnavailable
+from ..errors import AccessRefused, BrokerUnavailable
 from .common import age, console, inspector_of, json_option, number, print_json, printable, queue_option
 from .consumers import place_of
 
@@ -68,13 +68,17 @@ def _watch(inspector: Inspector, queue: str | None, seconds: float, as_json: boo
 
     screen = console()
     picture: RenderableType = Text("asking ...")
+    seen = False
     try:
         with Live(picture, console=screen, screen=True, auto_refresh=False) as live:
             while True:
                 error = ""
                 try:
                     picture = _picture(inspector, inspector.status(queue, seconds))
+                    seen = True
                 except BrokerUnavailable as exc:
+                    if isinstance(exc, AccessRefused) and not seen:
+                        raise
                     # What was seen last stays: it is what there is to go by while Redis is away.
                     error = str(exc)
                     time.sleep(seconds)

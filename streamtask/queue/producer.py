@@ -482,6 +482,8 @@ class Bulk:
                 for node, shards in self._by_node().items():
                     errors += self._round(node, shards)
             except (BrokerUnavailable, QueueFull) as exc:
+                if isinstance(exc, ConfigError) and not (self.stored or self.unknown):
+                    raise
                 errors.append(exc)
                 self.producer.look_again(self.queue)
             if errors:
@@ -519,7 +521,7 @@ class Bulk:
             answers = link.answers(packed)
         except BaseException as exc:
             link.close()  # what it still has to say is nobody's
-            if isinstance(exc, BrokerUnavailable):
+            if isinstance(exc, BrokerUnavailable) and not isinstance(exc, ConfigError):
                 for shard in shards:
                     self.unknown.update(self.prepared[shard][0])
             raise

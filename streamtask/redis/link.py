@@ -63,7 +63,7 @@ def translate(exc: Exception, where: str) -> StreamTaskError:
     if isinstance(exc, rexc.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return AccessRefused(f"Redis at {where} refused the user or password: {text}")
     if isinstance(exc, rexc.NoPermissionError):
-        return AccessRefused(f"Redis at {where} refuses the user a command or a key, which its ACL must allow: {text}")
+        return ConfigError(f"Redis at {where} refuses the user a command or a key, which its ACL must allow: {text}")
     if isinstance(exc, rexc.BusyLoadingError | rexc.ReadOnlyError | rexc.ClusterDownError | rexc.TryAgainError):
         return BrokerUnavailable(f"Redis at {where} is not ready: {text}")
     if isinstance(exc, rexc.NoScriptError):

@@ -31,7 +31,8 @@ def _argument(arguments: Mapping[str, Any], name: str, least: int, most: int) ->
     if value is None:
         return None
     try:
-        if isinstance(value, bool) or not least <= int(value) <= most:
+        fraction = isinstance(value, float) and not value.is_integer()
+        if isinstance(value, bool) or fraction or not least <= int(value) <= most:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(
@@ -103,11 +104,11 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def _new_queue(self, queue: str, **kwargs: Any) -> None:
         arguments = kwargs.get("arguments") or {}
-        if kwargs.get("auto_delete"):
-            self._auto_delete.add(queue)
         shards = _argument(arguments, "x-shards", 1, 1024)
         ttl = _argument(arguments, "x-message-ttl", 0, FOR_EVER_MS)
         expires = _argument(arguments, "x-expires", 0, FOR_EVER_MS)
+        if kwargs.get("auto_delete"):
+            self._auto_delete.add(queue)
         if shards is not None:
             self.session.queue(queue).shards = shards
         if ttl is not None:

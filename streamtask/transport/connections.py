@@ -21,6 +21,11 @@ class Connections:
         """To the servers of the streams that are consumed; under the session's lock."""
         self._idle: list[Link] = []
 
+    def close(self) -> None:
+        self.links.close()
+        for link in self._idle:
+            link.close()
+
     @contextmanager
     def borrow(self, key: str = "") -> Iterator[Link]:
         """A link to the server of a key, for calls that need not wait for their session's lock."""

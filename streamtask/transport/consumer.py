@@ -36,6 +36,7 @@ class StreamConsumer(ShardConsumer):
         self._generations: dict[bytes, int] = {}  # of those whose replacement was handed out
         self._replacements: dict[bytes, tuple[int, bytes]] = {}  # generation, envelope
         self._returned: list[bytes] = []  # to be put on offer (shared streams)
+        self._unmarked: list[bytes] = []
         self._replaced_key = self.keys.replaced(self.settings.group)
 
     def _needs_mark(self, delivery: Delivery) -> bool:
@@ -73,6 +74,7 @@ class StreamConsumer(ShardConsumer):
         elif not takeover:
             # Before any of it is fetched again: then it would be on offer while it is worked on.
             self.write_notes(link)
+            self._take_marks_back(link)
             self.put_on_offer(link)
         return super().recover(link, takeover=takeover)
 
@@ -117,11 +119,11 @@ class StreamConsumer(ShardConsumer):
         self._write_notes(link, [(delivery.entry_id, note)])
 
     def unmark(self, batch: Batch) -> None:
-        """The process ends in good order, or what ran has ended: nothing is to be counted."""
+        """The process was told to end, or what ran has ended: nothing is to be counted."""
         delivery = batch.deliveries[0]
         if delivery.note is not None and delivery.note.mark:
             delivery.note.mark = 0
-            self._notes.append((delivery.entry_id, delivery.note))
+            self._unmarked.append(delivery.entry_id)
 
     def give_back(self, batch: Batch) -> None:
         """A message is to be delivered again: at the head of its lane, or, from a shared stream, by whoever comes first."""
@@ -179,7 +181,7 @@ class StreamConsumer(ShardConsumer):
         return (due is not None and due <= now) or (self.next_due is not None and self.next_due <= now)
 
     def has_to_flush(self) -> bool:
-        return bool(self.finished or self.settling or self._returned or self._notes or self._dead)
+        return bool(self.finished or self.settling or self._returned or self._notes or self._unmarked or self._dead)
 
     def pack_settle(self, ids: Sequence[bytes]) -> bytes:
         if self.lease.shared:
@@ -217,8 +219,16 @@ class StreamConsumer(ShardConsumer):
             )
             self._returned = []
 
+    def _take_marks_back(self, link: Link) -> None:
+        # Not with the rest of a note, beside which a retry may have been stored meanwhile.
+        if self._unmarked:
+            keys = [self.lease.key, self.keys.notes(self.settings.group)]
+            self._run(link, "unmark", keys, [*self._head[:2], *self._unmarked])
+            self._unmarked = []
+
     def flush(self, link: Link) -> None:
         super().flush(link)  # the notes first: whoever takes the message next has to know of its crashes
+        self._take_marks_back(link)
         self.put_on_offer(link)
         self.settle(link)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("streamtask.transport")
 
+SUSPECT_S = 0.02
+"""How often it is looked whether a message may start that waits for another one."""
+
 
 @dataclass(slots=True)
 class Handed:
@@ -29,16 +33,24 @@ class Handed:
     """Its body has begun, or a process of a pool has been given it."""
     started: bool = False
     """Its body has begun in this process: it waits for its end, also without its channel."""
+    marked: bool = False
+    """Its start was written down."""
+
+    def is_suspect(self) -> bool:
+        """Whether it ran so often when its process died that it has to be told from those beside it."""
+        note = self.batch.deliveries[0].note
+        return note is not None and note.crashes >= max(1, self.consumer.settings.max_crashes - 1)
 
 
 class Deliveries:
-    """See the module. The session's lock guards it; its methods take it."""
+    """See the module. The session's lock guards it, and is taken by what is called from without."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._handed: dict[str, Handed] = {}
         self._outlived: dict[str, bool] = {}
         """Those whose channel was closed while they were worked on; True: at the last look they no longer were."""
+        self._spared = False
 
     def add(self, tag: str, consumer: StreamConsumer, batch: Batch) -> None:
         self._handed[tag] = Handed(tag, consumer, batch)
@@ -98,27 +110,59 @@ class Deliveries:
             for tag in waiting:
                 handed = self._handed.pop(tag)
                 handed.consumer.give_back(handed.batch)
-            if consumer is None:
-                for handed in self._handed.values():
-                    handed.consumer.unmark(handed.batch)
+
+    def leaves(self, tag: str) -> bool:
+        """Whether the shard of a delivery is to go to another process."""
+        with self._session.lock:
+            handed = self._handed.get(tag)
+            return handed is not None and handed.consumer.closing
 
     def start(self, tag: str, hold: bool, here: bool) -> bool:
         """A body starts, or a pool gets it: False if its message was given back before. ``hold``: closing its channel does not
         give it back any more. ``here``: it starts in this process."""
-        # Under the lock: not between the look at what is worked on and the giving back of the rest.
-        with self._session.lock:
-            handed = self._handed.get(tag)
-            if handed is None:
+        while True:
+            # Under the lock: not between the look at what is worked on and the giving back of the rest.
+            with self._session.lock:
+                handed = self._handed.get(tag)
+                if handed is None:
+                    return False
+                handed.entered = True
+                handed.started |= hold
+                if not here or self._spared or handed.batch.deliveries[0].fresh:
+                    return True
+                if not self._waits(handed):
+                    return self._mark(handed)
+            time.sleep(SUSPECT_S)
+            if self._told_to_end():
                 return False
-            handed.entered = True
-            handed.started |= hold
-            return not here or handed.batch.deliveries[0].fresh or self._mark(handed)
+
+    def _waits(self, handed: Handed) -> bool:
+        """Whether a message whose process died when it ran waits for the end of another such one: one of them is suspected to
+        be the cause, and those that merely run beside it must not be counted as often."""
+        others = [other for other in self._handed.values() if other.marked and other is not handed]
+        return bool(others) and (handed.is_suspect() or any(other.is_suspect() for other in others))
+
+    def _told_to_end(self) -> bool:
+        return self._spared  # which another thread may have set meanwhile
+
+    def spare(self) -> None:
+        """The process was told to end: whatever runs is not to blame for it. May be called from any thread."""
+        self._spared = True
+        with self._session.lock:
+            for handed in self._handed.values():
+                handed.consumer.unmark(handed.batch)
+        try:
+            self._session.flush()
+        except StreamTaskError as exc:
+            log.info("bodies that run may be counted as crashes: %s", exc)
 
     def _mark(self, handed: Handed) -> bool:
         """Writes down that the body of a message that comes again starts here: it may be what has ended the process before.
         False if the message is another's."""
         session, consumer = self._session, handed.consumer
+        handed.marked = True
         try:
+            session.flush()  # what ended before it must not be counted with it
             with session.guarded():
                 try:
                     consumer.mark(session.link(consumer), handed.batch)

@@ -28,6 +28,9 @@ without them."""
 withdraw: Callable[[], None] | None = None
 """Gives back what is not begun of all shards, as ``not_begun`` knows it. Set by the transport as ``begin``."""
 
+spare: Callable[[], None] | None = None
+"""Says that this process was told to end: if it is killed then, that is no crash of what runs. Set as ``begin``."""
+
 begin: Callable[[str, bool, bool], bool] | None = None
 """Says by its tag that the body of a delivery is about to start, that a pool gets it, or that it is acknowledged: False if it
 was given back before. With True as the second argument it stays this process' from now on, also when its channel closes; as

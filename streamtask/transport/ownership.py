@@ -33,7 +33,8 @@ class Ownership:
         self._again_at: float | None = None
         self._numbers: dict[int, tuple[Consumed, int]] = {}  # the keeper's numbers of shards
         self._told: dict[int, dict[str, Any]] = {}  # the orders with which they came
-        self._releasing: set[int] = set()
+        self.releasing: set[int] = set()
+        """Shards that are to go, by the keeper's numbers."""
         self._orders: dict[str, Callable[[dict[str, Any]], None]] = {
             "own": self._own,
             "release": self._release,
@@ -138,7 +139,7 @@ class Ownership:
         for other, (of, at) in list(self._numbers.items()):
             if of is consumed and at == shard:
                 del self._numbers[other]
-                self._releasing.discard(other)
+                self.releasing.discard(other)
         self._numbers[number] = consumed, shard
         self._told = {known: told for known, told in self._told.items() if known in self._numbers}
         self._told[number] = order
@@ -166,13 +167,13 @@ class Ownership:
             return
         consumed, shard = found
         consumed.shards[shard].closing = True
-        self._releasing.add(number)
+        self.releasing.add(number)
         self._session.deliveries.withdraw(consumed.shards[shard])
         self.end_releases()
 
     def _resume(self, order: dict[str, Any]) -> None:
         number = int(order["number"])
-        self._releasing.discard(number)
+        self.releasing.discard(number)
         found = self._numbers.get(number)
         if found is not None and found[1] in found[0].shards:
             found[0].shards[found[1]].closing = False
@@ -189,12 +190,12 @@ class Ownership:
 
     def end_releases(self) -> None:
         """Gives away the shards that are to go, as soon as nothing of them is worked on or unsettled."""
-        for number in list(self._releasing):
+        for number in list(self.releasing):
             consumed, shard = self._numbers[number]
             consumer = consumed.shards[shard]
             if consumer.handed or not consumer.idle():
                 continue
-            self._releasing.discard(number)
+            self.releasing.discard(number)
             del self._numbers[number]
             del consumed.shards[shard]
             self.keeper().released(number)
@@ -208,7 +209,7 @@ class Ownership:
 
     def _lost(self, number: int) -> None:
         found = self._numbers.pop(number, None)
-        self._releasing.discard(number)
+        self.releasing.discard(number)
         if found is not None and found[1] in found[0].shards:
             self._session.deliveries.forget(found[0].shards.pop(found[1]))
             self._session.say_lost(f"shard {found[1]} of queue {found[0].queue.name!r} is another's")

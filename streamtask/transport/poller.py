@@ -125,6 +125,16 @@ class Poller:
         self._failed: Exception | None = None
         self._broken = False  # an error has ended the loop: a new connection comes, and nothing is taken over this one
 
+    def after_fork(self) -> None:
+        """In the child: closes its copies of the sockets. While they are open, the parent's epoll goes on to report those that
+        the parent has closed, and the number of such a one may be another's by then."""
+        self.listener.close()
+        for bell in self._bells.values():
+            bell.link.close()
+        for end in self._wakers or ():
+            end.close()
+        self._begin()
+
     def wake(self) -> None:
         """Ends the current wait; from any thread."""
         if self._wakers is not None:
@@ -208,6 +218,9 @@ class Poller:
                 try:
                     while found:
                         payload, tag = found.popleft()
+                        if session.ownership.releasing and session.deliveries.leaves(tag):
+                            session.deliveries.reject(tag, requeue=True)
+                            continue
                         yield channel, queue, payload, tag
                 finally:
                     for _, tag in found:
@@ -419,7 +432,8 @@ class Poller:
     def _readable(self, fd: int) -> None:
         with self._failing():
             try:
-                self._take(fd)
+                if not self._look(fd):
+                    return  # it is said of a socket that had the number before, and that a child has still open
             except BaseException:
                 # It is closed: its number may soon be another's.
                 if self._fds.pop(fd, None) is not None and self.loop is not None:

@@ -82,6 +82,14 @@ class Session:
         self.connections = Connections(self.broker)
         self.new_tag: Callable[[], str] = _tags().__next__
 
+    def after_fork(self) -> None:
+        """In the child: closes its copies of the parent's sockets (see ``Poller.after_fork``), and begins anew."""
+        for poller in list(self.wakers):
+            poller.after_fork()
+        self.connections.close()
+        self.ownership.close()
+        self.begin()
+
     def check_process(self) -> None:
         """Where a server forks without Python's hooks (uWSGI), two processes must not draw the same ids."""
         if os.getpid() != self.pid:
@@ -448,6 +456,7 @@ def session_of(broker: Broker, options: Options) -> Session:
         # Also where a forked child uses what it has inherited.
         hooks.begin = _begin
         hooks.withdraw = _withdraw
+        hooks.spare = _spare
         hooks.still_owned = _still_owned
         return found
 
@@ -461,6 +470,11 @@ def _withdraw() -> None:
         session.deliveries.withdraw()
 
 
+def _spare() -> None:
+    for session in list(_sessions.values()):
+        session.deliveries.spare()
+
+
 def _still_owned(delivery: dict[str, Any]) -> bool:
     return all(session.still_owned(delivery) for session in list(_sessions.values()))
 
@@ -468,13 +482,13 @@ def _still_owned(delivery: dict[str, Any]) -> bool:
 def _after_fork() -> None:
     global _sessions_lock
     _sessions_lock = threading.Lock()
-    hooks.begin = hooks.withdraw = None
+    hooks.begin = hooks.withdraw = hooks.spare = None
     for key, session in list(_sessions.items()):
         # Connections that the child has inherited go on with it.
         del _sessions[key]
         here = (os.getpid(), *key[1:])
         _sessions[here] = session
-        session.begin()
+        session.after_fork()
         session.broker.after_fork()
         for queue in session.queues.values():
             queue.after_fork()

@@ -290,9 +290,15 @@ class KeeperProcess:
     def _bury(self) -> None:
         """Gives back what the dead client had."""
         until = mono_s() + self._lease_ms / 1000 * BURY_LEASES
+        try:
+            marked = self._marked()
+        except StreamTaskError as exc:
+            # Not counting a crash is better than holding up the rest: of a Cluster one node may be away.
+            log.warning("crashes were not counted: %s", exc)
+            marked = {}
         for wait in delays(0.05, 0.5):
             try:
-                self._coordinator.bury(self._client, self._marked())
+                self._coordinator.bury(self._client, marked)
                 return
             except StreamTaskError as exc:
                 self._coordinator.outage(exc)

@@ -84,10 +84,12 @@ def test_a_message_that_crashed_is_counted_over_its_workers(own_server, site):
 @pytest.mark.parametrize("name, key", [("poison", "a"), ("poison_late", None)])
 @pytest.mark.parametrize("pool", ["solo", "threads", "gevent"])
 def test_a_message_that_kills_its_worker_each_time(own_server, site, pool, name, key):
-    """Its first death is nobody's, for many bodies may have run; from its second run on they are counted."""
+    """Its first death is nobody's, for many bodies may have run; from its second run on they are counted. Not with those that
+    had ended before it."""
     s = site(own_server, max_crashes=1)
+    others = [s.send("put", "b"), s.send("late")]
     n = s.send(name, key)
-    others = [s.send("put", "a"), s.send("late")]
+    others += [s.send("put", "a"), s.send("late")]
     for count in (1, 2, 3):
         worker = s.start_worker(pool, c=1)
         s.wait("S", n, count=count, timeout=20)
@@ -102,7 +104,27 @@ def test_a_message_that_kills_its_worker_each_time(own_server, site, pool, name,
     s.nothing_left()
 
 
-def test_a_worker_that_was_told_to_stop_and_is_killed_is_no_crash(own_server, site):
+@pytest.mark.parametrize("name, key", [("poison", "a"), ("poison_late", None)])
+def test_what_runs_beside_a_message_that_kills_its_worker_is_spared(own_server, site, name, key):
+    """It is counted with it at first; then they run one at a time, so that only one of them is counted."""
+    s = site(own_server, max_crashes=1)
+    beside = [s.send("put", f"user{i}", ms=200) for i in range(3)] + [s.send("late", ms=200) for _ in range(3)]
+    n = s.send(name, key)
+
+    def decided() -> bool:
+        if not is_alive(workers[-1].pid):
+            workers.append(s.start_worker("threads", c=8))
+        return bool(dead(s)) and all(s.of("E", n=other) for other in beside)
+
+    workers = [s.start_worker("threads", c=8)]
+    wait_until(decided, 60, lambda: f"a dead letter; {s}", poll=0.05)
+    s.nothing_left()
+    assert [json.loads(fields[b"error"])["reason"] for _, fields in dead(s)] == ["crashed"]
+    assert 3 <= len(s.of("S", n=n)) <= 4
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_a_worker_that_was_told_to_stop_and_is_killed_is_no_crash(own_server, site, pool):
     """As in a deployment whose grace period is shorter than its bodies, however often that happens."""
     s = site(own_server, max_crashes=1)
 
@@ -110,19 +132,19 @@ def test_a_worker_that_was_told_to_stop_and_is_killed_is_no_crash(own_server, si
         notes = [text for key in s.redis.scan_iter("*:notes:*") for text in s.redis.hvals(key)]
         return [mark for _, _, _, mark, _, _ in (text.split() for text in notes) if mark != b"0"]
 
-    n, free = s.send("gated", "a"), s.send("free_gated")
+    held = [s.send("gated", "a"), *([s.send("free_gated")] if pool == "threads" else [])]
     for count in range(1, 5):
-        worker = s.worker("threads", c=2)
-        s.wait("S", n, count=count)
-        s.wait("S", free, count=count)
-        assert len(marks()) == (2 if count > 1 else 0)
+        worker = s.worker(pool, c=2)
+        for n in held:
+            s.wait("S", n, count=count)
+        assert len(marks()) == (len(held) if count > 1 else 0)
         worker.terminate()
         wait_until(lambda: not marks())
         worker.kill()
-    s.worker("threads", c=2)
-    for held in (n, free):
-        s.wait("S", held, count=5)
-        s.gate(held)
+    s.worker(pool, c=2)
+    for n in held:
+        s.wait("S", n, count=5)
+        s.gate(n)
     s.wait_done()
     s.nothing_left()
     assert dead(s) == []
@@ -229,8 +251,8 @@ def test_a_worker_is_stopped_beyond_its_lease_and_continued(own_server, site):
 
 def test_a_short_stop_costs_nothing(own_server, site):
     """Shorter than the lease: nothing moves, nothing runs twice."""
-    s = site(own_server, lease=15)
-    worker, _ = s.start_workers(2, c=4)
+    s = site(own_server, lease=9)
+    worker, _ = s.start_workers(2, c=8)
     s.mix(keys=8, each=1)
 
     def leases() -> dict[bytes, tuple[bytes, ...]]:
@@ -240,13 +262,19 @@ def test_a_short_stop_costs_nothing(own_server, site):
     # Stopped in the middle of a hand-over, it would keep the other one waiting.
     wait_until(lambda: [*Counter(owner for owner, _ in leases().values() if owner).values()] == [4, 4], 15, leases)
     before = leases()
-    s.mix(keys=8, each=10, late=20, ms=20)
-    s.wait_ended(28)
+    running = [s.send("gated", f"user{i}") for i in range(8)]
+    for n in running:
+        s.wait("S", n)
+    s.mix(keys=8, each=5, late=20)
     os.kill(worker.pid, signal.SIGSTOP)
     try:
-        time.sleep(2)
+        for n in running[:4]:
+            s.gate(n)  # those of its pool end meanwhile
+        time.sleep(4)  # longer than from one renewal to the next
     finally:
         os.kill(worker.pid, signal.SIGCONT)
+    for n in running[4:]:
+        s.gate(n)
     s.wait_done(timeout=30)
     assert s.check().repeated == []
     assert leases() == before

@@ -463,6 +463,11 @@ def test_members_come_leave_and_expire(shard):
 NOTE = "1 2 0 0 0 0"
 
 
+def mark(shard, entry_id, lease):
+    """The owner has written down that a body starts."""
+    shard.client.hset(shard.keys.notes(GROUP), entry_id, Note(mark=lease.token).format())
+
+
 def fenced_calls(shard, ids, due_key):
     """Every script that changes a group's state, by name, as (keys, arguments after token and incarnation)."""
     k = shard.keys
@@ -471,6 +476,7 @@ def fenced_calls(shard, ids, due_key):
         "settle": ([lease, k.stream, k.state, k.notes(GROUP)], [GROUP, *ids]),
         "note": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0], NOTE]),
         "charge": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0]]),
+        "unmark": ([lease, k.notes(GROUP)], [ids[0]]),
         "move_due": ([lease, due_key, k.stream], [100]),
         "dead_letter": ([lease, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, ids[0], "{}", ""]),
         "release": ([lease], []),
@@ -480,7 +486,18 @@ def fenced_calls(shard, ids, due_key):
     }
 
 
-FENCED = ["settle", "note", "charge", "move_due", "dead_letter", "release", "claim_ids", "take_requeued", "renew"]
+FENCED = [
+    "settle",
+    "note",
+    "charge",
+    "unmark",
+    "move_due",
+    "dead_letter",
+    "release",
+    "claim_ids",
+    "take_requeued",
+    "renew",
+]
 
 
 def world(shard, count=3):
@@ -521,6 +538,7 @@ def test_the_owner_can(redis_server_all, name):
     shard = Shard(redis_server_all)
     lease = shard.acquire("a")
     ids = world(shard)
+    mark(shard, ids[0], lease)
     before = shard.everything()
 
     keys, args = fenced_calls(shard, ids, shard.keys.delayed)[name]
@@ -663,6 +681,24 @@ def test_a_charge_keeps_attempts_and_due_time(shard):
     assert (note.attempt, note.due_ms, note.crashes, note.mark) == (3, 99, 2, 0)
 
 
+def test_only_ones_own_mark_is_taken_back(shard):
+    """What else has been written beside the entry meanwhile stays."""
+    ids = shard.add(3)
+    shard.read()
+    lease = shard.acquire("a")
+    notes = shard.keys.notes(GROUP)
+    shard.client.hset(
+        notes, ids[0], Note(attempt=3, due_ms=99, crashes=1, mark=lease.token, charged=5, held=1).format()
+    )
+    shard.client.hset(notes, ids[1], Note(mark=7).format())
+    answers = [shard.link.run("unmark", [lease.key, notes], [lease.token, "a", *ids, "5-5"]) for _ in range(2)]
+    assert answers == [1, 0]
+    first, second, third = (shard.client.hget(notes, entry_id) for entry_id in ids)
+    assert Note.parse(first) == Note(attempt=3, due_ms=99, crashes=1, mark=0, charged=5, held=1)
+    assert Note.parse(second) == Note(mark=7)
+    assert third is None
+
+
 def test_a_dead_letter_is_whole_and_there_once(shard):
     ids = shard.add(2)
     shard.read()
@@ -803,6 +839,7 @@ def test_scripts_that_settle_work_above_maxmemory(redis_server_all, name):
     shard = Shard(redis_server_all)
     lease = shard.acquire("a")
     ids = world(shard)
+    mark(shard, ids[0], lease)
     for one in by_sha().values():  # a load would be refused
         shard.link.command("SCRIPT", "LOAD", one.source)
     exhaust(redis_server_all)

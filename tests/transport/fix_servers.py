@@ -239,7 +239,8 @@ class RedisCluster:
     def _view(self, node: RedisServer) -> dict[str, tuple[str, Any]]:
         """Since which epoch which master has which slots, as a node sees it."""
         seen: Any = node.client().execute_command("CLUSTER NODES")
-        return {one["node_id"]: (one["epoch"], one["slots"]) for one in seen.values() if "master" in one["flags"]}
+        masters = [one for one in seen.values() if set(one["flags"].split(",")) <= {"master", "myself"}]
+        return {one["node_id"]: (one["epoch"], one["slots"]) for one in masters}
 
     def _agree(self) -> bool:
         first, *others = [self._view(node) for node in self.nodes if node.running]

@@ -593,11 +593,11 @@ def test_a_queue_is_kept_from_expiring(rig):
     rig.until(lambda: rig.redis.zscore(key, "reply") > first)
     # More often than the beats, where that is needed; and above maxmemory.
     rig.server.config_set(maxmemory="1mb", maxmemory_policy="noeviction")
-    slow = rig.client("slow", lease_ms=9_000)
-    slow.keeper.touch("soon", 1_500)
+    slow = rig.client("slow", lease_ms=18_000)
+    slow.keeper.touch("soon", 3_000)
     rig.until(lambda: rig.redis.zscore(key, "soon") > 1_000)
     first = rig.redis.zscore(key, "soon")
-    while (soon := rig.redis.zscore(key, "soon")) < first + 2_000:
+    while (soon := rig.redis.zscore(key, "soon")) < first + 3_500:
         assert soon > rig.now_ms()
     slow.keeper.touch("soon", 0)
     rig.until(lambda: rig.redis.zscore(key, "soon") < rig.now_ms() - 300)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kombu import Exchange, Queue
 
 from tests.helpers import Spawned, spawn, wait_until
 from tests.transport.kit import LEASE_S, Inbox, Kit, publish
@@ -411,6 +413,37 @@ def test_a_forked_child_may_use_the_inherited_connection(kit: Kit) -> None:
     for n in range(2, 12):
         producer.publish(n, routing_key="q")
     assert sorted(Inbox(kit.channel(), "q").drain_all()) == list(range(12))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_a_forked_child_holds_no_socket_that_its_parent_waits_for(kit: Kit) -> None:
+    """While it does, an epoll of its parent goes on to report what the parent has closed, by a number that may be another's."""
+
+    def names(fds: Iterable[Any]) -> set[str]:
+        found = set()
+        for fd in fds:
+            with contextlib.suppress(FileNotFoundError):
+                found.add(os.readlink(f"/proc/self/fd/{fd}"))
+        return found
+
+    connection = kit.connect()
+    channel = connection.channel()
+    kit.queue(channel)
+    fanned = Queue("fanned", Exchange("fan", type="fanout"))(channel)
+    fanned.declare()
+    inbox = Inbox(channel, "q", prefetch=1)
+    other = Inbox(channel, fanned, no_ack=True)
+    connection.Producer().publish("x", routing_key="q")
+    connection.Producer().publish("y", exchange="fan")
+    inbox.take()
+    other.take()
+    inbox.drain(0.05)  # the bell waits
+    watched = names(connection.transport.poller._sockets())
+    assert len(watched) >= 3  # the keeper's, the listener's, the waker; the bell's where it waits
+    assert in_child(lambda: sorted(watched & names(os.listdir("/proc/self/fd")))) == "[]"
+    inbox.messages[0].ack()
+    connection.Producer().publish("z", exchange="fan")
+    assert other.take()[0].payload == "z"
 
 
 FORKING = """

@@ -660,9 +660,10 @@ def test_number_of_shards(kit: Kit) -> None:
 
 @pytest.mark.parametrize(
     "name, value",
-    [("x-shards", "x"), ("x-shards", 0), ("x-shards", -1), ("x-shards", 100_000), ("x-message-ttl", "soon"),
-     ("x-message-ttl", -1), ("x-expires", "never"), ("x-expires", -1), ("x-expires", True), ("x-expires", float("inf"))],
-)  # fmt: skip
+    [("x-shards", wrong) for wrong in ("x", 0, -1, 1.5, 100_000)]
+    + [("x-message-ttl", wrong) for wrong in ("soon", -1)]
+    + [("x-expires", wrong) for wrong in ("never", -1, True, float("inf"))],
+)
 def test_wrong_queue_arguments(kit: Kit, name: str, value: Any) -> None:
     channel = kit.channel()
     with pytest.raises(ConfigError, match=f"the queue argument {name} must be a whole number"):
