@@ -275,6 +275,10 @@ class ShardConsumer:
 
     # Takeover and lost replies
 
+    def connection_lost(self) -> None:
+        """A connection to Redis broke: a reply may have been lost with entries in it, which are pending now, and not here."""
+        self.needs_audit = True
+
     def recover(self, link: Link, *, takeover: bool) -> int:
         """Finds the pending entries that this process does not hold, and takes them in their order. Returns how many.
 

@@ -253,7 +253,7 @@ class Session:
         for consumed in self.consumed.values():
             consumed.rung = True
             for consumer in consumed.consumers():
-                consumer.needs_audit = True
+                consumer.connection_lost()
 
     def lost_streams(self, why: str) -> None:
         """Leases of shared streams ran out, or their records are gone: what was delivered is others'. Begins anew."""

@@ -257,6 +257,9 @@ class Control:
         self._link.close()
         self._drop_settling()
         self._drop_fetch()
+        # Of every shard: Redis may be another one now, or the same without its last second.
+        for owned in self._owned.values():
+            owned.consumer.connection_lost()
         self._down_until = mono_s() + self._outage.met(exc)
 
     def _drop_fetch(self) -> None:
@@ -264,9 +267,6 @@ class Control:
             self._poll.unregister(self._fetch_fd)
             self._fetch_fd = -1
         self._fetch.close()
-        for owned in self._fetching or ():
-            # The reply may have been lost with entries in it: they are pending now, and not here.
-            owned.consumer.needs_audit = True
         self._fetching = None
         self._armed = []
         self._watch_dirty = True
@@ -493,10 +493,6 @@ class Control:
                 found.append(None)
             except ReplyError as exc:
                 found.append(exc)
-            except BrokerUnavailable:
-                for one in fetching:
-                    one.consumer.needs_audit = True
-                raise
         self._absorb(fetching, found)
 
     def _absorb(self, fetching: list[Owned], found: list[Any]) -> None:
@@ -513,9 +509,6 @@ class Control:
                     owned.consumer.absorb(self._link, entries)
                 except LeaseLost:
                     self._suspect(owned)
-                except BrokerUnavailable:
-                    owned.consumer.needs_audit = True
-                    raise
         self._cold_s = COLD_FETCH_S[0] if anything else min(COLD_FETCH_S[1], self._cold_s * 2)
 
     def _stream_gone(self, owned: Owned, error: Exception) -> None:
