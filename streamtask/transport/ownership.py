@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
@@ -88,9 +88,9 @@ class Ownership:
             self._keeper.touch(consumed.queue.name, 0)
         consumed.in_keeper = False
 
-    def _tell(self, consumed: Consumed) -> None:
+    def _tell(self, consumed: Consumed, owned: Iterable[dict[str, Any]] = ()) -> None:
         name = consumed.queue.name
-        self.keeper().consume(name, self._session.options.shards)
+        self.keeper().consume(name, self._session.options.shards, owned)
         self.keeper().touch(name, self._session.touched.get(name, 0))
 
     def close(self) -> None:
@@ -124,10 +124,8 @@ class Ownership:
             for consumer in consumed.streams.values():
                 self.keep(consumer.lease)
             if consumed.in_keeper:
-                self._tell(consumed)
-        for number, (consumed, _) in self._numbers.items():
-            if consumed.in_keeper and number in self._told:
-                self.keeper().adopt(self._told[number])
+                numbers = [number for number, (of, _) in self._numbers.items() if of is consumed]
+                self._tell(consumed, [self._told[number] for number in numbers if number in self._told])
 
     def _own(self, order: dict[str, Any]) -> None:
         session = self._session

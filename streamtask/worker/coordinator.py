@@ -394,7 +394,7 @@ class Coordinator:
                 watch.missed_ms.pop(shard, None)
         for shard, named in owners.items():
             # The record names a process of ours that does not know of it: a lost reply, or the keeper before this one.
-            # Taking it again answers the same lease.
+            # It takes it anew: another may have had it since, and Redis lost that.
             if named in mine and mine[named].holding(watch.shard_keys(shard)) is None:
                 self._take(watch, mine[named], shard, now)
         target = assign(list(shards), membership.members, owners, watch.name)

@@ -15,7 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import count
 from typing import Any
 
@@ -111,16 +111,13 @@ class Keeper:
         """Renews it no longer, nor gives it back when the client dies."""
         self._send("forget", prefix=lease.keys.prefix, token=lease.token)
 
-    def consume(self, queue: str, shards: int) -> None:
+    def consume(self, queue: str, shards: int, owned: Iterable[Mapping[str, Any]] = ()) -> None:
         """Takes part in the assignment of a queue's shards, as soon as Redis has recorded how many there are, whatever
-        ``shards`` is here."""
+        ``shards`` is here. ``owned`` tells a new keeper of shards that the client still owns: the orders with which the last
+        one gave them. They keep their numbers and tokens; what it is not told of it takes anew."""
         self._keyed = True
-        self._send("consume", queue=queue, shards=shards)
-
-    def adopt(self, order: Mapping[str, Any]) -> None:
-        """Tells a new keeper, after ``consume``, of a shard that the client still owns: the order with which the last one
-        gave it. It keeps its number."""
-        self._send("adopt", **{name: order[name] for name in ("number", "queue", "shard", "epoch", "token")})
+        told = [{name: order[name] for name in ("number", "shard", "epoch", "token")} for order in owned]
+        self._send("consume", queue=queue, shards=shards, owned=told)
 
     def cancel(self, queue: str) -> None:
         """Leaves the queue's members and gives back its shards, each when ``released`` answers its "release"."""

@@ -341,9 +341,7 @@ class KeeperProcess:
             elif op == "forget":
                 self._forget(order["prefix"], order["token"])
             elif op == "consume":
-                self._consume(order["queue"])
-            elif op == "adopt":
-                self._adopt(order)
+                self._consume(order["queue"], order["owned"])
             elif op == "cancel":
                 self._cancel(order["queue"])
             elif op == "released":
@@ -376,7 +374,7 @@ class KeeperProcess:
             del self._client.held[held.number]
             self._contacts.pop(keys, None)
 
-    def _consume(self, queue: str) -> QueueWatch:
+    def _consume(self, queue: str, owned: Iterable[Mapping[str, Any]]) -> None:
         watch = next((watch for watch in self._watches if watch.name == queue), None)
         if watch is None:
             watch = self._watch(queue)
@@ -384,15 +382,12 @@ class KeeperProcess:
             self._coordinator.soon()
         elif watch.leaving:
             self._coordinator.return_to(watch)
-        return watch
-
-    def _adopt(self, order: Mapping[str, Any]) -> None:
-        watch = self._consume(order["queue"])
-        keys = watch.keys.shard(order["epoch"], order["shard"])
-        if self._client.holding(keys) is None:
-            lease = Lease(keys, self._group, self._client.incarnation, self._lease_ms, False, order["token"], 0.0)
-            self._client.held[order["number"]] = Held(order["number"], watch, order["shard"], lease)
-            self._coordinator.soon()
+        for one in owned:
+            keys = watch.keys.shard(one["epoch"], one["shard"])
+            if self._client.holding(keys) is None:
+                lease = Lease(keys, self._group, self._client.incarnation, self._lease_ms, False, one["token"], 0.0)
+                self._client.held[one["number"]] = Held(one["number"], watch, one["shard"], lease)
+                self._coordinator.soon()
 
     def _cancel(self, queue: str) -> None:
         for watch in self._watches:

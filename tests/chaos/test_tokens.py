@@ -93,3 +93,22 @@ def test_over_an_append_only_file_that_lost_its_end(own_server_all, site, runnin
         fourth = run_some(site, 3)
         assert all(fourth[shard] > third[shard] for shard in range(site.shards))
     rises(site)
+
+
+def test_over_a_lost_hand_over_of_which_the_first_owner_lives(own_server_all, site):
+    """A hands shards to B; Redis forgets that, and B dies with it: A's old tokens are below B's."""
+    site = site(own_server_all, lease=1.0)
+    site.pod(1)
+    run_some(site, 0)
+    size = sum(path.stat().st_size for path in own_server_all.dir.rglob("*.aof"))
+    other = site.pod(1)
+    site.ready(2)
+    second = run_some(site, 1)
+    own_server_all.kill()
+    other.kill_all()
+    grown = sum(path.stat().st_size for path in own_server_all.dir.rglob("*.aof")) - size
+    cut_append_only_file(own_server_all, grown)  # all that came after B's start is gone
+    own_server_all.start()
+    third = run_some(site, 2)
+    assert all(third[shard] >= second[shard] for shard in range(site.shards))
+    rises(site)

@@ -11,6 +11,7 @@ import os
 import select
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from streamtask.coordination.lease import Lease, join_shared
@@ -65,8 +66,8 @@ class Client:
             handover_timeout_s=self.handover_timeout_s,
         )
 
-    def consume(self) -> Client:
-        self.keeper.consume(self.queue, 8)
+    def consume(self, owned: Iterable[Mapping[str, Any]] = ()) -> Client:
+        self.keeper.consume(self.queue, 8, owned)
         return self
 
     def join(self) -> Lease:

@@ -1,4 +1,5 @@
--- Takes a shard's lease for an incarnation, if it is free. Repeating it answers the same token.
+-- Takes a shard's lease for an incarnation, if it is free. Each call draws a new token, also for the owner
+-- itself: Redis may have lost that another had the lease since (the last second of its append-only file).
 -- KEYS[1] lease    hash: owner, token, expires_at (ms, Redis' clock), lease_ms, how; no TTL
 -- KEYS[2] token    counter without TTL
 -- ARGV[1] incarnation
@@ -16,20 +17,18 @@ local now = now_ms()
 local lease_ms = tonumber(ARGV[2])
 local record = redis.call('HMGET', KEYS[1], 'owner', 'token', 'expires_at', 'how')
 local owner, expires_at = record[1], tonumber(record[3] or '0')
-if owner == ARGV[1] then
-  redis.call('HSET', KEYS[1], 'expires_at', now + lease_ms)
-  return { tonumber(record[2]), now + lease_ms, tonumber(record[4] or '0') }
-end
 local by_expiry = 0
 local free_from = 0
-if owner and owner ~= '' then
+if owner == ARGV[1] then
+  by_expiry = tonumber(record[4] or '0')
+elseif owner and owner ~= '' then
   by_expiry = 1
   free_from = expires_at
 elseif not owner and tonumber(ARGV[5]) > 0 then
   by_expiry = 1
   free_from = tonumber(ARGV[5]) + lease_ms
 end
-if by_expiry == 1 and tonumber(ARGV[3]) > free_from then
+if owner ~= ARGV[1] and by_expiry == 1 and tonumber(ARGV[3]) > free_from then
   free_from = tonumber(ARGV[3]) + lease_ms
 end
 if now < free_from then
