@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
@@ -21,7 +22,19 @@ from ..errors import DecodeError, LeaseLost
 from ..redis import wire
 from ..redis.link import Link, ReplyError, pack
 from ..redis.scripts import Code, script
-from .lanes import MAX_WAITING, Delivery, Entry, Lane, LaneSet, Note, deliveries_of, id_order
+from .lanes import (
+    KEEP_BODIES,
+    MAX_WAITING,
+    Delivery,
+    Entry,
+    Lane,
+    LaneSet,
+    Note,
+    deliveries_of,
+    entry_id_of,
+    id_order,
+    put_in_place,
+)  # fmt: skip
 from .seen import generation_keys
 
 log = logging.getLogger("streamtask.consumer")
@@ -36,7 +49,8 @@ RECOVER_BODIES = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerSettings:
-    """``deduped``: time to live (ms) of the dedupe middleware's ids by task name; ``dedupe_all_ms``: for all others."""
+    """``deduped``: time to live (ms) of the dedupe middleware's ids by task name; ``dedupe_all_ms``: for all others.
+    ``max_waiting``: messages of a shard that wait in this process, beyond which reading stops."""
 
     group: str = "workers"
     fetch_count: int = 200
@@ -47,6 +61,7 @@ class ConsumerSettings:
     unordered: frozenset[str] = frozenset()
     deduped: Mapping[str, int] = field(default_factory=dict)
     dedupe_all_ms: int = 0
+    max_waiting: int = MAX_WAITING
 
 
 class Batch:
@@ -131,6 +146,9 @@ class ShardConsumer:
         self._dead: list[tuple[Delivery | bytes, list[bytes], Outcome]] = []
         self._numbers = 0
         self._full_said = False
+        # After a takeover: from where on the pending entries are not known yet, as XPENDING is asked; None: all are.
+        self._pending_from: str | None = None
+        self._others_to = (0, 0)  # up to this entry, what is pending was given to another owner before
         self._layouts: dict[str, str] = {}
         self._head = (lease.token, lease.incarnation, settings.group)
         keys = self.keys
@@ -163,14 +181,14 @@ class ShardConsumer:
         """Whether to read more: half a fetch is left at most, and not too much waits."""
         if self.closing or self.halted or self.needs_audit or len(self.buffer) > self.settings.fetch_count // 2:
             return False
-        if self.lanes.waiting < MAX_WAITING:
+        if self.lanes.waiting < self.settings.max_waiting and self._pending_from is None:
             self._full_said = False
             return True
         if not self._full_said:
             self._full_said = True
             log.error(
-                "reading stops: %d messages wait behind closed lanes queue=%s shard=%s",
-                MAX_WAITING,
+                "reading stops: %d messages wait in this process queue=%s shard=%s",
+                self.lanes.waiting + len(self.buffer),
                 self.queue,
                 self.shard,
             )
@@ -286,20 +304,15 @@ class ShardConsumer:
         """
         self._read_clock(link)
         self._read_positions(link, takeover)
-        notes = {
-            entry: Note.parse(text)
-            for entry, text in _pairs(link.command("HGETALL", self.keys.notes(self.settings.group)))
-        }
-        held = self.entry_ids()
         found: list[Delivery | tuple[Hashable, bytes]] = []
-        for ids in self._pending_pages(link):
-            missing = [entry_id for entry_id in ids if entry_id not in held]
-            for i in range(0, len(missing), 100):
-                self._recover_page(link, missing[i : i + 100], notes, found, takeover)
-            if len(found) >= MAX_WAITING:
-                log.error("more than %d entries are pending queue=%s shard=%s", MAX_WAITING, self.queue, self.shard)
-                break
-        self._place_recovered(found)
+        if takeover:
+            start = self._find_pending(link, "-", self.entry_ids(), found, self.settings.max_waiting, takeover=True)
+        else:
+            # What was not known after the takeover is not missing.
+            start = self._pending_from
+            self._find_pending(link, "-", self.entry_ids(), found, None, takeover=False)
+        self._place_recovered(found, len(found) > RECOVER_BODIES)
+        self._pending_from = start
         self.needs_audit = False
         if found:
             log.info(
@@ -311,39 +324,83 @@ class ShardConsumer:
             )
         return len(found)
 
-    def _pending_pages(self, link: Link) -> Iterable[list[bytes]]:
-        group, start = self.settings.group, "-"
+    def has_to_recover(self) -> bool:
+        """Whether more was pending at the takeover than may wait here, and there is room for a part of the rest now."""
+        if self._pending_from is None or self.closing or self.halted:
+            return False
+        return self._room() >= min(PAGE, (self.settings.max_waiting + 1) // 2)
+
+    def recover_more(self, link: Link) -> None:
+        """Goes on with a takeover. Nothing new is read before all that is pending is known: it comes after that."""
+        if self._pending_from is not None:
+            found: list[Delivery | tuple[Hashable, bytes]] = []
+            start = self._find_pending(link, self._pending_from, frozenset(), found, self._room(), takeover=True)
+            self._place_recovered(found, True)
+            self._pending_from = start
+
+    def _room(self) -> int:
+        return self.settings.max_waiting - self.lanes.waiting - len(self.buffer)
+
+    def _find_pending(
+        self,
+        link: Link,
+        start: str,
+        held: Container[bytes],
+        found: list[Delivery | tuple[Hashable, bytes]],
+        most: int | None,
+        *,
+        takeover: bool,
+    ) -> str | None:
+        """Pages through the pending entries for those that are not held; of the first some are found with their bodies.
+        Returns where to go on after ``most``, None where there are no more."""
+        bodies = RECOVER_BODIES if start == "-" else 0
+        unknown = None if takeover or self._pending_from is None else id_order(self._pending_from[1:].encode())
         while True:
-            if self.lease.shared:
-                last, ids = link.run(
-                    "pending_shared", [self.keys.stream, self.keys.requeued], [group, self.consumer_name, start, PAGE]
-                )
-            else:
-                rows = link.command("XPENDING", self.keys.stream, group, start, "+", PAGE)
-                ids = [row[0] for row in rows]
-                last = ids[-1] if ids else b""
+            count = PAGE if most is None else min(PAGE, most - len(found))
+            if count <= 0:
+                return start
+            last, ids = self._pending_page(link, start, count)
             if not last:
-                return
-            yield ids
+                return None
+            missing = [entry_id for entry_id in ids if entry_id not in held]
+            if unknown is not None:
+                missing = [entry_id for entry_id in missing if id_order(entry_id) <= unknown]
+            for i in range(0, len(missing), 100):
+                self._recover_page(link, missing[i : i + 100], found, bodies, takeover)
+            if unknown is not None and id_order(last) >= unknown:
+                return None
             start = "(" + last.decode()
+
+    def _pending_page(self, link: Link, start: str, count: int) -> tuple[bytes, list[bytes]]:
+        """The last entry that was looked at, b"" for none, and those that are this consumer's."""
+        group = self.settings.group
+        if self.lease.shared:
+            last, ids = link.run(
+                "pending_shared", [self.keys.stream, self.keys.requeued], [group, self.consumer_name, start, count]
+            )
+            return last or b"", ids
+        ids = [row[0] for row in link.command("XPENDING", self.keys.stream, group, start, "+", count)]
+        return ids[-1] if ids else b"", ids
 
     def _recover_page(
         self,
         link: Link,
         ids: list[bytes],
-        notes: Mapping[bytes, Note],
         found: list[Delivery | tuple[Hashable, bytes]],
+        bodies: int,
         takeover: bool,
     ) -> None:
         wanted = set(ids)
+        noted = pack("HMGET", self.keys.notes(self.settings.group), *ids)
         if takeover:
-            entries = [
-                entry for entry in link.command("XRANGE", self.keys.stream, ids[0], ids[-1]) if entry[0] in wanted
-            ]
+            entries, texts = _raised(link.pipeline([pack("XRANGE", self.keys.stream, ids[0], ids[-1]), noted]))
+            entries = [entry for entry in entries if entry[0] in wanted]
         else:
             # What lies between is held already: a range would ship its bodies again.
-            replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in ids])
-            entries = [reply[0] for reply in replies if isinstance(reply, list) and reply]
+            ranges = [pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in ids]
+            *replies, texts = _raised(link.pipeline([*ranges, noted]))
+            entries = [reply[0] for reply in replies if reply]
+        notes = {entry_id: Note.parse(text) for entry_id, text in zip(ids, texts, strict=True) if text}
         for entry_id in wanted.difference(e for e, _ in entries):
             log.warning(
                 "a pending entry is gone from the stream queue=%s shard=%s entry=%s",
@@ -353,17 +410,20 @@ class ShardConsumer:
             )
             self._finish(entry_id)
         for delivery in self._first_of_their_ids(link, deliveries_of(self._decode(entries))):
-            delivery.fresh = not takeover
+            delivery.fresh = self._is_fresh(delivery)
             note = notes.get(delivery.entry_id)
             if note is not None:
                 self._take_note(delivery, note)
                 if note.held == 2:
                     self._finish(delivery.entry_id)
                     continue
-            if len(found) < RECOVER_BODIES or note is not None:
+            if len(found) < bodies or note is not None:
                 found.append(delivery)
             else:
                 found.append((delivery.lane_key, delivery.entry_id))
+
+    def _is_fresh(self, delivery: Delivery) -> bool:
+        return id_order(delivery.entry_id) > self._others_to
 
     def _take_note(self, delivery: Delivery, note: Note) -> None:
         delivery.note = note
@@ -373,8 +433,8 @@ class ShardConsumer:
                 note.crashes += 1
             note.mark = 0
 
-    def _place_recovered(self, found: list[Delivery | tuple[Hashable, bytes]]) -> None:
-        many = len(found) > RECOVER_BODIES
+    def _place_recovered(self, found: list[Delivery | tuple[Hashable, bytes]], many: bool) -> None:
+        """``many``: into lanes, where most of them are kept as bare ids."""
         if many and self.buffer:
             found = [*deliveries_of(self.buffer), *found]
             self.buffer.clear()
@@ -388,7 +448,7 @@ class ShardConsumer:
             if note is not None and (note.held == 1 or note.due_ms > self.redis_ms()):
                 assert isinstance(item, Delivery)
                 due = None if note.held else now + (note.due_ms - self.redis_ms()) / 1000
-                if lane is None or not lane.waiting:
+                if lane is None or not (lane.waiting or lane.running):
                     self.lanes.close(key, item, due, self._numbers)
                 else:
                     self.lanes.add(lane, item)
@@ -417,6 +477,7 @@ class ShardConsumer:
                 self.last_id = info[b"last-delivered-id"].decode()
         if not takeover:
             return
+        self._others_to = id_order(self.last_id.encode())
         newest = link.command("XREVRANGE", self.keys.wake, "+", "-", "COUNT", 1)
         self.wake_id = newest[0][0].decode() if newest else "0-0"
 
@@ -442,7 +503,7 @@ class ShardConsumer:
 
     def entry_ids(self) -> set[bytes]:
         """The ids of all entries that this process holds: buffered, waiting, running, or finished and not settled."""
-        held = {delivery.entry_id for delivery in deliveries_of(self.buffer)}
+        held = {entry_id_of(item) for item in self.buffer}
         held.update(self.lanes.entry_ids())
         for batch in self.handed.values():
             held.update(batch.ids)
@@ -474,11 +535,11 @@ class ShardConsumer:
                 items = [buffer.popleft() for _ in range(limit)]
             return self._hand(items, self._reopen(deliveries_of(items)) if self._closed else [])
         # What talks to Redis comes first, or is undone: an outage in the middle must not lose what was chosen.
-        self._load_heads(link, limit, limit)
-        self.buffer = deque(deliveries_of(buffer))
+        oldest_out = min(self.handed, default=self._numbers + 1)
+        self._load_heads(link, (la for la in self.lanes.peek_ready() if la.closed_by < oldest_out), limit, limit)
         chosen: list[Delivery] = []
         if self.lanes.has_ready():
-            self._take_from_lanes(limit, chosen, may_mark)
+            self._take_from_lanes(limit, chosen, may_mark, oldest_out)
         mixed = bool(chosen)
         if not chosen or (not self._needs_mark(chosen[0]) and len(chosen) < limit):
             self._take_from_buffer(limit, chosen, may_mark)
@@ -497,11 +558,10 @@ class ShardConsumer:
         self._closed.difference_update(reopened)
         return reopened
 
-    def _take_from_lanes(self, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
-        oldest_out = min(self.handed, default=self._numbers + 1)
+    def _take_from_lanes(self, limit: int, chosen: list[Delivery], may_mark: bool, oldest_out: int) -> None:
         again: list[Lane] = []
         for lane in self.lanes.ready():
-            if lane.closed_by >= oldest_out or len(chosen) >= limit or (chosen and self._needs_mark(chosen[0])):
+            if lane.closed_by >= oldest_out:
                 # A batch that may still hold messages of this key is out: it has to come back first.
                 again.append(lane)
                 continue
@@ -521,14 +581,17 @@ class ShardConsumer:
                 again.append(lane)
             elif not lane.closed:
                 self.lanes.drop(lane)
+            if len(chosen) >= limit or (chosen and self._needs_mark(chosen[0])):
+                break
         for lane in again:
             if not lane.closed:
                 self.lanes.open(lane)
 
     def _take_from_buffer(self, limit: int, chosen: list[Delivery], may_mark: bool) -> None:
-        buffer: deque[Delivery] = self.buffer  # type: ignore[assignment]  # ``take`` has seen to that
+        buffer = self.buffer
         while buffer and len(chosen) < limit:
-            head = buffer[0]
+            item = buffer[0]
+            head = Delivery(*item) if isinstance(item, list) else item
             if self._needs_mark(head) and (chosen or not may_mark):
                 return
             buffer.popleft()
@@ -546,12 +609,12 @@ class ShardConsumer:
         Each closes its lane until it has ended."""
         if self.halted or self.closing:
             return []
-        self._load_heads(link, limit, 1)
+        self._load_heads(link, self.lanes.peek_ready(), limit, 1)
         chosen: list[Delivery] = []
         again: list[Lane] = []
         for lane in self.lanes.ready():
             head = lane.waiting[0] if lane.waiting else None
-            if len(chosen) >= limit or isinstance(head, bytes):
+            if isinstance(head, bytes):
                 again.append(lane)
                 continue
             if head is not None:
@@ -563,6 +626,8 @@ class ShardConsumer:
                 again.append(lane)
             elif not lane.closed:
                 self.lanes.drop(lane)
+            if len(chosen) >= limit:
+                break
         for lane in again:
             if not lane.closed:
                 self.lanes.open(lane)
@@ -624,15 +689,20 @@ class ShardConsumer:
                 self._give_back(delivery)
             raise
 
-    def _load_heads(self, link: Link, limit: int, per_lane: int) -> None:
-        """Reads the bodies that the first messages of open lanes lack, in one round trip, into their places."""
+    def _load_heads(self, link: Link, lanes: Iterable[Lane], limit: int, per_lane: int) -> None:
+        """Reads the bodies that messages to be handed out lack, in one round trip, into their places: ``limit`` messages of
+        the first of these lanes, ``per_lane`` of each. Of a lane that lacks one, the next some are read with it."""
         wanted: dict[bytes, None] = {}
-        lanes = []
-        for lane in self.lanes.peek_ready():
-            lacking = [item for item, _ in zip(lane.waiting, range(per_lane), strict=False) if isinstance(item, bytes)]
-            if lacking and len(wanted) < limit:
-                lanes.append(lane)
-                wanted.update(dict.fromkeys(lacking[: limit - len(wanted)]))
+        loading: list[tuple[Lane, int]] = []
+        for lane in lanes:
+            if limit <= 0:
+                break
+            count = min(per_lane, limit, len(lane.waiting))
+            limit -= count
+            if any(isinstance(item, bytes) for item in islice(lane.waiting, count)):
+                count = max(count, KEEP_BODIES)
+                loading.append((lane, count))
+                wanted.update((item, None) for item in islice(lane.waiting, count) if isinstance(item, bytes))
         if not wanted:
             return
         replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in wanted])
@@ -646,11 +716,10 @@ class ShardConsumer:
                     self.queue, self.shard, entry_id.decode(),
                 )  # fmt: skip
                 self._finish(entry_id)
-        for lane in lanes:
-            items = list(lane.waiting)
-            kept = [bodies.get(item) if isinstance(item, bytes) and item in wanted else item for item in items]
-            lane.waiting = deque(item for item in kept if item is not None)
-            self.lanes.waiting -= len(items) - len(lane.waiting)
+        for delivery in bodies.values():
+            delivery.fresh = self._is_fresh(delivery)
+        for lane, count in loading:
+            self.lanes.load(lane, count, bodies)
 
     def _dead_or_drop_revoked(self, delivery: Delivery) -> None:
         self._finish(delivery.entry_id)
@@ -730,13 +799,7 @@ class ShardConsumer:
             if was_running:
                 self.lanes.open(lane)
         else:
-            items = deliveries_of(self.buffer)
-            if not items or id_order(delivery.entry_id) > id_order(items[-1].entry_id):
-                self.buffer.append(delivery)
-            else:
-                items.append(delivery)
-                items.sort(key=lambda d: id_order(d.entry_id))
-                self.buffer = deque(items)
+            put_in_place(self.buffer, delivery)
 
     def _finish(self, entry_id: bytes) -> None:
         if not self.finished:
@@ -902,12 +965,20 @@ class ShardConsumer:
             if text:
                 self._take_note(delivery, Note.parse(text))
             found.append(delivery)
-        self._place_recovered(found)
+        self._place_recovered(found, False)
         return len(entries)
 
     def idle(self) -> bool:
         """Nothing is handed out and nothing is left to write."""
         return not (self.handed or self.finished or self.settling or self.has_writes())
+
+
+def _raised(replies: list[Any]) -> list[Any]:
+    """The replies of a pipeline, where an error is to raise."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
 
 
 def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, Any]]:

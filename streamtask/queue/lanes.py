@@ -4,14 +4,15 @@ Only keys that can't run at once have a lane here: one of their messages runs el
 A key without a lane is free. Order in a lane is the order of entry ids, which is the order of the stream.
 
 Bound on memory: of a closed lane at most ``KEEP_BODIES`` bodies are kept; beyond that only entry ids (about 100 bytes
-each), which are read again when the lane opens. A shard stops reading at ``MAX_WAITING`` waiting messages.
+each), which are read again when the lane opens, ``KEEP_BODIES`` at a time. A shard stops reading at ``MAX_WAITING``
+waiting messages. What an operation costs does not depend on how many wait: see ``put_in_place``.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +85,44 @@ def deliveries_of(items: Iterable[Delivery | Entry]) -> list[Delivery]:
     return [Delivery(*item) if isinstance(item, list) else item for item in items]
 
 
+def entry_id_of(item: Delivery | Entry | bytes) -> bytes:
+    if type(item) is bytes:
+        return item
+    return item[0] if type(item) is list else item.entry_id  # type: ignore[union-attr]
+
+
+def put_in_place(items: deque[Any], item: Delivery | Entry | bytes) -> None:
+    """Inserts by entry id. The place is looked for from both ends at once, in growing steps: what comes in order goes to
+    the end, what comes back goes near the front, and either costs the same however much lies between."""
+    order = id_order(entry_id_of(item))
+    count = len(items)
+    if not count or id_order(entry_id_of(items[-1])) < order:
+        items.append(item)
+        return
+    if order < id_order(entry_id_of(items[0])):
+        items.appendleft(item)
+        return
+    low, high, step = 0, count - 1, 1  # items[low] is before the place, items[high] after it
+    while high - low > 2 * step:
+        if order < id_order(entry_id_of(items[low + step])):
+            high = low + step
+        elif id_order(entry_id_of(items[high - step])) < order:
+            low = high - step
+        else:
+            low, high, step = low + step, high - step, 2 * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        if id_order(entry_id_of(items[middle])) < order:
+            low = middle
+        else:
+            high = middle
+    items.insert(high, item)
+
+
 class Lane:
     """The waiting messages of one key, in order; those beyond ``KEEP_BODIES`` as bare entry ids."""
 
-    __slots__ = ("closed", "closed_by", "due", "key", "running", "waiting")
+    __slots__ = ("closed", "closed_by", "due", "key", "listed", "running", "waiting")
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
@@ -96,10 +131,11 @@ class Lane:
         self.closed = False  # until ``open`` is called: its head is held, or on its way to the dead letters
         self.due: float | None = None  # monotonic: when it opens by itself
         self.closed_by = 0  # number of the last batch that may hold messages of this key
+        self.listed = False  # among the ready ones
 
-
-def _entry_id(item: Delivery | bytes) -> bytes:
-    return item if type(item) is bytes else item.entry_id  # type: ignore[union-attr]
+    @property
+    def is_ready(self) -> bool:
+        return not self.running and not self.closed and self.due is None
 
 
 class LaneSet:
@@ -128,18 +164,10 @@ class LaneSet:
 
     def add(self, lane: Lane, item: Delivery | bytes) -> None:
         """Puts a message into its place, by entry id; nearly always that is the end."""
-        waiting = lane.waiting
-        if len(waiting) >= KEEP_BODIES and isinstance(item, Delivery) and item.note is None:
+        if len(lane.waiting) >= KEEP_BODIES and isinstance(item, Delivery) and item.note is None:
             item = item.entry_id
         self.waiting += 1
-        if not waiting or id_order(_entry_id(waiting[-1])) < id_order(_entry_id(item)):
-            waiting.append(item)
-            return
-        order = id_order(_entry_id(item))
-        place = len(waiting)
-        while place and id_order(_entry_id(waiting[place - 1])) > order:
-            place -= 1
-        waiting.insert(place, item)
+        put_in_place(lane.waiting, item)
 
     def close(self, key: Hashable, head: Delivery | bytes | None, due: float | None, closed_by: int = 0) -> Lane:
         """Closes a lane, with ``head`` back in its place, until ``due`` (monotonic), or None: until it is opened."""
@@ -162,7 +190,9 @@ class LaneSet:
         until then its key is not free."""
         lane.due = None
         lane.running = lane.closed = False
-        self._ready.append(lane)
+        if not lane.listed:
+            lane.listed = True
+            self._ready.append(lane)
 
     def open_due(self, now: float) -> None:
         """Opens the lanes whose time has come."""
@@ -180,20 +210,30 @@ class LaneSet:
         return bool(self._ready)
 
     def ready(self) -> Iterator[Lane]:
-        """The lanes that may hand out, each once; whoever takes one hands out or opens it again."""
+        """The lanes that may hand out, each once; whoever takes one hands out or opens it again. Those that are not asked
+        for stay in their places."""
         for _ in range(len(self._ready)):
             lane = self._ready.popleft()
-            if self.lanes.get(lane.key) is lane and not lane.running and not lane.closed and lane.due is None:
+            lane.listed = False
+            if self.lanes.get(lane.key) is lane and lane.is_ready:
                 yield lane
 
-    def peek_ready(self) -> list[Lane]:
+    def peek_ready(self) -> Iterator[Lane]:
         """The lanes that ``ready`` would show, which stay in their places."""
-        lanes = dict.fromkeys(lane for lane in self._ready if self.lanes.get(lane.key) is lane)
-        return [lane for lane in lanes if not lane.running and not lane.closed and lane.due is None]
+        return (lane for lane in self._ready if self.lanes.get(lane.key) is lane and lane.is_ready)
 
     def pop(self, lane: Lane) -> Delivery | bytes:
         self.waiting -= 1
         return lane.waiting.popleft()
+
+    def load(self, lane: Lane, count: int, bodies: Mapping[bytes, Delivery]) -> None:
+        """Puts bodies into the places of the bare ids among a lane's first ``count`` messages. Those without are gone."""
+        waiting = lane.waiting
+        first = [waiting.popleft() for _ in range(min(count, len(waiting)))]
+        loaded = [bodies.get(item) if isinstance(item, bytes) else item for item in first]
+        kept = [item for item in loaded if item is not None]
+        self.waiting -= len(first) - len(kept)
+        waiting.extendleft(reversed(kept))
 
     def finish(self, key: Hashable) -> None:
         """The running message of a lane has ended well: the next may run, or the key is free."""
@@ -212,4 +252,4 @@ class LaneSet:
     def entry_ids(self) -> Iterator[bytes]:
         for lane in self.lanes.values():
             for item in lane.waiting:
-                yield _entry_id(item)
+                yield entry_id_of(item)

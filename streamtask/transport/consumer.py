@@ -175,7 +175,7 @@ class StreamConsumer(ShardConsumer):
 
     def may_have(self, now: float) -> bool:
         """Whether there is something to hand out or to look after."""
-        if self.needs_audit or self.has_work():
+        if self.needs_audit or self.has_to_recover() or self.has_work():
             return True
         due = self.lanes.next_due()
         return (due is not None and due <= now) or (self.next_due is not None and self.next_due <= now)

@@ -32,6 +32,8 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
             consumer.recover(session.link(consumer), takeover=consumer.taken_over)
             consumer.taken_over = False
             consumer.read_at = 0.0
+        if consumer.has_to_recover():
+            consumer.recover_more(session.link(consumer))
     now = mono_s()
     consumed.rung = False
     consumed.look_at = now + LOOK_S

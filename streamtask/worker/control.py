@@ -86,6 +86,7 @@ class Owned:
         return (
             self.takeover
             or consumer.needs_audit
+            or consumer.has_to_recover()
             or consumer.halted
             or now >= self.next_audit
             or bool(consumer.lanes.lanes)
@@ -629,6 +630,8 @@ class Control:
                 consumer.move_due(self._link)
             owned.takeover = False
             owned.next_audit = now + AUDIT_S
+        if consumer.has_to_recover():
+            consumer.recover_more(self._link)
         if consumer.next_due is not None and now >= consumer.next_due and not consumer.closing:
             consumer.next_due = now + 0.5
             consumer.move_due(self._link)

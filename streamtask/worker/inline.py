@@ -103,7 +103,10 @@ def _own_all(settings: WorkerSettings, link: Link, lease_ms: int) -> list[ShardC
 def _turn(consumer: ShardConsumer, link: Link, results: Link | None, executor: SequentialExecutor) -> tuple[int, int]:
     """Reads, runs and settles once; answers how many bodies ran, and how many of them ended well."""
     consumer.move_due(link)
-    _read(consumer, link)
+    if consumer.has_to_recover():
+        consumer.recover_more(link)
+    if consumer.has_room():
+        _read(consumer, link)
     if consumer.lease.shared:
         consumer.take_requeued(link)
     consumer.reread_notes(link)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamtask.queue.lanes import KEEP_BODIES, Delivery, LaneSet, Note, id_order
+from streamtask.coordination.lease import Lease
+from streamtask.queue import lanes as lanes_module
+from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
+from streamtask.queue.lanes import KEEP_BODIES, Delivery, LaneSet, Note, id_order, put_in_place
+from streamtask.redis import wire
+from streamtask.redis.keys import QueueKeys
 
 
 def message(ms, seq=0, key=b"k"):
@@ -255,3 +261,142 @@ def test_what_a_retry_waits_under():
     assert keyed.lane_key == b"k"
     assert free.lane is None
     assert free.lane_key != message(3, key=None).lane_key
+
+
+# --- long lanes ----------------------------------------------------------------------------------------------------
+
+
+class Counted(deque):
+    """Counts the items that are looked at, one by one or by a walk."""
+
+    touched = 0
+
+    def __iter__(self):
+        for item in super().__iter__():
+            self.touched += 1
+            yield item
+
+    def __getitem__(self, index):
+        self.touched += 1
+        return super().__getitem__(index)
+
+    def insert(self, index, item):
+        self.touched += min(index, len(self) - index)
+        super().insert(index, item)
+
+
+class Stream:
+    """In place of a link: answers XRANGE of one entry, and counts round trips."""
+
+    def __init__(self):
+        self.round_trips = 0
+
+    def pipeline(self, packed):
+        self.round_trips += 1
+        found = []
+        for command in packed:
+            entry = command.split(b"\r\n")[6]
+            number = int(entry.partition(b"-")[0])
+            found.append([[entry, [b"m", wire.encode("task", b"k", b"i" * 16, [number], {})]]])
+        return found
+
+
+def owner_of_a_lane(followers, **more):
+    keys = QueueKeys("streamtask", "app", "q").shard(0, 0)
+    lease = Lease(keys, "workers", "incarnation", 5000, False, 7, 0.0, False)
+    consumer = ShardConsumer(lease, "q", 0, ConsumerSettings(**more))
+    lane = consumer.lanes.close(b"k", None, None)
+    lane.waiting = Counted(b"%d-0" % n for n in range(1000, 1000 + followers))
+    consumer.lanes.waiting = followers
+    consumer.lanes.open(lane)
+    return consumer, lane
+
+
+def drain_side_by_side(followers):
+    consumer, lane = owner_of_a_lane(followers)
+    link, ran = Stream(), []
+    for _ in range(320):
+        batches = consumer.take_free(link, 4)
+        assert len(batches) == 1, "one of a key at a time"
+        ran.append(batches[0].deliveries[0].args[0])
+        consumer.complete_free(batches[0])
+    assert ran == list(range(1000, 1320))
+    return lane.waiting.touched, link.round_trips
+
+
+def drain_in_sequence(followers):
+    consumer, lane = owner_of_a_lane(followers)
+    link, ran = Stream(), []
+    while len(ran) < 800:
+        batch = consumer.take(link, 200)
+        ran += [delivery.args[0] for delivery in batch.deliveries]
+        consumer.complete(batch)
+    assert ran == list(range(1000, 1800))
+    return lane.waiting.touched, link.round_trips
+
+
+def fail_a_head(followers):
+    """At concurrency 1 what lies behind it in its batch is skipped, and goes back as well."""
+    consumer, lane = owner_of_a_lane(followers)
+    link = Stream()
+    batch = consumer.take(link, 200)
+    batch.outcomes = [(0, Outcome("retry", delay_s=0.0)), *((n, Outcome("skipped")) for n in range(1, 200))]
+    consumer.complete(batch)
+    assert [entry_id(lane.waiting.popleft()) for _ in range(300)] == [b"%d-0" % n for n in range(1000, 1300)]
+    return lane.waiting.touched, link.round_trips
+
+
+@pytest.mark.parametrize("work", [drain_side_by_side, drain_in_sequence, fail_a_head])
+def test_what_a_message_costs_does_not_depend_on_how_many_wait_behind_it(work):
+    few, round_trips = work(1000)
+    many, same = work(1_000_000)
+
+    assert many <= few * 1.1
+    assert few < 40_000
+    assert round_trips == same <= 20
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 30)), unique=True, max_size=150))
+def test_whatever_comes_finds_its_place(order):
+    items = deque()
+    for ms, seq in order:
+        put_in_place(items, b"%d-%d" % (ms, seq))
+
+    assert list(items) == [b"%d-%d" % one for one in sorted(order)]
+
+
+@pytest.mark.parametrize("place", [1, 150, 500_000, 999_850, 999_999])
+def test_a_place_is_found_with_few_looks(monkeypatch, place):
+    items = deque(b"%d-0" % n for n in range(0, 2_000_000, 2))
+    looks = []
+    monkeypatch.setattr(lanes_module, "id_order", lambda entry: looks.append(entry) or id_order(entry))
+
+    put_in_place(items, b"%d-0" % (2 * place - 1))
+
+    assert items[place] == b"%d-0" % (2 * place - 1)
+    assert len(looks) < 80
+
+
+def test_many_open_lanes_are_not_walked_for_each_message():
+    lanes = LaneSet()
+    for n in range(1000):
+        lanes.open(lanes.close(n, message(n + 1, key=n), None))
+
+    for n in range(1000):
+        lane = next(iter(lanes.peek_ready()))
+        assert lane is next(lanes.ready())
+        assert lane.key == n
+        lanes.pop(lane)
+        lanes.drop(lane)
+        assert len(lanes._ready) == 999 - n
+    assert not lanes.has_ready()
+
+
+def test_what_is_read_again_was_another_owners_where_it_was_pending_at_the_takeover():
+    """Its body gets a start mark, also where only its id was kept."""
+    consumer, _ = owner_of_a_lane(1000)
+    consumer._others_to = (1003, 0)
+
+    batch = consumer.take(Stream(), 10)
+
+    assert [delivery.fresh for delivery in batch.deliveries] == [False] * 4 + [True] * 6
