@@ -116,6 +116,7 @@ class Control:
         self._owned: dict[int, Owned] = {}
         self._numbers: dict[ShardConsumer, int] = {}
         self._queues = {queue.name: queue for queue in settings.queues}
+        self._revoked_ids: dict[str, set[bytes | str]] = {name: set() for name in self._queues}
         self.executor: Executor | None = None
         self._parallel = settings.concurrency > 1
         broker = settings.broker
@@ -304,6 +305,7 @@ class Control:
         consumer = ShardConsumer(lease, queue, shard, self._settings.consumer)
         consumer.on_revoked = self._store_revoked  # type: ignore[method-assign]
         consumer.on_dead = self._store_dead  # type: ignore[method-assign]
+        consumer.revoked = self._revoked_ids[queue]
         owned = Owned(number, consumer, home)
         self._owned[number] = owned
         self._numbers[consumer] = number
@@ -327,11 +329,10 @@ class Control:
         for number in list(self._owned):
             self._release(number=number)
 
-    def _revoked(self, *, queue: str, ids: list[str]) -> None:
-        wanted = {wire.id_bytes(text) for text in ids}
-        for owned in self._owned.values():
-            if owned.queue.name == queue:
-                owned.consumer.revoked = wanted
+    def _revoked(self, *, queue: str, ids: list[str], over: list[str]) -> None:
+        known = self._revoked_ids[queue]  # the set that the queue's consumers look at
+        known.update(map(wire.id_bytes, ids))
+        known.difference_update(map(wire.id_bytes, over))
 
     def _forget(self, owned: Owned) -> None:
         self._owned.pop(owned.number, None)

@@ -51,7 +51,7 @@ class QueueWatch:
         self.look_at = 0.0  # monotonic: when to compare ownership next
         self.seen_owner: set[int] = set()  # shards whose lease record was there once
         self.missed_ms: dict[int, int] = {}
-        self.revoked: list[str] = []
+        self.revoked: set[str] = set()
         self.said: list[Any] = []
 
     @property
@@ -540,7 +540,7 @@ class Coordinator:
 
     def _read_revoked(self, watch: QueueWatch) -> None:
         key = watch.keys.revoked
-        revoked = [one.decode() for one in self.links.at(key).command("ZRANGEBYSCORE", key, wall_ms(), "+inf")]
+        revoked = {one.decode() for one in self.links.at(key).command("ZRANGEBYSCORE", key, wall_ms(), "+inf")}
         if revoked != watch.revoked:
             watch.revoked = revoked
             for member in self._members:

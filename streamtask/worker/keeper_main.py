@@ -15,7 +15,6 @@ that it is open proves nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import selectors
@@ -24,7 +23,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ from ..redis.link import pack
 from ..version import installed
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .keeper import ENV_KEEPER, unpack_broker
-from .wire import Closed, Wire
+from .wire import Closed, PatientWire
 
 log = logging.getLogger("streamtask.keeper")
 
@@ -82,48 +80,11 @@ class Process:
         return found.stdout.strip().startswith(b"T")
 
 
-class ClientWire(Wire):
-    """The socket to the client, which may read nothing for hours: nothing here waits for it."""
-
-    def __init__(self, sock: socket.socket, selector: selectors.BaseSelector) -> None:
-        super().__init__(sock)
-        sock.setblocking(False)
-        self._selector = selector
-        self._unsent: deque[tuple[str, int, bytes]] = deque()
-        selector.register(self, selectors.EVENT_READ, "wire")
-
-    def send(self, op: str, **fields: Any) -> None:
-        number = fields.get("number", -1)
-        if op == "resume" and ("release", number) in ((one[0], one[1]) for one in self._unsent):
-            # It has not read that it is to release it.
-            self._unsent = deque(one for one in self._unsent if one[:2] != ("release", number))
-        else:
-            self._unsent.append((op, number, json.dumps({"op": op, **fields}).encode() + b"\n"))
-        self.flush()
-
-    def flush(self) -> None:
-        """Sends what the socket takes."""
-        try:
-            while self._unsent:
-                data = self._unsent[0][2]
-                sent = self._sock.send(data)
-                self._unsent.popleft()
-                if sent < len(data):
-                    self._unsent.appendleft(("", -1, data[sent:]))
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._unsent.clear()  # its end of file will tell
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
-        if self._selector.get_key(self).events != events:
-            self._selector.modify(self, events, "wire")
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class Client(Member):
     """The process that leases are kept for."""
 
-    wire: ClientWire
+    wire: PatientWire
     about: Mapping[str, Any]
     most: int = 1 << 53
     stopped: bool = False
@@ -191,7 +152,7 @@ class KeeperProcess:
     """See the module. ``start``: the client's first order."""
 
     def __init__(
-        self, process: Process, wire: ClientWire, selector: selectors.BaseSelector, start: Mapping[str, Any]
+        self, process: Process, wire: PatientWire, selector: selectors.BaseSelector, start: Mapping[str, Any]
     ) -> None:
         self._process = process
         self._wire = wire
@@ -463,7 +424,7 @@ def main() -> None:
     fd, pid = (int(part) for part in os.environ[ENV_KEEPER].split(","))
     process = Process(pid)
     selector = selectors.DefaultSelector()
-    wire = ClientWire(socket.socket(fileno=fd), selector)
+    wire = PatientWire(socket.socket(fileno=fd), selector, "wire")
     if process.fd >= 0:
         selector.register(process.fd, selectors.EVENT_READ, "client")
     orders: list[dict[str, Any]] = []

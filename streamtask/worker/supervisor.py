@@ -34,7 +34,7 @@ from .child import ENV_FDS
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .ports import WorkerSettings
 from .shared import MAX_LEASES, SharedMemory, create_file
-from .wire import Closed, Wire
+from .wire import Closed, PatientWire
 
 log = logging.getLogger("streamtask.supervisor")
 
@@ -49,7 +49,7 @@ class Child(Member):
     """One worker process. ``crew``: what its supervisor says of all its processes."""
 
     process: subprocess.Popen[bytes]
-    wire: Wire
+    wire: PatientWire
     memory: SharedMemory
     crew: Mapping[str, Any]
     started: float
@@ -60,6 +60,7 @@ class Child(Member):
     stopping: bool = False
     killed_for: str = ""
     overran: list[int] = field(default_factory=list)
+    told: dict[str, set[str]] = field(default_factory=dict)  # by queue, the revoked ids that it knows or is about to
 
     @property
     def kept(self) -> bool:
@@ -75,6 +76,7 @@ class Child(Member):
     def own(self, held: Held) -> None:
         lease = held.lease
         self.trust(held, lease.trusted_until)
+        self.revoked(held.watch)  # before it runs anything of it
         self.wire.send(
             "own",
             number=held.number,
@@ -86,8 +88,6 @@ class Child(Member):
             by_expiry=lease.by_expiry,
             incarnation=self.incarnation,
         )
-        if held.watch.revoked:
-            self.revoked(held.watch)
 
     def release(self, held: Held) -> None:
         self.wire.send("release", number=held.number)
@@ -103,7 +103,12 @@ class Child(Member):
         self.memory.trusted[held.number] = until
 
     def revoked(self, watch: QueueWatch) -> None:
-        self.wire.send("revoked", queue=watch.name, ids=watch.revoked)
+        if watch.revoked != self.told.get(watch.name, set()):
+            self.wire.send_late("revoked", watch.name, lambda: self._newly_revoked(watch))
+
+    def _newly_revoked(self, watch: QueueWatch) -> Mapping[str, Any]:
+        told, self.told[watch.name] = self.told.get(watch.name, set()), watch.revoked
+        return {"queue": watch.name, "ids": list(watch.revoked - told), "over": list(told - watch.revoked)}
 
     def kill(self, why: str) -> None:
         if not self.killed_for:
@@ -171,13 +176,15 @@ class Supervisor:
         return self._exit_status
 
     def _round(self) -> None:
-        for key, _ in self._selector.select(self._timeout_s()):
+        for key, events in self._selector.select(self._timeout_s()):
             if key.data == "signal":
                 self._drain_signals()
             elif key.data == "news":
                 self._coordinator.take_news()
             else:
-                self._take_messages(key.data)
+                for child in self._children:
+                    if child.wire is key.fileobj:
+                        self._serve(child, events)
         self._reap_children()
         now = mono_s()
         if self.settings.has_time_limits:
@@ -257,20 +264,24 @@ class Supervisor:
         theirs.close()
         memory = SharedMemory(memory_fd, self.settings.concurrency)
         os.close(memory_fd)
-        ours.setblocking(True)
         child = Child(
             incarnation=uuid.uuid4().hex[:16],
             index=index,
             process=process,
-            wire=Wire(ours),
+            wire=PatientWire(ours, self._selector, "child"),
             memory=memory,
             crew=self._crew,
             started=mono_s(),
             started_wall=wall_ms() / 1000,
         )
         self._children.append(child)
-        self._selector.register(ours, selectors.EVENT_READ, child)
         log.info("started a worker process pid=%d process=%d id=%s", process.pid, index, child.incarnation)
+
+    def _serve(self, child: Child, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            child.wire.flush()
+        if events & selectors.EVENT_READ:
+            self._take_messages(child)
 
     def _take_messages(self, child: Child) -> None:
         try:
@@ -283,7 +294,6 @@ class Supervisor:
                 elif op == "lost":
                     child.kill("it lost a lease")
         except Closed:
-            self._selector.unregister(child.wire)
             child.wire.close()
 
     def _child_ready(self, child: Child) -> None:
@@ -325,11 +335,7 @@ class Supervisor:
     def _child_died(self, child: Child) -> None:
         code = child.process.returncode
         self._children.remove(child)
-        try:
-            self._selector.unregister(child.wire)
-            child.wire.close()
-        except (KeyError, ValueError):
-            pass
+        child.wire.close()
         running = child.memory.running()
         if child.killed_for != "stopped":
             log.log(

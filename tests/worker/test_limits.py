@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import signal
+import time
+import uuid
+
 import pytest
 
 from tests.helpers import wait_until
@@ -188,3 +193,41 @@ def test_a_body_that_holds_the_gil_keeps_its_shard(redis_server, site):
     assert site.leases() == before
     assert [pod.children() for pod in pods] == children
     site.wait_empty()
+
+
+@pytest.mark.parametrize("harm", ["gil", "stopped"])
+def test_a_process_that_reads_nothing_holds_nobody_up(redis_server, site, harm):
+    """Its supervisor has megabytes to tell it of revoked tasks; it goes on to renew the others' leases."""
+    site = site(redis_server, LIMITS, lease=1.0)
+    pod = site.pod(2)
+    owned = site.ready(2)
+    deaf = site.pid_of(0)
+    (others,) = [shards for shards in owned.values() if 0 not in shards]
+    if harm == "gil":
+        site.task("gil").delay(k=keys_on(0, 1)[0], n=0, seconds=4)
+        site.produced[keys_on(0, 1)[0]].append(0)
+        site.wait_started(keys_on(0, 1)[0], 0)
+    else:
+        pod.kill_child(deaf, signal.SIGSTOP)
+    for _ in range(3):
+        site.redis.zadd(site.keys.revoked, {f"{uuid.uuid4()}": 4e12 for _ in range(20_000)})
+        site.redis.publish(site.keys.channel("workers"), "revoked")
+    until = time.monotonic() + 3
+    n = itertools.count()
+    while time.monotonic() < until:
+        number = next(n)
+        for shard in others:
+            site.send(keys_on(shard, 1)[0], [number])
+        wait_until(lambda number=number: len([e for e in site.of("E") if e.n == number and e.shard in others]) == len(others),
+                   15, lambda: f"{site}\n{pod.log}")  # fmt: skip
+    site.wait_ended()
+    assert site.check(killed={} if harm == "gil" else site.killed).repeated == 0
+    site.wait_empty()
+    if harm == "gil":
+        assert deaf in pod.children(), pod.log
+    # It knows in the end what was revoked, and the others do.
+    task_id = site.task("put").apply_async(kwargs={"k": "a", "n": 10**6}, countdown=1).id
+    site.redis.zadd(site.keys.revoked, {task_id: 4e12})
+    site.redis.publish(site.keys.channel("workers"), "revoked")
+    site.wait_empty()
+    assert not site.of("S", "a", 10**6)
