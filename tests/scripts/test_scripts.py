@@ -608,6 +608,49 @@ def test_what_was_not_delivered_is_never_removed(shard):
     assert shard.read() == ids[5:]
 
 
+@pytest.mark.parametrize("name", ["settle", "settle_kept"])
+def test_a_batch_of_which_only_a_part_is_pending_takes_nothing_else_with_it(redis_server_all, name):
+    """A lost second of the append-only file: what was acknowledged is pending again, or was never delivered."""
+    shard = Shard(redis_server_all)
+    lease = shard.acquire("a")
+    ids = shard.add(6)
+    shard.read(2)
+    keys = [lease.key, shard.keys.stream, shard.keys.state, shard.keys.notes(GROUP)]
+    if name == "settle":
+        args = [*ids[:2], ids[4]]
+    else:
+        keys.append(shard.keys.replaced(GROUP))
+        args = [part for entry_id in (*ids[:2], ids[4]) for part in (entry_id, 0)]
+
+    for _ in range(2):
+        shard.link.run(name, keys, [lease.token, "a", GROUP, *args])
+        # The fifth is its owner's to finish, once Redis knows again that it was delivered.
+        assert [entry_id.decode() for entry_id, _ in shard.client.xrange(shard.keys.stream)] == ids[2:]
+
+    assert shard.read() == ids[2:]
+    assert shard.settle(lease, [ids[4], "99999-0"]) == 1
+    assert shard.settle(lease, [ids[2], ids[4]]) == 1, "one was finished before"
+    assert [entry_id.decode() for entry_id, _ in shard.client.xrange(shard.keys.stream)] == [ids[3], ids[5]]
+    assert shard.settle(lease, [ids[3], ids[5]]) == 2
+    assert shard.client.xlen(shard.keys.stream) == 0
+    shard.link.close()
+
+
+def test_a_repeated_settle_leaves_what_another_group_needs(redis_server_all):
+    shard = Shard(redis_server_all, groups=(GROUP, "sink"))
+    lease = shard.acquire("a")
+    sink = acquire(shard.link, shard.keys, "sink", "s", 60_000)
+    ids = shard.add(4)
+    shard.read(3)
+    shard.settle(lease, ids[:2])
+    assert shard.settle(lease, ids[:3]) == 1
+    assert shard.client.xlen(shard.keys.stream) == 4
+    shard.read(4, "sink", "s")
+    assert shard.settle(sink, ids, "sink") == 4
+    assert [entry_id.decode() for entry_id, _ in shard.client.xrange(shard.keys.stream)] == ids[3:]
+    shard.link.close()
+
+
 def test_with_several_groups_the_last_to_acknowledge_removes(redis_server_all):
     shard = Shard(redis_server_all, groups=(GROUP, "sink"))
     lease = shard.acquire("a")

@@ -15,6 +15,7 @@
 --- @include codes
 --- @include fence
 --- @include pending
+--- @include slices
 --- @include remove
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
@@ -35,7 +36,7 @@ if redis.call('XACK', KEYS[2], ARGV[3], ARGV[4]) == 0 then
   return 0
 end
 redis.call('XADD', KEYS[5], '*', 'error', ARGV[5], 'entry', ARGV[4], 'group', ARGV[3], 'held', '0', unpack(fields))
-remove_finished(KEYS[2], KEYS[3], ARGV[3], { ARGV[4] })
+remove_finished(KEYS[2], KEYS[3], ARGV[3], { ARGV[4] }, true)
 redis.call('HDEL', KEYS[4], ARGV[4])
 redis.call('HINCRBY', KEYS[3], 'dead:' .. ARGV[3], 1)
 return 1

@@ -5,13 +5,14 @@
 -- KEYS[4] notes      hash
 -- ARGV[1] group
 -- Returns: how many were removed
+--- @include slices
 --- @include remove
 local ids = redis.call('ZRANGE', KEYS[2], 0, -1)
 local removed = 0
 for i = 1, #ids do
   redis.call('ZREM', KEYS[2], ids[i])
   if redis.call('XACK', KEYS[1], ARGV[1], ids[i]) == 1 then
-    remove_finished(KEYS[1], KEYS[3], ARGV[1], { ids[i] })
+    remove_finished(KEYS[1], KEYS[3], ARGV[1], { ids[i] }, true)
     redis.call('HDEL', KEYS[4], ids[i])
     removed = removed + 1
   end

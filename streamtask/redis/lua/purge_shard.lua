@@ -8,6 +8,7 @@
 -- ARGV[2] last entry id to remove, as the first call answered, or ''
 -- ARGV[3] most delayed messages to remove in this call
 -- Returns: {entries removed, delayed removed, last entry id to remove}
+--- @include slices
 --- @include remove
 local limit = tonumber(ARGV[1])
 local removed, delayed, last = 0, 0, ARGV[2]

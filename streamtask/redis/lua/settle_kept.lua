@@ -13,6 +13,7 @@
 --- @include codes
 --- @include fence
 --- @include pending
+--- @include slices
 --- @include remove
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
@@ -32,7 +33,7 @@ if #ids > 0 then
   -- XACK is the first write: Redis allows it above maxmemory, and with it what follows.
   local acked = redis.call('XACK', KEYS[2], ARGV[3], unpack(ids))
   if acked > 0 then
-    remove_finished(KEYS[2], KEYS[3], ARGV[3], ids)
+    remove_finished(KEYS[2], KEYS[3], ARGV[3], ids, acked == #ids)
     if redis.call('EXISTS', KEYS[4]) == 1 then
       redis.call('HDEL', KEYS[4], unpack(ids))
     end

@@ -10,6 +10,7 @@
 -- Returns: {now (ms), last delivered id, newest wake id, when the next is due (ms) or -1, entries}
 --- @include last_delivered
 --- @include now
+--- @include slices
 --- @include remove
 local now = now_ms()
 local left = tonumber(ARGV[2])
@@ -26,7 +27,7 @@ for i = 1, #ids do
   local entry = redis.call('XRANGE', KEYS[1], ids[i], ids[i])[1]
   if redis.call('XACK', KEYS[1], ARGV[1], ids[i]) == 1 and entry then
     entries[#entries + 1] = entry
-    remove_finished(KEYS[1], KEYS[4], ARGV[1], { ids[i] })
+    remove_finished(KEYS[1], KEYS[4], ARGV[1], { ids[i] }, true)
   end
 end
 left = left - #entries
@@ -43,7 +44,7 @@ if left > 0 then
   end
   if #taken > 0 then
     last = taken[#taken]
-    remove_finished(KEYS[1], KEYS[4], ARGV[1], taken)
+    remove_finished(KEYS[1], KEYS[4], ARGV[1], taken, true)
   end
 end
 if #entries > 0 then

@@ -1,5 +1,5 @@
 -- Removes entries that a group has just finished from the stream, as far as no other registered group needs them.
--- Returns the ids that are removed. ids ascend. trim: they may be removed with all before the first pending entry.
+-- needs: slices
 local function other_groups(state, group)
   local others = {}
   local fields = redis.call('HKEYS', state)
@@ -22,27 +22,24 @@ local function id_le(a, b)
   return a_ms < b_ms or (a_ms == b_ms and a_seq <= b_seq)
 end
 
-local function removable(stream, state, group, ids)
-  local others = other_groups(state, group)
-  if #others == 0 then
-    return ids, true
-  end
+-- Those of the ids that none of the groups needs any more.
+local function needed_by_none(stream, groups, ids)
   local delivered = {}
-  local groups = redis.call('XINFO', 'GROUPS', stream)
-  for i = 1, #groups do
+  local infos = redis.call('XINFO', 'GROUPS', stream)
+  for i = 1, #infos do
     local info = {}
-    for j = 1, #groups[i], 2 do
-      info[groups[i][j]] = groups[i][j + 1]
+    for j = 1, #infos[i], 2 do
+      info[infos[i][j]] = infos[i][j + 1]
     end
     delivered[info['name']] = info['last-delivered-id']
   end
   local free = {}
   for i = 1, #ids do
     local needed = false
-    for j = 1, #others do
-      local last = delivered[others[j]]
+    for j = 1, #groups do
+      local last = delivered[groups[j]]
       -- A registered group that this shard lacks counts: it is about to be created, from the beginning.
-      if not last or not id_le(ids[i], last) or #redis.call('XPENDING', stream, others[j], ids[i], ids[i], 1) > 0 then
+      if not last or not id_le(ids[i], last) or #redis.call('XPENDING', stream, groups[j], ids[i], ids[i], 1) > 0 then
         needed = true
         break
       end
@@ -51,24 +48,32 @@ local function removable(stream, state, group, ids)
       free[#free + 1] = ids[i]
     end
   end
-  return free, false
+  return free
 end
 
--- In a shard that one group reads, everything before its first pending entry is finished: one trim takes a contiguous
--- batch out in whole nodes. Otherwise XDEL, whatever lies before the entry.
-local function remove_finished(stream, state, group, ids)
-  local free, alone = removable(stream, state, group, ids)
-  if #free == 0 then
-    return 0
+-- ids ascend. all: the caller's XACK found every one of them pending. Then, in a shard that one group reads, everything
+-- before its first pending entry is finished, and one trim takes a contiguous batch out in whole nodes. Else only what
+-- the group itself was given and has finished goes: where Redis lost its last second, some of the ids, or entries before
+-- them, may not be delivered. Returns how many were free to go.
+local function remove_finished(stream, state, group, ids, all)
+  local groups = other_groups(state, group)
+  if not all then
+    groups[#groups + 1] = group
   end
-  if alone then
-    local last = free[#free]
+  local free = ids
+  if #groups > 0 then
+    free = needed_by_none(stream, groups, ids)
+  else
+    local last = ids[#ids]
     local pending = redis.call('XPENDING', stream, group, '-', '+', 1)
     if #pending == 0 or not id_le(pending[1][1], last) then
       local ms, seq = last:match('^(%d+)-(%d+)$')
       redis.call('XTRIM', stream, 'MINID', '=', ms .. '-' .. string.format('%.0f', tonumber(seq) + 1))
-      return #free
+      return #ids
     end
   end
-  return redis.call('XDEL', stream, unpack(free))
+  by_slices(free, function(...)
+    return redis.call('XDEL', stream, ...)
+  end)
+  return #free
 end
