@@ -935,7 +935,7 @@ class ShardConsumer:
             moved, now_ms, next_ms = self._run(
                 link,
                 "move_due",
-                [self.lease.key, self.keys.delayed, self.keys.stream],
+                [self.lease.key, self.keys.delayed, self.keys.stream, self.keys.state],
                 [self.lease.token, self.lease.incarnation, limit],
             )
             self.clock_ms = int(now_ms) - wall_ms()

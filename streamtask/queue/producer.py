@@ -293,7 +293,8 @@ class Producer:
         try:
             target = self._targets.get((queue, shard)) or self.target(queue, shard)
             packed = target.pack_append(envelope)
-            if type(self._call(target, packed, queue)) is bytes:
+            answer = self._call(target, packed, queue)
+            if type(answer) is bytes or answer == 1:
                 return
         except (BrokerUnavailable, QueueFull):
             pass

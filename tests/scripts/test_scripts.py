@@ -479,7 +479,7 @@ def fenced_calls(shard, ids, due_key):
         "note": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0], NOTE]),
         "charge": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0]]),
         "unmark": ([lease, k.notes(GROUP)], [ids[0]]),
-        "move_due": ([lease, due_key, k.stream], [100]),
+        "move_due": ([lease, due_key, k.stream, k.state], [100]),
         "dead_letter": ([lease, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, ids[0], "{}", ""]),
         "release": ([lease], []),
         "claim_ids": ([lease, k.state, k.seen("r1.0")], ["run", 1000, "", 100, b"i" * 16, 1]),

@@ -115,6 +115,34 @@ def test_due_while_nobody_works_and_in_the_order_of_due_times(redis_server, site
     site.wait_empty()
 
 
+@pytest.mark.parametrize("delayed", [1, 1500])
+def test_what_is_sent_after_a_due_time_runs_after_it_though_nobody_worked_then(redis_server_all, site, delayed):
+    site = site(redis_server_all, DELAYED)
+    put = site.task("put")
+    due = dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=1.0 + delayed / 500)
+    put.delay(k="a", n=0, due=0)  # before it is due
+    for n in range(1, 1 + delayed):
+        put.apply_async(kwargs={"k": "a", "n": n, "due": due.timestamp()}, eta=due)
+    keys = site.keys.shard(0, next(s for s in range(site.shards) if site.redis.exists(site.keys.shard(0, s).stream)))
+    wait_until(lambda: site.now_ms() > due.timestamp() * 1000 + 5, 10)
+    later = 1 + delayed
+    put.delay(k="a", n=later, due=0)
+    put.send_many([{"k": "a", "n": n, "due": 0} for n in range(later + 1, later + 601)])
+    put.apply_async(kwargs={"k": "a", "n": later + 601, "due": 0}, dedupe_id="one")
+    put.apply_async(kwargs={"k": "a", "n": later + 602, "due": 0}, eta=due)  # is due at once, and not before the others
+    put.delay(k="a", n=later + 603, due=0)
+    assert site.redis.xlen(keys.stream) == 1
+    assert site.redis.zcard(keys.delayed) == delayed + 604
+    site.produced["a"] += range(later + 604)
+
+    site.pod(1)
+    site.wait_ended()
+
+    assert site.started("a") == list(range(later + 604))
+    site.wait_empty()
+    assert site.redis.hget(keys.state, "open") == b"0", "nothing is due any more"
+
+
 def test_messages_due_in_one_millisecond_keep_the_order_of_their_calls(redis_server, site):
     site = site(redis_server, DELAYED)
     site.pod(1)

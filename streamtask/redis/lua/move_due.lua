@@ -2,6 +2,7 @@
 -- KEYS[1] lease    hash
 -- KEYS[2] delayed  sorted set
 -- KEYS[3] stream   stream
+-- KEYS[4] state    hash
 -- ARGV[1] token
 -- ARGV[2] incarnation
 -- ARGV[3] most messages to move
@@ -9,6 +10,7 @@
 --- @include codes
 --- @include fence
 --- @include now
+--- @include delayed
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
@@ -19,5 +21,4 @@ for i = 1, #due do
   redis.call('ZREM', KEYS[2], due[i])
   redis.call('XADD', KEYS[3], '*', due[i]:sub(17, 17), due[i]:sub(18))
 end
-local following = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-return { #due, now, tonumber(following[2] or '-1') }
+return { #due, now, note_due(KEYS[4], KEYS[2]) }

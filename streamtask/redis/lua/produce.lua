@@ -1,4 +1,5 @@
--- Appends one message to a shard unless this call stored it before. Four inner calls where there is no limit.
+-- Appends one message to a shard unless this call stored it before; behind delayed ones that are due, if there are any, into
+-- their set. Four inner calls where there is no limit and nothing is delayed.
 -- What is nearly always asked is answered first, before the functions below are even made: each costs a part of a call.
 -- KEYS[1] state    hash
 -- KEYS[2] seen     page of a producer's call numbers, a bit for each; a repeated call names the same page and number
@@ -10,8 +11,17 @@
 -- ARGV[4] max_backlog, 0 for none
 -- ARGV[5] field of the entry: m (msgpack envelope) or j (JSON envelope)
 -- ARGV[6] envelope
--- Returns: the entry id, 0 if stored already, or a code.
-if ARGV[4] == '0' and redis.call('HGET', KEYS[1], 'open') == ARGV[1] then
+-- Returns: the entry id, 1 if stored behind delayed messages that are due, 0 if stored already, or a code.
+local open = redis.call('HGET', KEYS[1], 'open')
+local plain = open == ARGV[1]
+if open and not plain then
+  local epoch, due = open:match('^(%d+) (%d+)$')
+  if epoch == ARGV[1] then
+    local time = redis.call('TIME')
+    plain = tonumber(due) > tonumber(time[1]) * 1000 + tonumber(time[2]) / 1000
+  end
+end
+if plain and ARGV[4] == '0' then
   -- SETBIT is refused above maxmemory, and so guards the writes after it.
   if redis.call('SETBIT', KEYS[2], ARGV[2], 1) == 1 then
     return 0 -- STORED_ALREADY
@@ -21,7 +31,10 @@ if ARGV[4] == '0' and redis.call('HGET', KEYS[1], 'open') == ARGV[1] then
 end
 --- @include codes
 --- @include admit
-local admitted = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
+--- @include now
+--- @include delayed
+--- @include append
+local admitted, due = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
 if admitted ~= 1 then
   if redis.call('GETBIT', KEYS[2], ARGV[2]) == 1 then
     return STORED_ALREADY
@@ -32,4 +45,4 @@ if redis.call('SETBIT', KEYS[2], ARGV[2], 1) == 1 then
   return STORED_ALREADY
 end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
-return redis.call('XADD', KEYS[3], '*', ARGV[5], ARGV[6])
+return append(KEYS[1], KEYS[3], KEYS[4], due, ARGV[5], ARGV[6])

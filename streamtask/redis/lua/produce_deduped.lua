@@ -20,6 +20,8 @@
 --- @include codes
 --- @include admit
 --- @include now
+--- @include delayed
+--- @include append
 --- @include schedule
 --- @include seen
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -39,7 +41,7 @@ for i = 5, #KEYS do
     return ARGV[12] == '1' and by == ARGV[11] and 1 or STORED_ALREADY
   end
 end
-local admitted = admit(KEYS[1], KEYS[2], KEYS[3], ARGV[1], tonumber(ARGV[4]))
+local admitted, due_first = admit(KEYS[1], KEYS[2], KEYS[3], ARGV[1], tonumber(ARGV[4]))
 if admitted ~= 1 then
   return admitted
 end
@@ -48,7 +50,7 @@ if held >= tonumber(ARGV[10]) then
 end
 seen_add(KEYS[1], 'seen', KEYS[5], ARGV[2], ARGV[11], ttl)
 if ARGV[7] == '' then
-  return redis.call('XADD', KEYS[2], '*', ARGV[5], ARGV[6])
+  return append(KEYS[1], KEYS[2], KEYS[3], due_first, ARGV[5], ARGV[6])
 end
 local due = tonumber(ARGV[7])
 if ARGV[8] == '1' then

@@ -16,6 +16,7 @@
 --- @include codes
 --- @include admit
 --- @include now
+--- @include delayed
 --- @include schedule
 local admitted = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
 if admitted ~= 1 then

@@ -1,4 +1,5 @@
--- Appends messages to a shard, in order, unless this call stored them before.
+-- Appends messages to a shard, in order, unless this call stored them before; behind delayed ones that are due, if there
+-- are any, all of them into their set.
 -- KEYS[1] state    hash
 -- KEYS[2] seen     page of a producer's call numbers: a hash, how many messages each has stored
 -- KEYS[3] stream   stream
@@ -11,13 +12,16 @@
 -- Returns: how many of the first messages are stored, or a code where none is. Fewer than all: the shard is full.
 --- @include codes
 --- @include admit
+--- @include now
+--- @include delayed
+--- @include append
 local count = (#ARGV - 4) / 2
 local max_backlog = tonumber(ARGV[4])
 local stored = redis.call('HGET', KEYS[2], ARGV[2])
 if stored then
   return tonumber(stored)
 end
-local admitted = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], max_backlog)
+local admitted, due = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], max_backlog)
 if admitted ~= 1 then
   return admitted
 end
@@ -26,7 +30,12 @@ if max_backlog > 0 then
 end
 redis.call('HSET', KEYS[2], ARGV[2], count)
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
-for i = 0, count - 1 do
-  redis.call('XADD', KEYS[3], '*', ARGV[5 + 2 * i], ARGV[6 + 2 * i])
+local now = overdue(KEYS[4], due)
+for i = 5, 4 + 2 * count, 2 do
+  if now then
+    put_delayed(KEYS[1], KEYS[4], now, ARGV[i], ARGV[i + 1])
+  else
+    redis.call('XADD', KEYS[3], '*', ARGV[i], ARGV[i + 1])
+  end
 end
 return count

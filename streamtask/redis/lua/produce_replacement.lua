@@ -23,9 +23,12 @@
 --- @include codes
 --- @include admit
 --- @include pending
+--- @include now
+--- @include delayed
+--- @include append
 --- @include schedule
 -- A retry ignores the backlog limit.
-local admitted = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], 0)
+local admitted, due = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], 0)
 if admitted ~= 1 then
   return admitted
 end
@@ -51,7 +54,7 @@ if pending then
   return 1
 end
 if ARGV[6] == '0' then
-  redis.call('XADD', KEYS[3], '*', ARGV[4], ARGV[5])
+  append(KEYS[1], KEYS[3], KEYS[4], due, ARGV[4], ARGV[5])
 else
   schedule(KEYS[1], KEYS[4], KEYS[5], tonumber(ARGV[6]), ARGV[4], ARGV[5])
 end

@@ -10,6 +10,7 @@
 -- Returns: {entries removed, delayed removed, last entry id to remove}
 --- @include slices
 --- @include remove
+--- @include delayed
 local limit = tonumber(ARGV[1])
 local removed, delayed, last = 0, 0, ARGV[2]
 if redis.call('EXISTS', KEYS[1]) == 1 then
@@ -42,6 +43,7 @@ end
 local most = math.min(limit - removed, tonumber(ARGV[3]))
 if most > 0 then
   delayed = redis.call('ZREMRANGEBYRANK', KEYS[3], 0, most - 1)
+  note_due(KEYS[2], KEYS[3])
 end
 if removed + delayed > 0 then
   redis.call('HINCRBY', KEYS[2], 'purged', removed + delayed)
