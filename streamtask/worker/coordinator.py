@@ -88,6 +88,7 @@ class Member:
     most: int
     held: dict[int, Held] = field(default_factory=dict)
     numbers: int = 0
+    said_full: bool = False
 
     @property
     def kept(self) -> bool:
@@ -127,12 +128,17 @@ class Member:
         """The revoked ids of a queue, in ``watch.revoked``, have changed."""
         raise NotImplementedError
 
+    @property
+    def full(self) -> bool:
+        """Whether it owns as much as it can."""
+        return len(self.held) >= self.most
+
     def next_number(self) -> int:
-        for _ in range(self.most):
+        """A number that no lease has; there is none if it is full."""
+        while True:
             self.numbers = (self.numbers + 1) % self.most
             if self.numbers not in self.held:
                 return self.numbers
-        raise StreamTaskError(f"a worker process can own at most {self.most} shards: start more processes")
 
     def holding(self, keys: ShardKeys) -> Held | None:
         return next((held for held in self.held.values() if held.lease.keys == keys), None)
@@ -281,8 +287,18 @@ class Coordinator:
         watch.missed_ms.clear()
         return before is None
 
+    def has_room(self, member: Member) -> bool:
+        """Whether a member can own more. What it can't is left to others, and said once."""
+        if member.full and not member.said_full:
+            self._log.error(
+                "a process can own at most %d shards; the rest has no owner: start more processes process=%d",
+                member.most, member.index,
+            )  # fmt: skip
+        member.said_full = member.full
+        return not member.full
+
     def give(self, member: Member, watch: QueueWatch, shard: int | str, lease: Lease) -> None:
-        """Keeps a lease for a member from now on."""
+        """Keeps a lease for a member, which has room for it, from now on."""
         held = Held(member.next_number(), watch, shard, lease)
         member.held[held.number] = held
         member.own(held)
@@ -404,10 +420,11 @@ class Coordinator:
                 self._begin_handover(mine[owner], watch, shard, now)
             if incarnation in mine and owner != incarnation:
                 until = 0 if owner is None else expiry.get(shard, redis_now + self._lease_ms)
-                if until > redis_now:
+                if redis_now < until <= redis_now + self._lease_ms * 2:
                     # Its owner hands it over, or its lease runs out: look again then.
                     watch.look_at = min(watch.look_at, now + max(0.01, (until - redis_now) / 1000))
                     continue
+                # It is free; or its time ends so late that the clock must have been set back, of which the script judges.
                 self._take(watch, mine[incarnation], shard, now)
         self._say_owned(watch)
 
@@ -427,7 +444,7 @@ class Coordinator:
 
     def _take(self, watch: QueueWatch, member: Member, shard: int, now: float) -> None:
         keys = watch.shard_keys(shard)
-        if member.holding(keys) is not None:
+        if member.holding(keys) is not None or not self.has_room(member):
             return
         answer = acquire(
             self.links.at(keys.state),

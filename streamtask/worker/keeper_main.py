@@ -143,7 +143,7 @@ class Contact:
 
     def heard(self, now_ms: int, lease_ms: int, outages: int) -> None:
         self.clock_ms = now_ms - wall_ms()
-        if outages != self.outages or now_ms - self.heard_ms > lease_ms * 0.6:
+        if outages != self.outages or not 0 <= now_ms - self.heard_ms <= lease_ms * 0.6:
             self.since_ms = now_ms
         self.heard_ms, self.outages = now_ms, outages
 

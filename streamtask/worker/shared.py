@@ -14,7 +14,8 @@ import os
 import tempfile
 from collections.abc import Sequence
 
-MAX_LEASES = 1024
+MAX_LEASES = 8192
+"""The most that a process owns: eight queues of as many shards as a queue can have, or so."""
 MAX_BATCH = 200
 _HEAD = 5
 _TEXT = MAX_BATCH * 42  # two 64-bit numbers, a hyphen and a space

@@ -54,7 +54,6 @@ class Child(Member):
     crew: Mapping[str, Any]
     started: float
     started_wall: float
-    most: int = MAX_LEASES
     ready: bool = False
     stopped: bool = False  # by SIGSTOP
     stopping: bool = False
@@ -134,6 +133,8 @@ class Supervisor:
             QueueWatch(queue.name, queue.keys, self._group, settings.lease_ms) for queue in settings.queues
         ]
         self._children: list[Child] = []
+        self._estates: list[tuple[Child, list[tuple[int, int, str]]]] = []  # dead children, and what they ran
+        self._estates_at = 0.0
         self._crew = {
             "host": socket.gethostname(),
             "version": settings.version,
@@ -193,6 +194,8 @@ class Supervisor:
             self._spawn_at.remove((at, index))
             if not self._stop_signals:
                 self._spawn(index)
+        if now >= self._estates_at:
+            self._settle_estates()  # before any lease is taken
         self._coordinator.closing = bool(self._stop_signals)
         self._coordinator.work()
 
@@ -267,6 +270,7 @@ class Supervisor:
         child = Child(
             incarnation=uuid.uuid4().hex[:16],
             index=index,
+            most=MAX_LEASES,
             process=process,
             wire=PatientWire(ours, self._selector, "child"),
             memory=memory,
@@ -343,12 +347,8 @@ class Supervisor:
                 "a worker process ended pid=%d status=%s bodies=%d%s",
                 child.process.pid, code, len(running), f" ({child.killed_for})" if child.killed_for else "",
             )  # fmt: skip
-        try:
-            self._settle_estate(child, running)
-        except BrokerUnavailable as exc:
-            self._coordinator.outage(exc)
-        except (QueueFull, ReplyError) as exc:
-            log.error("what a process left was not settled; its leases run out: %s", exc)
+        self._estates.append((child, running))
+        self._settle_estates()
         if code == EXIT_CHILD_UNUSABLE and not child.ready:
             self._exit_status = EXIT_FAILED
             self._stop_signals += 1
@@ -364,6 +364,20 @@ class Supervisor:
         self._spawn_at.append(
             (now + (next(self._spawn_delays) if quick and not child.killed_for else 0.0), child.index)
         )
+
+    def _settle_estates(self) -> None:
+        """Settles what dead children left; while Redis is away it is kept, for a crash that is not charged may repeat for
+        ever."""
+        while self._estates:
+            try:
+                self._settle_estate(*self._estates[0])
+            except BrokerUnavailable as exc:
+                self._coordinator.outage(exc)
+                self._estates_at = self._coordinator.wake_at()
+                return
+            except (QueueFull, ReplyError) as exc:
+                log.error("what a process left was not settled; its leases run out: %s", exc)
+            self._estates.pop(0)
 
     def _settle_estate(self, child: Child, running: list[tuple[int, int, str]]) -> None:
         """What a dead child leaves: bodies that ran are charged, then the leases are freed."""
@@ -391,7 +405,7 @@ class Supervisor:
             keys = watch.shard_keys(SHARED)
             link = self._coordinator.links.at(keys.stream)
             for child in live:
-                if not child.leaving and child.holding(keys) is None:
+                if not child.leaving and child.holding(keys) is None and self._coordinator.has_room(child):
                     lease = join_shared(link, keys, self._group, child.incarnation, self._lease_ms)
                     self._coordinator.give(child, watch, SHARED, lease)
             self._reap_consumers(watch, keys, link)
@@ -415,8 +429,10 @@ class Supervisor:
             child.kill("stopped")
             child.process.wait()
             self._children.remove(child)
+            self._estates.append((child, []))
+        for estate in self._estates:
             try:
-                self._settle_estate(child, [])
+                self._settle_estate(*estate)
             except StreamTaskError:
                 pass
         self._coordinator.close()

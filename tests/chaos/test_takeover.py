@@ -110,3 +110,26 @@ def test_nothing_acknowledged_runs_again(own_server, site):
         site.send(keys_on(shard, 1)[0], range(100, 110))
     site.wait_ended()
     assert site.check().repeated == 0
+
+
+def test_a_pod_that_vanished_before_the_clock_was_set_back(own_server, site):
+    """What it has left in Redis ends in the future."""
+    site = site(own_server, lease=1.0)
+    lost, _ = site.pod(1), site.pod(1)
+    site.ready(2)
+    victims = lost.children()
+    theirs = [shard for shard in range(site.shards) if site.pid_of(shard) in victims]
+    owner = site.leases()[theirs[0]][0]
+    lost.kill_all()
+    ahead = site.now_ms() + 40_000
+    for shard in theirs:
+        site.redis.hset(site.keys.shard(0, shard).lease("workers"), "expires_at", ahead)
+    site.redis.zadd(site.keys.members("workers"), {owner: ahead})
+    site.redis.zadd(site.keys.shard(0, "shared").consumers("workers"), {owner: ahead})
+    key = keys_on(theirs[0], 1)[0]
+    site.send(key, range(20))
+    took = gap(site, key, max(site.killed.values()))
+    print(f"ran again in {took:.3f} s (lease 1 s)")
+    site.wait_ended()
+    site.ready(1)
+    wait_until(lambda: not site.stale_consumers(), 10, lambda: f"stale consumers {site.stale_consumers()}")

@@ -430,6 +430,42 @@ def test_since_is_kept_while_heartbeats_come_and_begins_anew_after_a_gap(shard):
     assert one.since_ms == one.heard_ms > first
 
 
+def test_a_clock_that_was_set_back_keeps_no_lease_and_no_member_for_longer_than_a_lease_time(shard):
+    """What was written before ends in the future."""
+    one, gone = membership(shard, LEASE), shard.acquire("gone", LEASE)
+    ahead = shard.now_ms() + 40_000
+    one.heard_ms = one.since_ms = ahead
+    one.cut_off = False
+    shard.client.zadd(shard.queue.keys.members(GROUP), {"gone": ahead})
+    shard.client.hset(gone.key, "expires_at", ahead)
+    before = shard.now_ms()
+
+    one.beat(shard.link, {"me": {}})
+    refused = shard.acquire("me", LEASE, since_ms=one.since_ms)
+
+    assert one.since_ms <= shard.now_ms()
+    assert sorted(one.members) == ["gone", "me"]
+    assert isinstance(refused, Refused)
+    assert before + LEASE <= refused.ask_at_ms <= shard.now_ms() + LEASE
+    shard.wait_past(refused.ask_at_ms)
+    one.beat(shard.link, {"me": {}})
+    assert one.members == ["me"]
+    assert shard.acquire("me", LEASE, since_ms=before).token > gone.token
+
+
+def test_a_clock_that_was_set_back_keeps_no_consumer_for_longer_than_a_lease_time(shard):
+    join_shared(shard.link, shard.keys, GROUP, "gone", LEASE)
+    live = join_shared(shard.link, shard.keys, GROUP, "live", LEASE)
+    shard.client.zadd(shard.keys.consumers(GROUP), {"gone": shard.now_ms() + 40_000})
+
+    live.renew(shard.link)
+
+    ends = int(shard.client.zscore(shard.keys.consumers(GROUP), "gone"))
+    assert ends <= shard.now_ms() + LEASE
+    shard.wait_past(ends)
+    assert reap(shard.link, shard.keys, GROUP, "gone", LEASE, gone=False)
+
+
 def test_since_begins_anew_after_a_broken_connection(shard):
     one = membership(shard, 60_000)
     one.beat(shard.link, {"a": {}})

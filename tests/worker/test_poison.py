@@ -32,6 +32,13 @@ def free_pill(n, how):
     note("S", None, n)
     die(how)
 
+@app.task(name="late_pill", shard_key="k")
+def late_pill(k, n):
+    note("S", k, n)
+    while not os.path.exists("go"):
+        time.sleep(0.005)
+    die("kill")
+
 def die(how):
     time.sleep(0.05)
     if how == "exit":
@@ -117,3 +124,22 @@ def test_a_pill_that_takes_whole_pods_with_it(redis_server_all, site):
     site.wait_ended()
     # One more than with a supervisor that lives: the first death of a fresh message leaves no mark.
     assert 2 <= len(site.of("S", key, 1)) <= 3
+
+
+def test_a_crash_while_redis_is_away_is_charged_when_it_is_back(own_server, site):
+    site = site(own_server, PILLS, lease=1.0, max_crashes=1)
+    pod = site.pod(1)
+    site.ready(1)
+    key = keys_on(0, 1)[0]
+    site.task("late_pill").delay(k=key, n=1)
+    site.wait_started(key, 1)
+    (child,) = pod.children()
+    own_server.stop()
+    (site.folder / "go").touch()
+    wait_until(lambda: pod.children() and child not in pod.children(), 10)
+    own_server.start()
+    site.send(key, range(2, 10))
+    site.wait_ended()
+    site.wait_empty()
+    neighbours(site, key, 1)
+    assert len(site.of("S", key, 1)) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.helpers import wait_until
-from tests.worker.rig import keys_on
+from tests.worker.rig import TASKS, keys_on
 
 
 def moved(before, after):
@@ -94,3 +94,46 @@ def test_a_running_body_keeps_its_shard_where_it_is(redis_server, site):
     site.ready(2)
     assert owner is not None
     site.wait_empty()
+
+
+def test_one_process_owns_as_many_shards_as_a_queue_can_have(redis_server, site):
+    site = site(redis_server, shards=1024)
+    pod = site.pod(1)
+    site.ready(1, 40)
+    for i in range(200):
+        site.send(f"k{i}", range(3))
+    site.send(None, range(20))
+    site.wait_ended()
+    assert site.check(killed={}).repeated == 0
+    assert len(pod.children()) == 1
+    assert pod.stop(40) >= 0
+    assert site.leases() == {}
+
+
+FEW = f"""
+import streamtask.worker.supervisor
+streamtask.worker.supervisor.MAX_LEASES = 6  # the shared stream's is one of them
+{TASKS}
+"""
+
+
+def test_who_survives_takes_what_it_can_and_leaves_the_rest(redis_server, site):
+    """Two processes that can own five shards each, of eight; then one vanishes."""
+    site = site(redis_server, FEW, lease=1.0)
+    first, second = site.pod(1), site.pod(1)
+    site.ready(2)
+    first.kill_all()
+    wait_until(lambda: len(site.members()) == 1 and sorted(map(len, site.owned().values())) == [5], 15,
+               lambda: f"{site}\n{second.log}")  # fmt: skip
+    mine = sorted(site.leases())
+    for shard in range(site.shards):
+        site.send(keys_on(shard, 1)[0], range(20))
+    site.send(None, range(20))
+    site.wait_ended(count=20 * 6)
+    assert sorted(site.leases()) == mine
+    assert len(second.children()) == 1
+    assert second.log.count("can own at most 6") == 1
+    site.pod(1)
+    site.wait_ended()
+    site.check()
+    site.ready(2)

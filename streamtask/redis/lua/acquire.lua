@@ -15,8 +15,13 @@
 redis.call('HDEL', KEYS[1], '')
 local now = now_ms()
 local lease_ms = tonumber(ARGV[2])
-local record = redis.call('HMGET', KEYS[1], 'owner', 'token', 'expires_at', 'how')
+local record = redis.call('HMGET', KEYS[1], 'owner', 'token', 'expires_at', 'how', 'lease_ms')
 local owner, expires_at = record[1], tonumber(record[3] or '0')
+if owner ~= ARGV[1] and expires_at > now + math.max(lease_ms, tonumber(record[5] or '0')) then
+  -- The clock was set back since: it is counted from here on.
+  expires_at = now + lease_ms
+  redis.call('HSET', KEYS[1], 'expires_at', expires_at)
+end
 local by_expiry = 0
 local free_from = 0
 if owner == ARGV[1] then

@@ -13,10 +13,16 @@ redis.call('ZREM', KEYS[1], '')
 local now = now_ms()
 local lease_ms = tonumber(ARGV[1])
 local since = tonumber(ARGV[4])
-if ARGV[2] == '1' or now - tonumber(ARGV[3]) > lease_ms * 0.6 then
+local heard = tonumber(ARGV[3])
+if ARGV[2] == '1' or now - heard > lease_ms * 0.6 or now < heard then
   since = now
 end
 local changed = 0
+-- Whose time ends later than that of one who is heard now was heard before the clock was set back.
+local ahead = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now + lease_ms, '+inf')
+for i = 1, #ahead do
+  redis.call('ZADD', KEYS[1], now + lease_ms, ahead[i])
+end
 local gone = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
 if #gone > 0 then
   redis.call('ZREM', KEYS[1], unpack(gone))

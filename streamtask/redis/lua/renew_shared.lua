@@ -20,5 +20,10 @@ if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   redis.call('HSET', KEYS[1], 'owner', ARGV[2], 'token', ARGV[1])
 end
 local expires_at = now_ms() + tonumber(ARGV[3])
+-- Whose time ends later than that of one who is heard now was heard before the clock was set back.
+local ahead = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. expires_at, '+inf')
+for i = 1, #ahead do
+  redis.call('ZADD', KEYS[2], expires_at, ahead[i])
+end
 redis.call('ZADD', KEYS[2], expires_at, ARGV[2])
 return expires_at
