@@ -22,9 +22,20 @@ help: ## Show this list
 demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, and watch them
 	$(BIN)/streamtask demo $(ARGS)
 
+# Three processes keep two cores busy: tests wait for half of their time. A test file is no unit, so none is the last.
+PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+
 .PHONY: test
-test: $(VENV)/.test ## Run the tests (make test ARGS='-k lease -x')
-	PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+test: $(VENV)/.test ## Run the quick tests, some 5 minutes on two cores (make test ARGS='-k lease -x')
+	$(PYTEST) --part quick $(ARGS)
+
+.PHONY: test-rest
+test-rest: $(VENV)/.test ## Run the tests that make test leaves out: chaos, Celery, every version of Redis, slow ones
+	$(PYTEST) --part rest $(ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/.test ## Run all tests, some 15 minutes on two cores
+	$(PYTEST) $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.lint ## Check style, format, types and layers
@@ -34,7 +45,7 @@ lint: $(VENV)/.lint ## Check style, format, types and layers
 	$(BIN)/lint-imports
 
 .PHONY: check
-check: lint test ## What has to pass before a commit: lint, then test
+check: lint test ## What has to pass before a commit: lint, then the quick tests
 
 .PHONY: bench
 bench: $(VENV)/.bench ## Measure against bare Redis programs, some minutes (make bench ARGS='--help')

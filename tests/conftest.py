@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import MARK, our_processes, run_folders, wait_until
 
-pytest_plugins = ["tests.fix_redis", "tests.fix_proxy"]
+pytest_plugins = ["tests.fix_redis", "tests.fix_proxy", "tests.parts"]
 
 # Every process that a test starts inherits this, also one that has left our process group and session.
 os.environ[MARK] = f"{os.getpid()}-{os.urandom(8).hex()}"

@@ -13,6 +13,7 @@ from tests.helpers import ROOT, spawn
 FOLDER = ROOT / "examples" / "celery_app"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_celery_app(tmp_path: Path) -> None:
     env = {"SHOP_BROKER_URL": None, "SHOP_LOG": None, "TMPDIR": str(tmp_path)}

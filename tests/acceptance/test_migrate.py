@@ -311,6 +311,7 @@ def test_a_lost_reply_doubles_nothing(old: Old, run: Run, proxy: Callable[[Any],
     assert numbers(old.moved.lrange("celery", 0, -1)) == list(range(20))
 
 
+@pytest.mark.slow
 def test_when_the_new_broker_dies_nothing_is_lost_and_the_next_run_goes_on(
     old: Old, run: Run, own_server: RedisServer, proxy: Callable[[Any], Proxy], tmp_path: Path
 ) -> None:
@@ -390,6 +391,7 @@ def test_two_migrations_at_once_move_everything_once(
     assert numbers(old.moved.lrange("celery", 0, -1)) == list(range(120))
 
 
+@pytest.mark.slow
 def test_wrong_use_and_dead_servers_get_one_line(old: Old, run: Run) -> None:
     dead = f"redis://:secret@127.0.0.1:{free_port()}/0"
 
@@ -512,6 +514,7 @@ def test_there_and_back_again(old: Old, run: Run) -> None:
         assert after == payloads
 
 
+@pytest.mark.slow
 def test_a_move_back_may_be_killed_at_any_instant(
     old: Old, run: Run, proxy: Callable[[Any], Proxy], redis_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -538,6 +541,7 @@ def test_a_move_back_may_be_killed_at_any_instant(
     assert sorted(numbers(old.moved.lrange("celery", 0, -1))) == list(range(total))
 
 
+@pytest.mark.slow
 def test_what_live_workers_hold_is_left_and_said(old: Old, run: Run, tmp_path: Path) -> None:
     for number in range(3):
         old.send(number)

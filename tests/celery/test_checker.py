@@ -6,6 +6,8 @@ import pytest
 
 from tests.celery.checker import Event, judge
 
+pytestmark = pytest.mark.quick
+
 
 def record(*lines):
     """Events from (kind, n, more fields); one second apart, of worker 1 and pool process 11."""

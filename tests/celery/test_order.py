@@ -10,6 +10,7 @@ from tests.celery.rig import Load
 from tests.helpers import wait_until
 
 
+@pytest.mark.quick
 def test_keys_run_in_order_and_beside_each_other(own_server, site):
     s = site(own_server)
     s.start_workers(2, c=4)

@@ -85,6 +85,7 @@ def test_a_worker_dies_at_its_retry(own_server, site, when):
     s.nothing_left()
 
 
+@pytest.mark.quick
 def test_a_worker_dies_while_a_retry_waits(own_server, site):
     """After the ack of the old message: the lane stays closed, in the next worker too, until the retry is due."""
     s = site(own_server)

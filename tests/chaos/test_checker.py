@@ -6,6 +6,8 @@ import pytest
 
 from tests.chaos.checker import Event, judge, parse
 
+pytestmark = pytest.mark.quick
+
 
 def record(*lines):
     """Events from (kind, pid, n[, token[, attempt[, at]]]) of key "a"; times are 1, 2, ... by default."""

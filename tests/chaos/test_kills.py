@@ -84,6 +84,7 @@ def run(site, kinds, processes, concurrency, rounds):
     assert report.ended > 100
 
 
+@pytest.mark.quick
 def test_worker_processes_die(own_server_all, site):
     run(site(own_server_all, max_crashes=50), ["process"], 2, 4, 6)
 

@@ -62,6 +62,7 @@ def test_redis_stops_for_longer_than_the_lease(own_server, site):
     survives(site, pods, 3, own_server.stop, own_server.start)
 
 
+@pytest.mark.quick
 def test_redis_is_killed_and_away_for_longer_than_the_lease(own_server_all, site):
     site = site(own_server_all, lease=LEASE)
     pods = [site.pod(2), site.pod(1)]

@@ -9,7 +9,7 @@ from .reference import QUICK
 from .suites import FileResult, Limits, NoSuite, run
 
 # All files are run at once, while the first test is set up.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.timeout(420)
 
 
 @pytest.fixture(scope="module")

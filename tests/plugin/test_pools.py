@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.helpers import spawn
+
+pytestmark = pytest.mark.slow
 
 POOL = """
 import os, select, signal, time

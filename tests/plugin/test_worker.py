@@ -13,6 +13,8 @@ import redis
 from tests.fix_redis import RedisServer
 from tests.helpers import spawn, wait_until
 
+pytestmark = pytest.mark.slow
+
 NOTES = "notes"  # of tests.plugin.work, which is not imported here: it connects to signals
 POOLS = ["prefork", "threads", "gevent", "eventlet", "solo"]
 

@@ -362,6 +362,7 @@ def test_the_server_restarts_under_a_consumer(own_server: RedisServer, make_kit:
     wait_until(lambda: kit.pending() == 0)
 
 
+@pytest.mark.slow
 def test_nobody_answers_a_waiting_drain(cut: tuple[Kit, Proxy, Kit]) -> None:
     kit, proxy, direct = cut
     channel = direct.channel()

@@ -360,6 +360,7 @@ def _beats(rig: Rig) -> Iterator[int]:
 # Redis goes away
 
 
+@pytest.mark.slow
 def test_an_outage_moves_nothing(own_rig, proxy):
     make_keyed(own_rig.broker)
     way = proxy(own_rig.server)
@@ -422,6 +423,7 @@ def cluster(redis_version: str, request: pytest.FixtureRequest) -> Iterator[Redi
         yield cluster
 
 
+@pytest.mark.slow
 def test_on_a_cluster(cluster):
     """Shards on both servers; then all slots move to one of them."""
     broker = Broker(f"redis+cluster://127.0.0.1:{cluster.port}")

@@ -107,6 +107,7 @@ def test_a_rolling_restart_under_load_repeats_nothing(redis_server, site):
     rolling_restart(site(redis_server, lease=5.0), 4)
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_at_concurrency_1(redis_server, site):
     rolling_restart(site(redis_server, lease=5.0), 1)
 

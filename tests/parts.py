@@ -1,0 +1,70 @@
+"""The two parts of the suite: ``make test`` runs the quick one, ``make test-rest`` what is left, ``make test-all`` both.
+
+``--part quick`` or ``--part rest`` chooses; without it everything is run. Which part a test is in follows from where
+it stands, so a new one needs no thought:
+
+- a run on another than the newest redis-server is in the rest;
+- so is everything in ``SLOW_FOLDERS``, whose tests play with whole sites of processes, and what uses one of
+  ``SLOW_FIXTURES``, which start several servers;
+- all else is quick.
+
+The marks ``quick`` and ``slow`` say otherwise for a test, a class, a module or one set of parameters; the nearest one
+counts. A quick run names at its end what took longer than a quick test should.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fix_redis import chosen_binaries
+
+QUICK, REST = "quick", "rest"
+
+SLOW_FOLDERS = frozenset({"celery", "chaos", "conformance"})
+SLOW_FIXTURES = frozenset({"redis_cluster", "sentinels"})
+
+LONG_S = 10
+"""On a quiet machine a test of the quick part takes less."""
+
+
+def part_of(item: pytest.Item, newest: str | None) -> str:
+    """``quick`` or ``rest``; ``newest`` is the label of the newest server."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if params.get("redis_version", newest) != newest:
+        return REST
+    for mark in item.iter_markers():  # the nearest first
+        if mark.name in ("quick", "slow"):
+            return QUICK if mark.name == "quick" else REST
+    if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        return REST
+    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
+    return REST if folder in SLOW_FOLDERS else QUICK
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=(QUICK, REST), help="run one of the two parts of the suite; see tests/parts.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted: str | None = config.getoption("part")
+    if wanted is None:
+        return
+    newest = next(reversed(chosen_binaries(config)), None)
+    parts = {item: part_of(item, newest) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if parts[item] != wanted])
+    items[:] = [item for item in items if parts[item] == wanted]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("part") != QUICK:
+        return
+    spent: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                spent[report.nodeid] = spent.get(report.nodeid, 0) + report.duration
+    long = sorted(((s, name) for name, s in spent.items() if s > LONG_S), reverse=True)
+    if long:
+        terminalreporter.section(f"took over {LONG_S} s: the mark 'slow' moves a test to the rest")
+        for seconds, name in long[:10]:
+            terminalreporter.line(f"{seconds:.0f} s  {name}")
