@@ -736,7 +736,7 @@ def _worker_rows(shot: Snapshot) -> list[Row]:
 
 def _dead_letter(queue: str, shard: int | str, entry_id: bytes, fields: list[bytes]) -> Row:
     # dead_letter.lua writes four fields of its own before those of the message.
-    own, message = _texts(fields[:8]), fields[8:]
+    own, message = _texts(fields[:8]), wire.whole(fields[8:])
     error = _load(own.get("error", ""))
     row: Row = {
         "id": f"{shard}:{entry_id.decode()}",

@@ -906,20 +906,28 @@ class ShardConsumer:
         held = ""
         if self.settings.hold_on_dead and delivery is not None and delivery.lane is not None:
             held = Note(note.attempt, 0, note.crashes, 0, note.charged, 1).format()
-        self._run(
+        died = self._run(
             link,
             "dead_letter",
             [self.lease.key, self.keys.stream, self.keys.state, self.keys.notes(self.settings.group), self.keys.dlq],
             [*self._head, entry_id, json.dumps(error), held],
         )
+        if not died:
+            # A repeated call, whose first reply was lost, or a message that is held already: it is said once at most.
+            self._after_death(delivery, held)
+            return
         log.error(
             "dead letter: %s queue=%s shard=%s entry=%s task=%s id=%s: %s",
             outcome.reason, self.queue, self.shard, entry_id.decode(),
             delivery.task if delivery else "-", error.get("id", "-"), outcome.message,
         )  # fmt: skip
+        if delivery is not None:
+            self.on_dead(self, delivery, outcome)
+        self._after_death(delivery, held)
+
+    def _after_death(self, delivery: Delivery | None, held: str) -> None:
         if delivery is None:
             return
-        self.on_dead(self, delivery, outcome)
         lane = self.lanes.get(delivery.lane_key)
         if held:
             delivery.note = Note.parse(held.encode())

@@ -125,12 +125,25 @@ def encode(
         ) from None
 
 
+def whole(fields: list[bytes]) -> list[bytes]:
+    """An entry's fields as they were produced: a script packs very many into one (``lua/include/narrow.lua``)."""
+    if len(fields) < 2 or fields[0] != b"packed":
+        return fields
+    try:
+        found = unpackb(fields[1], raw=True)
+    except Exception:
+        return fields  # a foreign producer's field of that name
+    packed = isinstance(found, list) and all(isinstance(part, bytes) for part in found)
+    return [*found, *fields[2:]] if packed else fields
+
+
 def decode(fields: list[bytes]) -> list[Any]:
     """The envelope of an entry's fields: ``[task, key, id, args, kwargs, headers]``.
 
     Raises ``DecodeError`` for anything that is no message of this version.
     """
     try:
+        fields = whole(fields)
         if fields[0] == MSGPACK:
             envelope = unpackb(fields[1], ext_hook=ext_hook, strict_map_key=False)
             task, key, message_id, args, kwargs, headers = envelope

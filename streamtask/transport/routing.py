@@ -140,6 +140,10 @@ def size(session: Session, queue: str) -> int:
     return total
 
 
+PURGE_REQUEUED = 500
+"""Entries on offer that one call removes: about 10 ms of Redis."""
+
+
 def purge(session: Session, queue: str) -> int:
     """Removes what waits in a queue; what is being worked on stays. Returns how many messages were removed."""
     found = session.queue(queue)
@@ -155,11 +159,14 @@ def purge(session: Session, queue: str) -> int:
             removed += int(entries) + int(delayed)
             if not entries and not delayed:
                 break
-        removed += int(
-            session.connections.run(
-                "purge_requeued", [prefix.stream, prefix.requeued, prefix.state, prefix.notes(GROUP)], [GROUP]
+        looked_at = PURGE_REQUEUED
+        while looked_at == PURGE_REQUEUED:
+            looked_at, gone = session.connections.run(
+                "purge_requeued",
+                [prefix.stream, prefix.requeued, prefix.state, prefix.notes(GROUP)],
+                [GROUP, PURGE_REQUEUED],
             )
-        )
+            removed += int(gone)
     return removed
 
 

@@ -33,7 +33,9 @@ def take(session: Session, consumed: Consumed, most: int) -> list[tuple[dict[str
         link = session.connections.links.at(names.stream)
         while len(out) < most:
             now_ms, last, rung, next_ms, entries = link.run(
-                "take", [names.stream, names.requeued, names.delayed, names.state, names.wake], [GROUP, most - len(out)]
+                "take",
+                [names.stream, names.requeued, names.delayed, names.state, names.wake, names.notes(GROUP)],
+                [GROUP, most - len(out)],
             )
             if consumed.moved(names.prefix, last, rung):
                 queue.recorded()

@@ -796,6 +796,80 @@ def test_a_dead_letter_is_whole_and_there_once(shard):
     assert shard.client.xlen(shard.keys.stream) == 1
 
 
+@pytest.mark.parametrize("hold", ["", "0 0 0 0 0 1"])
+def test_a_dead_letter_of_very_many_fields_is_whole_and_can_be_replayed(redis_server_all, hold):
+    shard = Shard(redis_server_all)
+    lease = shard.acquire("a")
+    k = shard.keys
+    fields = {f"f{n}": f"v{n}" for n in range(20_000)}
+    entry_id = shard.client.xadd(k.stream, fields).decode()
+    (_, raw), *_ = shard.link.command("XRANGE", k.stream, "-", "+")
+    shard.read()
+    keys, args = [lease.key, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, entry_id, "{}", hold]
+
+    assert shard.link.run("dead_letter", keys, [lease.token, "a", *args]) == 1
+    assert shard.link.run("dead_letter", keys, [lease.token, "a", *args]) == 0
+
+    ((dead_id, dead),) = shard.link.command("XRANGE", k.dlq, "-", "+")
+    assert wire.whole(dead[8:]) == raw
+    assert shard.client.xlen(k.stream) == (1 if hold else 0)
+    assert shard.link.run("replay", [k.dlq, k.stream, k.wake, k.notes(GROUP)], [dead_id]) == 1
+    ((_, again),) = shard.link.command("XRANGE", k.stream, "-", "+")
+    assert wire.whole(again) == (raw if hold else [*raw, b"replayed", b"1"])
+    shard.link.close()
+
+
+def test_a_message_that_is_in_no_stream_is_buried_however_many_fields_it_has(shard):
+    message = [f"{n}".encode() for n in range(40_000)]
+    own = ["error", "{}", "entry", "1-0", "group", GROUP, "held", "0"]
+    for fields in (message, message[:2]):
+        dead_id = shard.link.run("bury", [shard.keys.state, shard.keys.dlq], [*own, *fields])
+        ((_, dead),) = shard.link.command("XRANGE", shard.keys.dlq, dead_id, dead_id)
+        assert dead[:8] == [part.encode() for part in own]
+        assert wire.whole(dead[8:]) == fields
+
+
+def test_ten_thousand_processes_are_gone_or_leave_at_once(shard):
+    keys = [shard.queue.keys.members(GROUP), shard.queue.keys.member_info(GROUP)]
+    names = [f"p{n}" for n in range(10_000)]
+    for how in ("gone", "leave"):
+        shard.client.zadd(keys[0], dict.fromkeys(names, 1))
+        shard.client.hset(keys[1], mapping=dict.fromkeys(names, "{}"))
+        if how == "gone":
+            membership(shard, 60_000).beat(shard.link, {"a": {}})
+        else:
+            assert shard.link.run("leave", keys, names) == len(names)
+        assert shard.client.zrange(keys[0], 0, -1) == [b"a"]
+        assert shard.client.hkeys(keys[1]) == [b"a"]
+
+
+def test_what_is_on_offer_is_purged_by_pages(shard):
+    ids = shard.add(1200)
+    shard.read()
+    k = shard.keys
+    shard.client.zadd(k.requeued, {entry_id: n for n, entry_id in enumerate(ids)})
+    shard.client.hset(k.notes(GROUP), ids[3], NOTE)
+    call = ("purge_requeued", [k.stream, k.requeued, k.state, k.notes(GROUP)], [GROUP, 500])
+
+    assert [shard.link.run(*call) for _ in range(4)] == [[500, 500], [500, 500], [200, 200], [0, 0]]
+
+    assert shard.client.xlen(k.stream) == 0
+    assert not shard.client.exists(k.requeued, k.notes(GROUP))
+    assert not shard.pending()
+
+
+def test_what_is_taken_for_good_leaves_no_note(shard):
+    ids = shard.add(3)
+    shard.read()
+    k = shard.keys
+    shard.client.zadd(k.requeued, {ids[0]: 1, "77-0": 2})
+    shard.client.hset(k.notes(GROUP), mapping={ids[0]: NOTE, "77-0": NOTE, ids[1]: NOTE})
+
+    shard.link.run("take", [k.stream, k.requeued, k.delayed, k.state, k.wake, k.notes(GROUP)], [GROUP, 10])
+
+    assert shard.client.hkeys(k.notes(GROUP)) == [ids[1].encode()]
+
+
 # --- shared streams ----------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@
 -- Returns: 1 if dead-lettered now, 0 if it was no longer pending or is held already, or LEASE_LOST
 --- @include codes
 --- @include fence
+--- @include narrow
 --- @include pending
 --- @include slices
 --- @include remove
@@ -21,7 +22,7 @@ if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
 local entry = redis.call('XRANGE', KEYS[2], ARGV[4], ARGV[4])
-local fields = entry[1] and entry[1][2] or {}
+local fields = narrow(entry[1] and entry[1][2] or {})
 if ARGV[6] ~= '' then
   local note = redis.call('HGET', KEYS[4], ARGV[4])
   if not is_pending(KEYS[2], ARGV[3], ARGV[4]) or (note and note:sub(-1) == '1') then

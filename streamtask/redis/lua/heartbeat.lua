@@ -24,9 +24,9 @@ for i = 1, #ahead do
   redis.call('ZADD', KEYS[1], now + lease_ms, ahead[i])
 end
 local gone = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)
-if #gone > 0 then
-  redis.call('ZREM', KEYS[1], unpack(gone))
-  redis.call('HDEL', KEYS[2], unpack(gone))
+for i = 1, #gone do
+  redis.call('ZREM', KEYS[1], gone[i])
+  redis.call('HDEL', KEYS[2], gone[i])
   changed = 1
 end
 for i = 5, #ARGV, 2 do

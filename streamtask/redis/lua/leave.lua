@@ -3,6 +3,9 @@
 -- KEYS[2] member info  hash
 -- ARGV[1...] incarnations
 -- Returns: how many were members
-local removed = redis.call('ZREM', KEYS[1], unpack(ARGV))
-redis.call('HDEL', KEYS[2], unpack(ARGV))
+local removed = 0
+for i = 1, #ARGV do
+  removed = removed + redis.call('ZREM', KEYS[1], ARGV[i])
+  redis.call('HDEL', KEYS[2], ARGV[i])
+end
 return removed

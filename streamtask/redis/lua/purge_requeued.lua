@@ -4,10 +4,11 @@
 -- KEYS[3] state      hash
 -- KEYS[4] notes      hash
 -- ARGV[1] group
--- Returns: how many were removed
+-- ARGV[2] most to look at in this call: to be repeated until fewer were there
+-- Returns: {how many were looked at, how many were removed}
 --- @include slices
 --- @include remove
-local ids = redis.call('ZRANGE', KEYS[2], 0, -1)
+local ids = redis.call('ZRANGE', KEYS[2], 0, tonumber(ARGV[2]) - 1)
 local removed = 0
 for i = 1, #ids do
   redis.call('ZREM', KEYS[2], ids[i])
@@ -20,4 +21,4 @@ end
 if removed > 0 then
   redis.call('HINCRBY', KEYS[3], 'purged', removed)
 end
-return removed
+return { #ids, removed }

@@ -5,6 +5,7 @@
 -- KEYS[3] delayed    sorted set by due time, ms
 -- KEYS[4] state      hash
 -- KEYS[5] wake       stream
+-- KEYS[6] notes      hash
 -- ARGV[1] group
 -- ARGV[2] most entries to take
 -- Returns: {now (ms), last delivered id, newest wake id, when the next is due (ms) or -1, entries}
@@ -24,6 +25,7 @@ local entries = {}
 local ids = redis.call('ZRANGE', KEYS[2], 0, left - 1)
 for i = 1, #ids do
   redis.call('ZREM', KEYS[2], ids[i])
+  redis.call('HDEL', KEYS[6], ids[i])
   local entry = redis.call('XRANGE', KEYS[1], ids[i], ids[i])[1]
   if redis.call('XACK', KEYS[1], ARGV[1], ids[i]) == 1 and entry then
     entries[#entries + 1] = entry
