@@ -35,6 +35,7 @@ from .worker.ports import WorkerSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 ENV_URL = "STREAMTASK_BROKER_URL"
+ENV_AUDIT_S = "STREAMTASK_AUDIT_S"
 
 
 class StreamTask:
@@ -383,6 +384,7 @@ class StreamTask:
             lease_ms=int(s.lease * 1000),
             handover_timeout_s=s.handover_timeout,
             ack_interval_s=0.0 if each else s.ack_interval,
+            audit_s=float(os.environ.get(ENV_AUDIT_S, 60)),
             concurrency=concurrency,
             result_broker=self.results.broker if self.results else None,
             has_time_limits=any(task.options.time_limit for task in self.tasks.values()),

@@ -136,6 +136,8 @@ class ShardConsumer:
         self.wake_id = "0-0"
         self.next_due: float | None = None
         self.needs_audit = False
+        self.on_offer = lease.shared
+        """Whether entries that were given back may be there to be taken (shared streams)."""
         self.revoked: set[bytes | str] = set()
         self.clock_ms = 0  # what to add to wall_ms() to get Redis' clock
         # Whether a new message may stay a plain entry until something happens to it.
@@ -475,11 +477,22 @@ class ShardConsumer:
             info = dict(_pairs(row))
             if info[b"name"].decode() == self.settings.group:
                 self.last_id = info[b"last-delivered-id"].decode()
-        if not takeover:
-            return
-        self._others_to = id_order(self.last_id.encode())
+        if takeover:
+            self._others_to = id_order(self.last_id.encode())
+        if takeover or self.needs_audit:
+            self.wake_id = self._newest_wake(link)  # after an outage it may be older than what was seen
+
+    def _newest_wake(self, link: Link) -> str:
         newest = link.command("XREVRANGE", self.keys.wake, "+", "-", "COUNT", 1)
-        self.wake_id = newest[0][0].decode() if newest else "0-0"
+        return newest[0][0].decode() if newest else "0-0"
+
+    def overlooked(self, link: Link) -> int:
+        """How many entries are on offer of which this process neither knows nor is about to be told."""
+        if self.on_offer or not self.lease.shared:
+            return 0
+        # In this order: whoever puts entries on offer tells of them in the same step.
+        left = int(link.command("ZCARD", self.keys.requeued))
+        return left if self._newest_wake(link) == self.wake_id else 0
 
     def redis_ms(self) -> int:
         """Redis' clock, in ms."""
@@ -487,11 +500,15 @@ class ShardConsumer:
 
     def reread_notes(self, link: Link) -> None:
         """Looks whether held lanes may open: their dead letter was replayed (no note) or dropped."""
-        for lane in list(self.lanes.lanes.values()):
+        held: list[tuple[Lane, Delivery]] = []
+        for lane in self.lanes.lanes.values():
             head = lane.waiting[0] if lane.waiting else None
-            if not isinstance(head, Delivery) or head.note is None or head.note.held != 1:
-                continue
-            text = link.command("HGET", self.keys.notes(self.settings.group), head.entry_id)
+            if isinstance(head, Delivery) and head.note is not None and head.note.held == 1:
+                held.append((lane, head))
+        if not held:
+            return
+        texts = link.command("HMGET", self.keys.notes(self.settings.group), *[head.entry_id for _, head in held])
+        for (lane, head), text in zip(held, texts, strict=True):
             note = Note.parse(text) if text else Note()
             if note.held == 1:
                 continue
@@ -952,13 +969,14 @@ class ShardConsumer:
         self.next_due = None if next_ms < 0 else mono_s() + max(0, int(next_ms) - int(now_ms)) / 1000
 
     def take_requeued(self, link: Link) -> int:
-        """Shared streams: takes entries of consumers that are gone."""
-        entries = self._run(
+        """Shared streams: takes entries that were given back, or whose consumers are gone, the oldest first."""
+        more, entries = self._run(
             link,
             "take_requeued",
             [self.lease.key, self.keys.requeued, self.keys.stream],
             [*self._head, self.settings.fetch_count],
         )
+        self.on_offer = bool(more)
         if not entries:
             return 0
         arrived = self._first_of_their_ids(link, deliveries_of(self._decode(entries)))

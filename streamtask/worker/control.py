@@ -5,8 +5,10 @@ send the next fetch, then write (results, notes, dead letters, acknowledgements)
 to it. Three connections: one on which a fetch is always on its way or blocked, one for acknowledgements, whose answers are
 taken when they come, and one for everything else, whose answers are waited for.
 
-A fetch is one write: ``[XREAD BLOCK] MULTI XREADGROUP... EXEC WATCH guards HMGET leases``. The WATCH of one fetch guards
-the next, so the fence costs no round trip; XREAD wakes an idle process from the last delivered id, never from ``$``.
+A fetch is one write: ``[XREAD] MULTI XREADGROUP... EXEC WATCH guards HMGET leases``. The WATCH of one fetch guards the
+next, so the fence costs no round trip. XREAD reads what wakes a shard's owner (a message that falls due, a lane that opens,
+entries on offer), every few milliseconds however busy the process is; that of an idle one blocks, and waits for messages,
+too, from the last delivered id, never from ``$``.
 """
 
 from __future__ import annotations
@@ -34,10 +36,9 @@ from .shared import SharedMemory
 log = logging.getLogger("streamtask.worker")
 
 BLOCK_MS = 5000
-AUDIT_S = 60.0
-COLD_FETCH_S = (0.005, 0.1)
-"""How often idle shards are read while busy ones are full: the interval doubles while nothing comes."""
-
+COLD_FETCH_S = (0.005, 0.02)
+"""How often idle shards are read, and what wakes any, while there is more to do: the interval doubles while nothing comes.
+After the longest one a fetch blocks until something does, or a shard has room for more."""
 
 FEW = 4
 """Messages that are started before the next are fetched, where no more wait."""
@@ -69,9 +70,9 @@ class Supervisor(Protocol):
 class Owned:
     """A shard in the hands of this process, and what the loop remembers of it."""
 
-    __slots__ = ("consumer", "full", "next_audit", "number", "queue", "quiet_until", "read_at", "takeover")
+    __slots__ = ("consumer", "full", "next_audit", "number", "queue", "quiet_until", "read_at", "takeover", "woken")
 
-    def __init__(self, number: int, consumer: ShardConsumer, queue: Queue) -> None:
+    def __init__(self, number: int, consumer: ShardConsumer, queue: Queue, next_audit: float) -> None:
         self.number = number
         self.consumer = consumer
         self.queue = queue
@@ -79,18 +80,22 @@ class Owned:
         self.full = True  # the last fetch brought as much as it could, or there was none
         self.read_at = 0.0
         self.quiet_until = 0.0  # no calls before then: the lease's record is missing, or something failed
-        self.next_audit = mono_s() + AUDIT_S
+        self.next_audit = next_audit
+        self.woken = True  # something else than a message has come, and was not looked at yet
+
+    def audit_due(self, now: float) -> bool:
+        return self.takeover or self.consumer.needs_audit or now >= self.next_audit
 
     def has_to_prepare(self, now: float) -> bool:
         consumer = self.consumer
         return (
-            self.takeover
-            or consumer.needs_audit
+            self.audit_due(now)
+            or self.woken
             or consumer.has_to_recover()
             or consumer.halted
-            or now >= self.next_audit
             or bool(consumer.lanes.lanes)
             or (consumer.next_due is not None and now >= consumer.next_due)
+            or (consumer.on_offer and consumer.has_room())
         )
 
 
@@ -129,6 +134,7 @@ class Control:
         self._pending_results: list[bytes] = []
         self._fetch_id = 0
         self._fetching: list[Owned] | None = None
+        self._asked_wakes = False
         self._blocked = False
         self._armed: list[Owned] = []
         self._arming_of: tuple[list[Owned], bytes] = ([], b"")
@@ -226,8 +232,9 @@ class Control:
                 wake = min(wake, consumer.finished_since + self._settings.ack_interval_s)
             if consumer.halted and not consumer.closing:
                 wake = min(wake, now + 0.02)
-            if consumer.next_due is not None:
+            if consumer.next_due is not None and not consumer.closing:
                 wake = min(wake, consumer.next_due)
+            wake = min(wake, owned.next_audit)
             due = consumer.lanes.next_due()
             if due is not None:
                 wake = min(wake, due)
@@ -306,7 +313,7 @@ class Control:
         consumer.on_revoked = self._store_revoked  # type: ignore[method-assign]
         consumer.on_dead = self._store_dead  # type: ignore[method-assign]
         consumer.revoked = self._revoked_ids[queue]
-        owned = Owned(number, consumer, home)
+        owned = Owned(number, consumer, home, mono_s() + self._settings.audit_s)
         self._owned[number] = owned
         self._numbers[consumer] = number
         self._turn_order.append(owned)
@@ -367,51 +374,70 @@ class Control:
     # Fetching
 
     def _send_fetch(self) -> None:
-        if self._fetching is not None or self._stopping:
+        if self._fetching is not None and not self._blocked:
             return
         now = mono_s()
         ready = [o for o in self._owned.values() if not o.takeover and o.quiet_until <= now and not o.consumer.closing]
-        if not ready:
+        chosen, look, block = self._to_read(ready, now)
+        if self._fetching is not None:
+            asked = set(self._fetching)
+            missing = any(o not in asked for o in chosen)
+            if not missing and not any(self._is_over(o, now) for o in asked):
+                return
+            if self._unblock():
+                self._send_fetch()
             return
-        chosen = self._to_read(ready, now)
-        if chosen and (self._watch_dirty or any(o not in self._armed for o in chosen)):
+        if not chosen and not look:
+            return
+        armed = set(self._armed)
+        if self._watch_dirty or not armed or any(o not in armed for o in chosen):
             self._arm(ready)
-            chosen = [o for o in chosen if o in self._armed]
-        if not chosen:
-            return
-        block = not any(o.full for o in ready)
+            armed = set(self._armed)
+            chosen = [o for o in chosen if o in armed]
+            if not chosen and not (look and armed):
+                return
         parts: list[bytes] = []
-        if block:
-            parts.append(self._block_command(chosen, ready))
+        if look:
+            parts.append(self._wake_command(ready, chosen, block))
         parts.append(b"*1\r\n$5\r\nMULTI\r\n")
         parts += [o.consumer.read_command for o in chosen]
         parts.append(b"*1\r\n$4\r\nEXEC\r\n")
         parts.append(self._arming(self._armed))
+        for owned in chosen:
+            owned.read_at = now
+        if look and not block:
+            self._cold_at = now + self._cold_s
         self._fetching = chosen
-        self._blocked = block
+        self._asked_wakes, self._blocked = look, block
         self._fetch.send(b"".join(parts))
 
-    def _to_read(self, ready: list[Owned], now: float) -> list[Owned]:
-        """The shards to read next. Of those that have more, only as many as are run soon: what has to lie in memory until
-        its turn comes has left the CPU's cache by then. The others are read from time to time meanwhile."""
-        with_room = [o for o in ready if o.consumer.has_room()]
-        if not any(o.full for o in ready):
-            return with_room
+    def _is_over(self, owned: Owned, now: float) -> bool:
+        """Whether a shard is not to be waited for any more: given back, or to be audited with no fetch under way."""
+        return owned.consumer.closing or self._owned.get(owned.number) is not owned or owned.audit_due(now)
+
+    def _to_read(self, ready: list[Owned], now: float) -> tuple[list[Owned], bool, bool]:
+        """The shards to read next, whether to look at what wakes any, and whether to wait until something comes.
+
+        Of those that have more, only as many as are run soon: what has to lie in memory until its turn comes has left the
+        CPU's cache by then. The others, and all wakes, are looked at from time to time meanwhile."""
+        with_room = [o for o in ready if o.consumer.has_room() and not o.audit_due(now)]
+        if len(with_room) == len(ready) and not any(o.full for o in ready):
+            return with_room, bool(ready), True
         fetch_count = self._settings.consumer.fetch_count
         held = sum(len(o.consumer.buffer) for o in ready if not o.consumer.halted)
         room = max(0 if held else 1, READ_AHEAD - held // fetch_count)
-        chosen = sorted((o for o in with_room if o.full), key=lambda o: o.read_at)[:room]
-        cold = [o for o in with_room if not o.full]
-        if cold and now >= self._cold_at:
-            self._cold_at = now + self._cold_s
-            chosen += cold
-        for owned in chosen:
-            owned.read_at = now
-        return chosen
+        hot = sorted((o for o in with_room if o.full), key=lambda o: o.read_at)[:room]
+        if now < self._cold_at:
+            return hot, False, False
+        return hot + [o for o in with_room if not o.full], True, not hot and self._cold_s >= COLD_FETCH_S[1]
 
-    def _block_command(self, with_room: list[Owned], ready: list[Owned]) -> bytes:
-        streams = [o.consumer.keys.stream for o in with_room] + [o.consumer.keys.wake for o in ready]
-        ids = [o.consumer.last_id for o in with_room] + [o.consumer.wake_id for o in ready]
+    def _wake_command(self, ready: list[Owned], chosen: list[Owned], block: bool) -> bytes:
+        streams = [o.consumer.keys.wake for o in ready]
+        ids = [o.consumer.wake_id for o in ready]
+        if not block:
+            return pack("XREAD", "COUNT", 1, "STREAMS", *streams, *ids)
+        streams += [o.consumer.keys.stream for o in chosen]
+        ids += [o.consumer.last_id for o in chosen]
         return pack("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *streams, *ids)
 
     def _arming(self, armed: list[Owned]) -> bytes:
@@ -460,8 +486,8 @@ class Control:
             # Nothing was asked: the server closed the connection.
             raise BrokerUnavailable(f"Redis at {self._settings.broker.safe_url} closed the connection")
         fetch, fetching, armed = self._fetch, self._fetching, self._armed
-        replies = iter(fetch.read_many(self._blocked + 1 + len(fetching) + 1 + 1 + len(armed)))
-        woken = next(replies) if self._blocked else None
+        replies = iter(fetch.read_many(self._asked_wakes + 1 + len(fetching) + 1 + 1 + len(armed)))
+        woken = next(replies) if self._asked_wakes else None
         queued = [next(replies) for _ in range(1 + len(fetching))]
         found = next(replies)
         next(replies)  # WATCH
@@ -534,27 +560,20 @@ class Control:
         streams = {o.consumer.keys.wake.encode(): o for o in self._owned.values()}
         for stream, entries in woken:
             owned = streams.get(stream)
-            if owned is None:
-                continue
-            owned.consumer.wake_id = entries[-1][0].decode()
-            # What the entry says is not looked at: it may stand for others before it.
-            owned.consumer.next_due = 0.0
-            try:
-                owned.consumer.reread_notes(self._link)
-                if owned.consumer.lease.shared:
-                    owned.consumer.take_requeued(self._link)
-            except LeaseLost:
-                self._suspect(owned)
+            if owned is not None:
+                owned.consumer.wake_id = entries[-1][0].decode()
+                # What the entry says is not looked at: it may stand for others before it.
+                owned.woken = True
 
-    def _unblock(self) -> None:
-        """Ends a blocked XREAD, for what it waits on is no longer right."""
-        if self._fetching is not None and self._blocked and self._fetch_id:
-            if self._link.command("CLIENT", "UNBLOCK", self._fetch_id) == 1:
-                # The replies are on their way: read them now, so that the next fetch can go out.
-                self._take_fetch()
-            else:
-                # Not blocked yet, or not any more: look again at once.
-                self._look_at = mono_s() + 0.001
+    def _unblock(self) -> bool:
+        """Ends a blocked XREAD, for what it waits on is no longer right. True if the next fetch can go out."""
+        if self._link.command("CLIENT", "UNBLOCK", self._fetch_id) == 1:
+            # The replies are on their way.
+            self._take_fetch()
+            return True
+        # Not blocked yet, or not any more: look again at once.
+        self._look_at = mono_s() + 0.001
+        return False
 
     # Working
 
@@ -599,7 +618,7 @@ class Control:
             # A few messages have come after a wait: they start before anything else is done.
             self._look_at = now
             return
-        self._send_fetch_or_unblock()
+        self._send_fetch()
         for owned in [o for o in self._owned.values() if o.consumer.has_to_write() or self._pending_results]:
             self._write_guarded(owned)
 
@@ -623,23 +642,42 @@ class Control:
         consumer, now = owned.consumer, mono_s()
         if owned.quiet_until > now:
             return
-        if owned.takeover or consumer.needs_audit or now >= owned.next_audit:
-            consumer.recover(self._link, takeover=owned.takeover)
-            if consumer.lease.shared and not consumer.closing:
-                consumer.take_requeued(self._link)
-            if owned.takeover:
-                consumer.move_due(self._link)
-            owned.takeover = False
-            owned.next_audit = now + AUDIT_S
+        if owned.audit_due(now):
+            if owned in (self._fetching or ()):
+                return  # what its reply brings is pending already; the next fetch leaves this shard out
+            self._audit(owned)
         if consumer.has_to_recover():
             consumer.recover_more(self._link)
+        if owned.woken:
+            consumer.reread_notes(self._link)
+            consumer.next_due = 0.0
+            consumer.on_offer = consumer.lease.shared
+            owned.woken = False
         if consumer.next_due is not None and now >= consumer.next_due and not consumer.closing:
             consumer.next_due = now + 0.5
             consumer.move_due(self._link)
+        if consumer.on_offer and consumer.has_room():
+            consumer.take_requeued(self._link)
         consumer.lanes.open_due(now)
         back = consumer.halted and not consumer.closing and not consumer.handed
         if back and self._memory.trusted[owned.number] > now:
             consumer.halted = False
+
+    def _audit(self, owned: Owned) -> None:
+        """Takes what is pending and not here, and looks at all that a wake may have told of: at a takeover, when a connection
+        broke, and once in a while. What only the last finds was overlooked before, and is a fault of this program."""
+        consumer = owned.consumer
+        in_passing = not owned.takeover and not consumer.needs_audit
+        left = consumer.overlooked(self._link) if in_passing and not owned.woken else 0
+        found = consumer.recover(self._link, takeover=owned.takeover)
+        if in_passing and (found or left):
+            log.warning(
+                "found by the audit: %d pending entries that were not held, %d on offer that were not taken queue=%s shard=%s",
+                found, left, owned.queue.name, consumer.shard,
+            )  # fmt: skip
+        owned.takeover = False
+        owned.woken = True
+        owned.next_audit = mono_s() + self._settings.audit_s
 
     def _hand_out(self) -> bool:
         """Gives executors what can run. True if that is little, and all that there is to do."""
@@ -700,19 +738,6 @@ class Control:
         if not self._parallel:
             room = min(room, most // executor.capacity, self._settings.consumer.ack_batch)
         return max(1, room)
-
-    def _send_fetch_or_unblock(self) -> None:
-        if self._fetching is not None and self._blocked:
-            fetching = self._fetching
-            now = mono_s()
-            missing = any(
-                o not in fetching and not o.takeover and o.quiet_until <= now and o.consumer.has_room()
-                for o in self._owned.values()
-            )
-            gone = any(o.consumer.closing or self._owned.get(o.number) is not o for o in fetching)
-            if missing or gone:
-                self._unblock()
-        self._send_fetch()
 
     def _write(self, owned: Owned, settle: bool) -> None:
         consumer = owned.consumer

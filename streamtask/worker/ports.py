@@ -57,7 +57,8 @@ class TaskRunner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """``ack_interval_s``: how long a finished message may wait for others to be acknowledged with it."""
+    """``ack_interval_s``: how long a finished message may wait for others to be acknowledged with it. ``audit_s``: how often
+    Redis is asked for pending entries that the process does not hold."""
 
     app: str
     broker: Broker
@@ -66,6 +67,7 @@ class WorkerSettings:
     lease_ms: int = 5000
     handover_timeout_s: float = 10.0
     ack_interval_s: float = 0.005
+    audit_s: float = 60.0
     concurrency: int = 1
     result_broker: Broker | None = None
     has_time_limits: bool = False

@@ -917,12 +917,13 @@ def test_a_consumer_whose_lease_expired_is_removed_and_its_entries_are_offered(s
 
 
 def take(shard, lease, count):
-    answer = shard.link.run(
+    more, entries = shard.link.run(
         "take_requeued",
         [lease.key, shard.keys.requeued, shard.keys.stream],
         [lease.token, lease.incarnation, GROUP, count],
     )
-    return [entry_id.decode() for entry_id, _ in answer]
+    assert more == shard.client.exists(shard.keys.requeued)
+    return [entry_id.decode() for entry_id, _ in entries]
 
 
 def test_entries_of_one_millisecond_are_offered_in_their_order(shard):

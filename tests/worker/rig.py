@@ -93,6 +93,13 @@ def keys_on(shard: int, count: int, shards: int = 8) -> list[str]:
     return found
 
 
+def judge_log(spawned: Spawned) -> None:
+    """The oracle of every test with workers: what only the audit has found was overlooked before."""
+    log = spawned.stderr
+    print(f"--- pod {spawned.pid}\n{log}")  # pytest shows it with a failure
+    assert "found by the audit" not in log
+
+
 class Pod:
     """One ``streamtask worker``: a supervisor with its processes."""
 
@@ -154,6 +161,7 @@ class Site:
         """When each process was killed, on the monotonic clock."""
         self.produced: dict[str | None, list[int]] = defaultdict(list)
         """What ``send`` has sent: the numbers by key."""
+        self.audit_s = 0.5
         self._stack = stack
         self._module = f"sut{number}"
         (folder / f"{self._module}.py").write_text(HEAD + source)
@@ -164,6 +172,7 @@ class Site:
     def _env(self, url: str, **options: Any) -> dict[str, str | None]:
         return {
             "B": url,
+            "STREAMTASK_AUDIT_S": str(self.audit_s),
             "LOG": str(self.log),
             "OPTIONS": json.dumps({**self.options, **options}),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]),
@@ -222,9 +231,7 @@ class Site:
                 env=self._env(url, **options), cwd=self.folder,
             )
         )  # fmt: skip
-        self._stack.callback(
-            lambda: print(f"--- pod {spawned.pid}\n{spawned.stderr}")
-        )  # pytest shows it with a failure
+        self._stack.callback(judge_log, spawned)
         return Pod(self, spawned)
 
     def ready(self, processes: int, timeout: float = 15) -> dict[str, list[int]]:

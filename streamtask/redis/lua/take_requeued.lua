@@ -6,7 +6,7 @@
 -- ARGV[2] incarnation
 -- ARGV[3] group
 -- ARGV[4] most entries to take
--- Returns: entries {{id, fields}, ...}, or LEASE_LOST
+-- Returns: {1 if more are on offer else 0, entries {{id, fields}, ...}}, or LEASE_LOST
 --- @include codes
 --- @include fence
 --- @include pending
@@ -27,4 +27,4 @@ for i = 1, #ids do
     end
   end
 end
-return entries
+return { redis.call('EXISTS', KEYS[2]), entries }
