@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -47,7 +46,6 @@ class QoS(virtual.QoS):  # type: ignore[misc]
     def __init__(self, channel: Channel, prefetch_count: int = 0) -> None:
         super().__init__(channel, prefetch_count)
         self.session: Session = channel.session
-        self._pid = os.getpid()
 
     def ack(self, delivery_tag: str) -> None:
         self.session.deliveries.ack(delivery_tag)
@@ -61,9 +59,13 @@ class QoS(virtual.QoS):  # type: ignore[misc]
         self._flush()
         tags = list(self._delivered)
         self._delivered.clear()
-        if self._pid == os.getpid():
-            self.session.deliveries.restore(tags)
+        self.session.deliveries.restore(tags)
         return []
+
+    def forget(self) -> None:
+        """In a forked child: what was delivered is its parent's."""
+        self._dirty.clear()
+        self._delivered.clear()
 
 
 class Channel(virtual.Channel):  # type: ignore[misc]
@@ -83,8 +85,20 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self._got: set[str] = set()
         self._auto_delete: set[str] = set()
         self._time_to_live: dict[str, int] = {}
-        self._pid = os.getpid()
         self.poller.channels.append(self)
+
+    def after_fork(self) -> None:
+        """In the child: what the parent was given or has to remove is none of its business; what the channel consumes it goes
+        on to consume, if it is drained (``consume_again``)."""
+        if self._qos is not None:
+            self._qos.forget()
+        self._got = set()
+        self._auto_delete = set()
+
+    def consume_again(self) -> None:
+        """Says to the session of a forked child what this channel consumes."""
+        for queue in list(self._callbacks):
+            self._begin_to_take(queue, self._no_ack.get(queue, False))
 
     # What is declared
 
@@ -258,13 +272,16 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
         self._callbacks[queue] = receive
         self.connection._callbacks[queue] = receive
+        self._begin_to_take(queue, bool(no_ack))
+
+    def _begin_to_take(self, queue: str, no_ack: bool) -> None:
         fanout = self.session.fanout_queues.get(queue)
         if fanout is not None:
             self.poller.listener.subscribe(queue, *fanout)
             self.session.listened.add(queue)
         else:
-            self.session.consume(queue, self, no_ack=bool(no_ack))
-            self._no_ack[queue] = bool(no_ack)
+            self.session.consume(queue, self, no_ack=no_ack)
+            self._no_ack[queue] = no_ack
 
     def basic_cancel(self, consumer_tag: str) -> None:
         if consumer_tag not in self._consumers:
@@ -276,8 +293,6 @@ class Channel(virtual.Channel):  # type: ignore[misc]
             return
         self._callbacks.pop(queue, None)
         self.connection._callbacks.pop(queue, None)
-        if self._pid != os.getpid():
-            return
         if self._no_ack.pop(queue, None) is not None:
             self.poller.forget(self, queue)
             self.session.cancel(queue, self)
@@ -350,15 +365,13 @@ class Channel(virtual.Channel):  # type: ignore[misc]
     def close(self) -> None:
         if self.closed:
             return
-        ours = self._pid == os.getpid()
-        if ours:
-            try:
-                self._close()
-            except StreamTaskError as exc:
-                log.warning("while a channel was closed: %s", exc)
+        self.session.check_process()
+        try:
+            self._close()
+        except StreamTaskError as exc:
+            log.warning("while a channel was closed: %s", exc)
         super().close()
-        if ours:
-            self._written()
+        self._written()
 
     def _close(self) -> None:
         for tag in list(self._consumers):

@@ -88,7 +88,7 @@ class Listener:
                 del self._queues[pattern]
                 gone.append(pattern)
         if not self._queues:
-            self._link.close()
+            self.close()
         elif gone and self._link.connected:
             self._link.send(pack("PUNSUBSCRIBE", *gone))
 

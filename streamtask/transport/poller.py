@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import select
 import socket
 import threading
@@ -109,7 +108,7 @@ class Poller:
         """Waits for nothing yet: at first, and in a forked child, whose parent goes on with its sockets."""
         self.listener = Listener(self.session)
         self.loop: Any = None
-        self._pid = os.getpid()
+        self._inherited = False  # its channels have consumers that the session does not know of
         self._thread = 0
         self._bells: dict[str, Bell] = {}
         self._waiting: deque[Fetched] = deque()  # for ``drain``, which delivers one a call
@@ -134,6 +133,9 @@ class Poller:
         for end in self._wakers or ():
             end.close()
         self._begin()
+        self._inherited = True
+        for channel in self.channels:
+            channel.after_fork()
 
     def wake(self) -> None:
         """Ends the current wait; from any thread."""
@@ -182,6 +184,10 @@ class Poller:
     def _check(self) -> None:
         session = self.session
         session.upkeep()
+        if self._inherited:
+            for channel in self.channels:
+                channel.consume_again()
+            self._inherited = False
         if session.epoch != self._epoch:
             self._epoch = session.epoch
             self._waiting.clear()
@@ -340,7 +346,8 @@ class Poller:
 
     def tick(self) -> None:
         """Before each wait of the loop."""
-        if self.closed or self._broken or self.loop is None or self._pid != os.getpid():
+        self.session.check_process()
+        if self.closed or self._broken or self.loop is None:
             return
         self._thread = threading.get_ident()
         with self._failing():
@@ -446,8 +453,7 @@ class Poller:
     def drain(self, timeout: float | None) -> None:
         """Delivers one message. Raises ``socket.timeout``."""
         deadline = None if timeout is None else mono_s() + timeout
-        if self._pid != os.getpid():
-            self._begin()
+        self.session.check_process()
         while True:
             self.session.take_orders()
             self._check()
@@ -513,7 +519,8 @@ class Poller:
                 self._waiting.append(item)
 
     def close(self) -> None:
-        if self.closed or self._pid != os.getpid():
+        self.session.check_process()
+        if self.closed:
             return
         self.closed = True
         for *_, tag in self._waiting:

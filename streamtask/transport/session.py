@@ -84,11 +84,11 @@ class Session:
 
     def after_fork(self) -> None:
         """In the child: closes its copies of the parent's sockets (see ``Poller.after_fork``), and begins anew."""
-        for poller in list(self.wakers):
-            poller.after_fork()
         self.connections.close()
         self.ownership.close()
         self.begin()
+        for poller in list(self.wakers):
+            poller.after_fork()  # after the epoch has grown: what its parent has lost or holds is nothing to it
 
     def check_process(self) -> None:
         """Where a server forks without Python's hooks (uWSGI), two processes must not draw the same ids."""

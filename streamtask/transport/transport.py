@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from importlib import metadata
 from typing import Any
@@ -49,7 +48,6 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         if "://" in (client.hostname or ""):
             # kombu has not parsed it, and could not: so that it asks ``as_uri`` below.
             self.can_parse_url = True
-        self._pid = os.getpid()
 
     def driver_version(self) -> str:
         return metadata.version("redis")
@@ -72,9 +70,8 @@ class Transport(virtual.Transport):  # type: ignore[misc]
     def close_connection(self, connection: Any) -> None:
         super().close_connection(connection)
         self.poller.close()
-        if self._pid == os.getpid():
-            self.session.let_go(LET_GO_S)
-            self.session.close_if_idle()
+        self.session.let_go(LET_GO_S)
+        self.session.close_if_idle()
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> None:
         self.poller.drain(timeout)

@@ -243,6 +243,28 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert rig.run(script) == "0\n"
 
 
+PRELOADED = """
+import os
+def use():
+    return [*app.control.ping(timeout=10, limit=1), keyed.delay("a", os.getpid()).get(timeout=10)]
+while not app.control.ping(timeout=5, limit=1):
+    pass
+before = use()
+assert len(before) == 2
+for _ in range(2):
+    if not (pid := os.fork()):
+        os._exit(0 if use() == before else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+assert use() == before
+"""
+
+
+def test_a_forked_child_pings_and_publishes(rig: Rig) -> None:
+    """Of a process that has done both, as a web server that loads the app before it forks."""
+    rig.worker("solo")
+    assert rig.run(PRELOADED) == "0\n0\n"
+
+
 # --- a closed channel --------------------------------------------------------------------------------------------------
 
 

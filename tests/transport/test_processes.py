@@ -353,6 +353,19 @@ def in_child(work: Callable[[], Any]) -> str:
     return text
 
 
+def in_process(work: Callable[[], Any]) -> str:
+    """The same in a process of multiprocessing's, which has hooks of its own after a fork."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=lambda: answers.put(str(work())))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+    return str(answers.get())
+
+
 def test_a_forked_child_restores_nothing(kit: Kit) -> None:
     """It closes what it inherited, as a pool process of Celery does: the parent's deliveries stay the parent's."""
     channel = kit.channel()
@@ -413,6 +426,53 @@ def test_a_forked_child_may_use_the_inherited_connection(kit: Kit) -> None:
     for n in range(2, 12):
         producer.publish(n, routing_key="q")
     assert sorted(Inbox(kit.channel(), "q").drain_all()) == list(range(12))
+
+
+@pytest.mark.parametrize("how", ["fork", "multiprocessing"])
+@pytest.mark.parametrize("consumed", [False, True])
+def test_a_forked_child_gets_over_the_inherited_connection(kit: Kit, how: str, consumed: bool) -> None:
+    """As if the connection was its own: what its parent has taken, and has room for, is the parent's affair."""
+    connection = kit.connect()
+    queue = connection.SimpleQueue("q")
+    connection.default_channel.basic_qos(0, 1, False)
+    queue.put("parent's")
+    if consumed:
+        assert queue.get(timeout=5).payload == "parent's"  # and does not acknowledge it
+    queue.put("child's")
+
+    def work() -> str:
+        found = []
+        for _ in range(1 if consumed else 2):
+            message = queue.get(timeout=5)
+            message.ack()
+            found.append(message.payload)
+        queue.close()
+        return ",".join(found)
+
+    assert (in_child if how == "fork" else in_process)(work) == ("child's" if consumed else "parent's,child's")
+    wait_until(lambda: kit.pending() == int(consumed))
+
+
+def test_a_forked_child_listens_to_the_fanout_that_its_parent_listened_to(kit: Kit) -> None:
+    connection = kit.connect()
+    channel = connection.channel()
+    fanned = Queue("fanned", Exchange("fan", type="fanout"), auto_delete=True)(channel)
+    fanned.declare()
+    inbox = Inbox(channel, fanned, no_ack=True)
+    while inbox.drain(0.05):
+        pass
+
+    def work() -> str:
+        inbox.drain(5)  # it has subscribed
+        connection.Producer().publish("x", exchange="fan")
+        (message,) = inbox.take()
+        channel.close()
+        return str(message.payload)
+
+    assert in_child(work) == "x"
+    connection.Producer().publish("y", exchange="fan")
+    inbox.take(2)
+    assert inbox.bodies == ["x", "y"]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
