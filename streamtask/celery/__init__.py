@@ -20,6 +20,8 @@ What it does, and where:
 - worker (``Request.on_failure``): such a message, and one of a task with ``reject_on_worker_lost``, that has taken its pool
   process down more than ``max_crashes`` times fails for good, and goes to the dead letters. Where the body runs in the worker
   itself, the transport writes down that one starts again, and whoever takes the message next counts.
+- worker (``Consumer.create_task_handler``): what breaks the worker at receipt, before any body, goes to the dead letters at
+  once where it is no message of Celery's, and else after ``max_crashes`` deaths.
 - worker (``run_if_ours``): no body starts whose message another worker has been given meanwhile.
 
 Celery itself sees to it that pool processes die with their worker (PR_SET_PDEATHSIG), so none runs beside a redelivery.
@@ -37,6 +39,7 @@ from ..transport import hooks
 from .brokers import on_worker_setup
 from .pools import hear_pools
 from .publish import stamp_missed, with_key, with_retry_kept
+from .receipt import with_guard
 from .worker import (
     active,
     keep_active,
@@ -54,6 +57,7 @@ def _install() -> None:
     Task.start_strategy = with_keyed_strategy(Task.start_strategy)
     Request.on_failure = with_crash_count(Request.on_failure)
     Consumer.on_close = with_hearing(Consumer.on_close)
+    Consumer.create_task_handler = with_guard(Consumer.create_task_handler)
     hooks.before_publish.append(stamp_missed)
     hooks.keep_on_close.append(keep_active)
     hooks.worked_on.append(active)

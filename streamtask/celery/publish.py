@@ -136,9 +136,9 @@ def stamp_missed(message: dict[str, Any]) -> None:
     if KEY in headers and DELIVERY not in headers:
         return
     name = headers.get("task")
-    if name in _plain and DELIVERY not in headers and OPTION not in properties:
+    if isinstance(name, str) and name in _plain and DELIVERY not in headers and OPTION not in properties:
         return
-    if name is None and not _speaks_protocol_1():
+    if not isinstance(name, str | None) or (name is None and not _speaks_protocol_1()):
         return
     rule = None if name is None else _rule_anywhere(name)
     if name is not None and rule is None and OPTION not in properties and DELIVERY not in headers:

@@ -346,6 +346,19 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         """The process that worked on a message died of it: True if that was once too often. It is to be rejected then."""
         return self.session.deliveries.charge(delivery_tag)
 
+    def refuse(self, delivery_tag: str, why: str) -> None:
+        """A message goes to the dead letters, which say why."""
+        self.session.deliveries.reject(delivery_tag, False, why)
+        self.qos.ack(delivery_tag)
+        self._written()
+
+    def receive(self, delivery_tag: str) -> None:
+        """The framework is about to look at a message that it was given: see ``Deliveries.receive``."""
+        self.session.deliveries.receive(delivery_tag)
+
+    def received(self, delivery_tag: str) -> None:
+        self.session.deliveries.received(delivery_tag)
+
     def basic_recover(self, requeue: bool = False) -> None:
         self.qos.restore_unacked()
         self._written()

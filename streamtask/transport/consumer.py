@@ -3,7 +3,8 @@ next message is handed out only when Redis has answered that the one before is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from ..clock import mono_s
@@ -76,7 +77,9 @@ class StreamConsumer(ShardConsumer):
             self.write_notes(link)
             self._take_marks_back(link)
             self.put_on_offer(link)
-        return super().recover(link, takeover=takeover)
+        count = super().recover(link, takeover=takeover)
+        self._suspects_first()
+        return count
 
     def entry_ids(self) -> set[bytes]:
         return super().entry_ids() | set(self._returned) | set(self._ended)
@@ -90,15 +93,38 @@ class StreamConsumer(ShardConsumer):
         self._ended[delivery.entry_id] = delivery
         self._finish(delivery.entry_id)
 
-    def reject(self, batch: Batch) -> None:
+    def reject(self, batch: Batch, why: str = "") -> None:
         """A message goes to the dead letters."""
         note = batch.deliveries[0].note
         if note is not None and note.crashes > self.settings.max_crashes:
-            outcome = Outcome("dead", reason="crashed", message=self.too_many_crashes(note))
+            said = f"{self.too_many_crashes(note)}: {why}" if why else self.too_many_crashes(note)
+            outcome = Outcome("dead", reason="crashed", message=said)
         else:
-            outcome = Outcome("dead", reason="rejected", message="the consumer rejected it")
+            outcome = Outcome("dead", reason="rejected", message=why or "the consumer rejected it")
         batch.outcomes.append((0, outcome))
         self.complete_free(batch)
+
+    def is_suspect(self, delivery: Delivery) -> bool:
+        """Whether a message has been charged so often that it has to be told from those beside it."""
+        return delivery.note is not None and delivery.note.crashes >= max(1, self.settings.max_crashes - 1)
+
+    def _suspects_first(self) -> None:
+        """While nothing runs beside them it is known what they do. None overtakes a message of its key."""
+        suspects: list[Delivery | Entry] = []
+        others: list[Delivery | Entry] = []
+        before: set[Hashable] = set()
+        for item in self.buffer:
+            if isinstance(item, Delivery) and item.lane_key not in before and self.is_suspect(item):
+                suspects.append(item)
+            else:
+                others.append(item)
+                before.add((Delivery(*item) if isinstance(item, list) else item).lane_key)
+        if suspects:
+            self.buffer = deque([*suspects, *others])
+
+    def too_many_crashes(self, note: Note) -> str:
+        most = self.settings.max_crashes
+        return f"its process died {note.crashes} times while it was received or its body ran (max_crashes is {most})"
 
     def charge(self, batch: Batch) -> bool:
         """A message took its process down: True if that was once too often, else the count is kept beside the entry."""
@@ -244,6 +270,8 @@ class StreamConsumer(ShardConsumer):
                 self._take_note(delivery, known[delivery.entry_id])
             found.append(delivery)
         self.buffer.extendleft(reversed(found))
+        if known:
+            self._suspects_first()
 
     def pack_read(self, count: int) -> bytes:
         """Reads new entries of a shard, fenced."""

@@ -34,12 +34,13 @@ class Handed:
     started: bool = False
     """Its body has begun in this process: it waits for its end, also without its channel."""
     marked: bool = False
-    """Its start was written down."""
+    """Its start was written down, or its receipt."""
+    ran_here: bool = False
+    """Its body has begun in this process, or has been told to."""
 
     def is_suspect(self) -> bool:
         """Whether it ran so often when its process died that it has to be told from those beside it."""
-        note = self.batch.deliveries[0].note
-        return note is not None and note.crashes >= max(1, self.consumer.settings.max_crashes - 1)
+        return self.consumer.is_suspect(self.batch.deliveries[0])
 
 
 class Deliveries:
@@ -51,6 +52,7 @@ class Deliveries:
         self._outlived: dict[str, bool] = {}
         """Those whose channel was closed while they were worked on; True: at the last look they no longer were."""
         self._spared = False
+        self._receiving = ""  # the tag of the message that is being received
 
     def add(self, tag: str, consumer: StreamConsumer, batch: Batch) -> None:
         self._handed[tag] = Handed(tag, consumer, batch)
@@ -67,7 +69,7 @@ class Deliveries:
             handed.consumer.end(handed.batch)
             return True
 
-    def reject(self, tag: str, requeue: bool) -> bool:
+    def reject(self, tag: str, requeue: bool, why: str = "") -> bool:
         """A message is to be delivered again, or goes to the dead letters. False as ``ack``."""
         with self._session.lock:
             handed = self._handed.pop(tag, None)
@@ -76,7 +78,7 @@ class Deliveries:
             if requeue:
                 handed.consumer.give_back(handed.batch)
             else:
-                handed.consumer.reject(handed.batch)
+                handed.consumer.reject(handed.batch, why)
             return True
 
     def charge(self, tag: str) -> bool:
@@ -84,6 +86,36 @@ class Deliveries:
         with self._session.lock:
             handed = self._handed.get(tag)
             return handed is not None and handed.consumer.charge(handed.batch)
+
+    def receive(self, tag: str) -> None:
+        """The framework is about to look at a message, before any body: if the process dies of that, this message is charged,
+        by the keeper; and where one comes again also by whoever has it next, for the keeper may die with its process."""
+        with self._session.lock:
+            handed = self._handed.get(tag)
+            if handed is None or self._spared:
+                return
+            if handed.is_suspect() and any(other.ran_here for other in self._handed.values()):
+                return  # it might be given up for what a body beside it does
+            self._receiving = tag
+            delivery = handed.batch.deliveries[0]
+            self._session.ownership.receives(handed.consumer.lease, delivery.entry_id)
+            if not delivery.fresh:
+                self._mark(handed)
+
+    def received(self, tag: str) -> None:
+        """It has: what follows is not counted so."""
+        if self._receiving != tag:
+            return
+        with self._session.lock:
+            self._end_receipt()
+            handed = self._handed.get(tag)
+            if handed is not None and handed.marked and not handed.ran_here:
+                handed.marked = False
+                handed.consumer.unmark(handed.batch)
+
+    def _end_receipt(self) -> None:
+        self._receiving = ""
+        self._session.ownership.received()
 
     def restore(self, tags: Iterable[str]) -> None:
         """A channel closes: what it was given and has not acknowledged is delivered again, but for what is worked on."""
@@ -128,6 +160,9 @@ class Deliveries:
                     return False
                 handed.entered = True
                 handed.started |= hold
+                handed.ran_here |= here
+                if here and tag == self._receiving:
+                    self._end_receipt()  # the rules of bodies hold from here on
                 if not here or self._spared or handed.batch.deliveries[0].fresh:
                     return True
                 if not self._waits(handed):
@@ -149,6 +184,7 @@ class Deliveries:
         """The process was told to end: whatever runs is not to blame for it. May be called from any thread."""
         self._spared = True
         with self._session.lock:
+            self._end_receipt()
             for handed in self._handed.values():
                 handed.consumer.unmark(handed.batch)
         try:

@@ -93,6 +93,15 @@ class Ownership:
         self.keeper().consume(name, self._session.options.shards, owned)
         self.keeper().touch(name, self._session.touched.get(name, 0))
 
+    def receives(self, lease: Lease, entry_id: bytes) -> None:
+        """From now on the death of this process is counted of one message, by the keeper, until ``received``."""
+        if self._keeper is not None:
+            self._keeper.receives.begin(lease.token, [entry_id])
+
+    def received(self) -> None:
+        if self._keeper is not None:
+            self._keeper.receives.clear()
+
     def close(self) -> None:
         if self._keeper is not None:
             self._keeper.close()

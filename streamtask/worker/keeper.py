@@ -22,9 +22,10 @@ from typing import Any
 from ..coordination.lease import Lease
 from ..errors import ConfigError, StreamTaskError
 from ..redis.connection import Broker
+from .shared import SharedMemory, create_file
 
 ENV_KEEPER = "STREAMTASK_KEEPER"
-"""How the client tells a keeper of the socket and of itself: ``descriptor,pid``."""
+"""How the client tells a keeper of the socket, of itself, and of the memory that they share: ``descriptor,pid,descriptor``."""
 
 CLOSE_S = 2.0
 """How long ``close`` waits for the keeper to do what it was told before."""
@@ -70,12 +71,15 @@ class Keeper:
             "numbers": next(_numbers),
         }
         self._sock, theirs = socket.socketpair()
+        memory = create_file(1)
         try:
+            self.receives = SharedMemory(memory, 1).slot(0)
+            """Says, by the token of its lease, of which entry it is to be counted if the client dies now."""
             self._sock.setblocking(False)
             self._process = subprocess.Popen(
                 [_python(), "-m", "streamtask.worker.keeper_main"],
-                env={**os.environ, **_import_path(), ENV_KEEPER: f"{theirs.fileno()},{self._pid}"},
-                pass_fds=(theirs.fileno(),),
+                env={**os.environ, **_import_path(), ENV_KEEPER: f"{theirs.fileno()},{self._pid},{memory}"},
+                pass_fds=(theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in our terminal is not for it
@@ -85,6 +89,7 @@ class Keeper:
             raise
         finally:
             theirs.close()
+            os.close(memory)
         self._send("start", **start)
 
     @property

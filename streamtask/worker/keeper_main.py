@@ -38,6 +38,7 @@ from ..redis.link import pack
 from ..version import installed
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .keeper import ENV_KEEPER, unpack_broker
+from .shared import SharedMemory
 from .wire import Closed, PatientWire
 
 log = logging.getLogger("streamtask.keeper")
@@ -149,12 +150,18 @@ class Contact:
 
 
 class KeeperProcess:
-    """See the module. ``start``: the client's first order."""
+    """See the module. ``memory``: what it shares with the client; ``start``: the client's first order."""
 
     def __init__(
-        self, process: Process, wire: PatientWire, selector: selectors.BaseSelector, start: Mapping[str, Any]
+        self,
+        process: Process,
+        wire: PatientWire,
+        selector: selectors.BaseSelector,
+        memory: SharedMemory,
+        start: Mapping[str, Any],
     ) -> None:
         self._process = process
+        self._memory = memory
         self._wire = wire
         self._selector = selector
         self._namespace, self._app, self._group = start["namespace"], start["app"], start["group"]
@@ -257,6 +264,10 @@ class KeeperProcess:
             # Not counting a crash is better than holding up the rest: of a Cluster one node may be away.
             log.warning("crashes were not counted: %s", exc)
             marked = {}
+        for _, token, entry_id in self._memory.running():
+            for held in self._client.held.values():
+                if held.lease.token == token:
+                    marked.setdefault(held.number, []).append(entry_id)
         for wait in delays(0.05, 0.5):
             try:
                 self._coordinator.bury(self._client, marked)
@@ -421,7 +432,9 @@ def main() -> None:
         # Meant for the client, which may go on for long: it is followed, not overtaken.
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="[%(asctime)s: %(levelname)s/%(name)s] %(message)s")
-    fd, pid = (int(part) for part in os.environ[ENV_KEEPER].split(","))
+    fd, pid, shared = (int(part) for part in os.environ[ENV_KEEPER].split(","))
+    memory = SharedMemory(shared, 1)
+    os.close(shared)
     process = Process(pid)
     selector = selectors.DefaultSelector()
     wire = PatientWire(socket.socket(fileno=fd), selector, "wire")
@@ -430,13 +443,14 @@ def main() -> None:
     orders: list[dict[str, Any]] = []
     while not orders:
         selector.select(TICK_S)
-        if process.is_dead():
-            return
+        dead = process.is_dead()
         try:
-            orders += wire.receive()
+            orders += wire.receive()  # also of one that died before we were there: what it had is given back
         except Closed:
             return
-    KeeperProcess(process, wire, selector, orders[0]).run(orders[1:])
+        if dead and not orders:
+            return
+    KeeperProcess(process, wire, selector, memory, orders[0]).run(orders[1:])
 
 
 if __name__ == "__main__":

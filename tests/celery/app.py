@@ -94,6 +94,27 @@ def body(task: Any, key: str | None, n: int, ms: float, fail: int, countdown: fl
     note("E", key, n)
 
 
+class Fragile(Request):
+    """A message whose header says how it ends the worker's main process at its receipt, each time."""
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        how = message.headers.get("breaks")
+        if how:
+            write("X", None, 0, 0, self.id, False, how)
+        if how == "error":
+            raise RuntimeError("as if")
+        if how == "system exit":
+            raise SystemExit(3)
+        if how == "vanish with all":
+            for thread in os.listdir("/proc/self/task"):
+                with open(f"/proc/self/task/{thread}/children") as children:
+                    for pid in children.read().split():
+                        os.kill(int(pid), signal.SIGKILL)
+        if how:
+            os._exit(3)
+
+
 def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = True, **conf: Any) -> Celery:
     """The app: ``options`` are the transport options, ``conf`` settings of Celery."""
     if plugin:
@@ -186,6 +207,12 @@ def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = T
     @task(name="late", bind=True, max_retries=3, acks_late=True, reject_on_worker_lost=True)
     def late(self: Any, n: int, ms: float = 0, fail: int = 0, countdown: float = 0.1) -> None:
         body(self, None, n, ms, fail, countdown)
+
+    def fragile(self: Any, k: str | None = None, n: int = 0) -> None:
+        body(self, k, n, 0, 0, 0)
+
+    task(name="fragile", Request=Fragile, **keyed)(fragile)
+    task(name="fragile_plain", Request=Fragile, bind=True)(fragile)
 
     @task(name="free_gated", bind=True, acks_late=True, reject_on_worker_lost=True)
     def free_gated(self: Any, n: int) -> None:
