@@ -251,6 +251,8 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         """How many more messages this channel may be given; None: as many as there are."""
         if not self.qos.can_consume():
             return 0
+        if "can_consume" in vars(self.qos):
+            return 1  # whoever has wrapped it (Celery's worker_disable_prefetch) may say no after each message
         room: int | None = self.qos.can_consume_max_estimate()
         return room
 

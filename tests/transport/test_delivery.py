@@ -763,3 +763,14 @@ def test_consumers_of_queue_objects_declare(kit: Kit) -> None:
     connection = kit.connect()
     with connection.Consumer(Queue("fresh"), accept=["json"], callbacks=[lambda body, message: message.ack()]):
         assert kit.channel().queue_declare("fresh", passive=True).queue == "fresh"
+
+
+def test_a_wrapped_can_consume_is_asked_for_each_message(kit: Kit) -> None:
+    """As Celery's ``worker_disable_prefetch`` wraps it; what it refuses is there for another consumer."""
+    first, second = (Inbox(kit.channel(), "q", prefetch=8) for _ in range(2))
+    plain = first.channel.qos.can_consume
+    first.channel.qos.can_consume = lambda: len(first.messages) < 2 and plain()
+    publish(first.channel, *range(8))
+    assert len(first.drain_all()) == 2
+    second.take(6)
+    assert sorted(first.bodies + second.bodies) == list(range(8))
