@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from streamtask.cli.status import ranges
 from streamtask.coordination import lease as leases
 from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
 from tests.fix_redis import RedisServer
-from tests.helpers import ROOT, spawn
+from tests.helpers import ROOT, spawn, wait_until
 
 APP = """
 import os
@@ -147,9 +146,7 @@ def test_watch_in_a_pipe_shows_picture_after_picture(run: Run, redis_server: Red
     run("status", "--json")  # writes the app's file
     args = ["-m", "streamtask", "-A", "shop", "status", "--watch", "--json", "--interval", "0.1"]
     with spawn(*args, env={"URL": redis_server.url}, cwd=tmp_path) as watch:
-        end = time.monotonic() + 20
-        while len(watch.lines) < 3 and time.monotonic() < end:
-            time.sleep(0.02)
+        wait_until(lambda: len(watch.lines) >= 3, 20, lambda: str(watch), progress=lambda: watch.stdout)
         assert [json.loads(line) for line in watch.lines[:3]] == [{}, {}, {}]
         watch.signal(2)
         assert watch.wait() == 0

@@ -345,7 +345,7 @@ def test_a_signal_puts_back_what_was_not_sent(
     for each in range(150):
         old.send(each)
     link = proxy(redis_server)
-    link.delay(0.003)
+    link.delay(0.02)  # slow enough for whoever looks to see it on its way
     with spawn(*command("--from", old.source, "--to", f"{link.url[:-1]}1", "--queues", "celery"), cwd=tmp_path) as one:
         wait_until(lambda: old.moved.llen("celery") >= 20, 30, lambda: str(one))
         one.signal(number)

@@ -78,8 +78,10 @@ def kill_worker() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def body(task: Any, key: str | None, n: int, ms: float, fail: int, countdown: float) -> None:
+def body(task: Any, key: str | None, n: int, ms: float, fail: int, countdown: float, gated: bool) -> None:
     note("S", key, n)
+    if gated:
+        wait_gate(n)
     if ms:
         time.sleep(ms / 1000)
     if task.request.retries < fail:
@@ -127,8 +129,10 @@ def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = T
     keyed: dict[str, Any] = {"bind": True, "shard_key": "k"}
 
     @task(name="put", max_retries=3, **keyed)
-    def put(self: Any, k: str, n: int, ms: float = 0, fail: int = 0, countdown: float = 0.1) -> None:
-        body(self, k, n, ms, fail, countdown)
+    def put(
+        self: Any, k: str, n: int, ms: float = 0, fail: int = 0, countdown: float = 0.1, gated: bool = False
+    ) -> None:
+        body(self, k, n, ms, fail, countdown, gated)
 
     @task(
         name="auto", autoretry_for=(ValueError,), retry_kwargs={"max_retries": 3, "countdown": 0.1},
@@ -201,12 +205,12 @@ def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = T
         time.sleep(60)
 
     @task(name="early", bind=True, max_retries=3)
-    def early(self: Any, n: int, ms: float = 0, fail: int = 0, countdown: float = 0.1) -> None:
-        body(self, None, n, ms, fail, countdown)
+    def early(self: Any, n: int, ms: float = 0, fail: int = 0, countdown: float = 0.1, gated: bool = False) -> None:
+        body(self, None, n, ms, fail, countdown, gated)
 
     @task(name="late", bind=True, max_retries=3, acks_late=True, reject_on_worker_lost=True)
-    def late(self: Any, n: int, ms: float = 0, fail: int = 0, countdown: float = 0.1) -> None:
-        body(self, None, n, ms, fail, countdown)
+    def late(self: Any, n: int, ms: float = 0, fail: int = 0, countdown: float = 0.1, gated: bool = False) -> None:
+        body(self, None, n, ms, fail, countdown, gated)
 
     def fragile(self: Any, k: str | None = None, n: int = 0) -> None:
         body(self, k, n, 0, 0, 0)

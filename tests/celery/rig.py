@@ -239,7 +239,9 @@ class Site:
         return len({(event.key, event.n) for event in self.events() if event.kind in FINAL})
 
     def wait_ended(self, count: int, timeout: float = 20) -> None:
-        wait_until(lambda: self.ended() >= count, timeout, lambda: f"{count} ended; {self}", poll=0.02)
+        wait_until(
+            lambda: self.ended() >= count, timeout, lambda: f"{count} ended; {self}", poll=0.02, progress=self.ended
+        )
 
     def open(self) -> list[tuple[str | None, int]]:
         """The published messages that have not come to their end."""
@@ -260,7 +262,7 @@ class Site:
             ]
             return not left
 
-        wait_until(done, timeout, lambda: f"all ended; open {self.open()[:8]}; {self}", poll=0.02)
+        wait_until(done, timeout, lambda: f"all ended; open {self.open()[:8]}; {self}", poll=0.02, progress=self.ended)
 
     def check(self, **options: Any) -> Report:
         """The checker's judgement on all that was published."""
@@ -273,7 +275,9 @@ class Site:
     def nothing_left(self, timeout: float = 10) -> None:
         """Waits until the broker holds no message any more."""
         if SCHEME == "streamtask":
-            wait_until(lambda: not self.stored(), timeout, lambda: f"no entries left; {self}", poll=0.05)
+            wait_until(
+                lambda: not self.stored(), timeout, lambda: f"no entries left; {self}", poll=0.05, progress=self.stored
+            )
 
     def stored(self) -> dict[str, int]:
         """The entries of each stream of messages, those delivered and not acknowledged among them."""

@@ -1027,9 +1027,17 @@ def test_a_call_that_is_interrupted_leaves_no_reply_for_the_next(redis_server, m
     keyed = app.tasks["keyed"]
     keyed.delay(user=1, n=0)
     keyed.send_many([{"user": 1, "n": 0}])
+    caller = threading.get_ident()
+
+    def interrupt():
+        """When the call has come to where it waits for Redis, however long that takes."""
+        wait_until(lambda: sys._current_frames()[caller].f_code.co_filename.endswith("redis/link.py"), 30)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
     for send in (lambda: keyed.delay(user=1, n=8), lambda: keyed.send_many([{"user": 1, "n": 8}])):
         redis_server.pause()
-        pauser = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        pauser = threading.Thread(target=interrupt)
         pauser.start()
         with pytest.raises(KeyboardInterrupt):
             send()

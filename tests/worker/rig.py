@@ -367,11 +367,13 @@ class Site:
     def wait_ended(self, count: int | None = None, timeout: float = 30) -> None:
         """Waits until so many different messages have ended; all that ``send`` has sent by default."""
         total = sum(map(len, self.produced.values())) if count is None else count
-        wait_until(lambda: self.ended() >= total, timeout, lambda: f"{total} ended: {self}", poll=0.02)
+        wait_until(
+            lambda: self.ended() >= total, timeout, lambda: f"{total} ended: {self}", poll=0.02, progress=self.ended
+        )
 
     def wait_empty(self, timeout: float = 10) -> None:
         """Waits until nothing is stored any more but dead letters."""
-        wait_until(lambda: not self.left(), timeout, lambda: f"nothing left: {self}", poll=0.02)
+        wait_until(lambda: not self.left(), timeout, lambda: f"nothing left: {self}", poll=0.02, progress=self.left)
 
     def check(self, **options: Any) -> Report:
         """The checker's judgement on all that ``send`` has sent."""
