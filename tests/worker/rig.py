@@ -161,7 +161,7 @@ class Site:
         """When each process was killed, on the monotonic clock."""
         self.produced: dict[str | None, list[int]] = defaultdict(list)
         """What ``send`` has sent: the numbers by key."""
-        self.audit_s = 0.5
+        self.audit_s = max(0.5, self.shards / 50)  # a process with many shards must not do that alone
         self._stack = stack
         self._module = f"sut{number}"
         (folder / f"{self._module}.py").write_text(HEAD + source)
