@@ -16,6 +16,8 @@ from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker import state
 from celery.worker.request import Request
 
+from ..clock import mono_s
+
 BEGIN_S = 2.0
 """How long a lost connection waits at most for idle pool processes to begin what they have been given."""
 
@@ -41,10 +43,10 @@ def hear_pools() -> None:
             # Before the loop hears the pool, its processes have been given nothing.
             if hub is None or "handle_event" in vars(pool._result_handler):
                 pools.append((pool, hub))
-    until = time.monotonic() + BEGIN_S
+    until = mono_s() + BEGIN_S
     for pool, _ in pools:
         _hand_over(pool, until)
-    while any(_about_to_begin(pool) for pool, _ in pools) and time.monotonic() < until:
+    while any(_about_to_begin(pool) for pool, _ in pools) and mono_s() < until:
         for pool, hub in pools:
             _hear(pool, hub, 0.005)
     given_back[0] += 1
@@ -85,7 +87,7 @@ def _hand_over(pool: Any, until: float) -> None:
             continue
         room = select.poll()
         room.register(receiver.inq._writer, select.POLLOUT)
-        while time.monotonic() < until and receiver._is_alive():
+        while mono_s() < until and receiver._is_alive():
             if room.poll(10):
                 try:
                     next(writer)

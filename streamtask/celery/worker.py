@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from celery.exceptions import Reject, WorkerLostError
 from celery.local import Proxy
 from celery.worker import state
 
+from ..clock import mono_s
 from ..transport import hooks
 from .brokers import is_ours
 from .keys import DELIVERY
@@ -140,7 +140,7 @@ def _may_start(seen: tuple[bool, int, int, int, bool, bool], request: Mapping[st
     elif given_back[1] == mark and given_back[0] != returned:
         # A pool process says that it begins before it comes here: either its worker has heard that, or it stops here.
         return False
-    if delivery is None or hooks.still_owned is None or time.monotonic() < delivery["trusted"]:
+    if delivery is None or hooks.still_owned is None or mono_s() < delivery["trusted"]:
         return True
     return hooks.still_owned(delivery)  # the worker may have been paused beyond its lease
 

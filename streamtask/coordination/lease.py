@@ -7,8 +7,8 @@ of the append-only file. Every change to a shard's group state names the token a
 they are not the record's.
 
 *The process itself stops earlier.* ``trusted_until`` is ``time before the renewal was sent + lease - margin`` on the
-monotonic clock; a body does not start after it. It is no proof: between the check and the body's first write a process
-may be paused for an hour. That is what the token is for.
+monotonic clock, which counts also the time that a machine was suspended; a body does not start after it. It is no proof:
+between the check and the body's first write a process may be paused for an hour. That is what the token is for.
 
 *An outage moves no shard.* When Redis was away, all leases expired together. A process that was itself cut off (no
 heartbeat for most of a lease time, or a broken connection) lets a former owner go first, for one lease time from its own

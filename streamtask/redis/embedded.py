@@ -38,6 +38,8 @@ from streamtask.errors import EmbeddedServerError
 from streamtask.redis import embedded_guardian
 from streamtask.redis.embedded_guardian import is_ready, open_lock, try_lock
 
+from ..clock import mono_s
+
 __all__ = ["EmbeddedServer", "default_data_dir", "find_server", "join"]
 
 MIN_VERSION = (6, 2)
@@ -238,7 +240,7 @@ class EmbeddedServer:
 def join(path: str | os.PathLike[str] | None = None, *, timeout: float = JOIN_TIMEOUT) -> EmbeddedServer:
     """Makes this process a user of the data directory's server, which is started where it does not run."""
     data_dir = os.path.realpath(os.path.expanduser(os.fspath(path) if path is not None else default_data_dir()))
-    deadline = time.monotonic() + timeout
+    deadline = mono_s() + timeout
     with _lock:
         membership = _memberships.get(data_dir)
         if membership is not None and not membership.is_of_this_folder():
@@ -276,10 +278,10 @@ def _leave(membership: _Membership) -> None:
     del _memberships[membership.data_dir]
     try:
         # A killed guardian would never stop the server.
-        with _start_lock(membership.data_dir, time.monotonic() + 1):
+        with _start_lock(membership.data_dir, mono_s() + 1):
             lost = membership.is_of_this_folder() and not _is_held(membership.data_dir, "guardian.lock")
             if lost and _is_held(membership.data_dir, "server.lock"):
-                _start_guardian(membership.data_dir, membership.socket_path, time.monotonic() + 5)
+                _start_guardian(membership.data_dir, membership.socket_path, mono_s() + 5)
     except OSError:
         pass  # the next join repairs it
     finally:
@@ -309,7 +311,7 @@ def _start_lock(data_dir: str, deadline: float) -> Iterator[None]:
 
 def _wait_for_lock(fd: int, operation: int, deadline: float, data_dir: str, what: str) -> None:
     while not try_lock(fd, operation):
-        if time.monotonic() > deadline:
+        if mono_s() > deadline:
             raise EmbeddedServerError(f"waited in vain for {what} in {data_dir}.{_log_tail(data_dir)}")
         time.sleep(0.002)
 
@@ -334,7 +336,7 @@ def _ensure_server(data_dir: str, socket_path: str, deadline: float) -> None:
         if is_ready(socket_path):
             return
         # The guardian is restarting a crashed server, or the server loads its data.
-        if time.monotonic() > deadline:
+        if mono_s() > deadline:
             raise EmbeddedServerError(
                 f"the embedded server of {data_dir} does not answer on {socket_path}. Look at its log, and at who uses "
                 f"the folder: another machine must not share it.{_log_tail(data_dir)}"
@@ -370,10 +372,10 @@ def _start_guardian(data_dir: str, socket_path: str, deadline: float) -> None:
         poller.register(read_fd, select.POLLIN)
         told = ""
         while "ready" not in told:
-            readable = poller.poll(max(0, deadline - time.monotonic()) * 1000)
+            readable = poller.poll(max(0, deadline - mono_s()) * 1000)
             data = os.read(read_fd, 4096).decode(errors="replace") if readable else ""
             if "loading" in data:
-                deadline = max(deadline, time.monotonic() + JOIN_TIMEOUT)
+                deadline = max(deadline, mono_s() + JOIN_TIMEOUT)
             elif not data or "error" in data:
                 why = data.partition("error ")[2].strip() or ("it gave up" if readable else "no answer in time")
                 raise EmbeddedServerError(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ...clock import mono_s
 from ...errors import BrokerUnavailable, StreamTaskError
 from ...redis.connection import safe_url
 
@@ -88,7 +89,7 @@ class Broker(ABC):
 
         Raises ``NotMoved`` where the broker will never take it, ``BrokerUnavailable`` where that is not known.
         """
-        end = time.monotonic() + RETRY_S
+        end = mono_s() + RETRY_S
         again = False
         while True:
             try:
@@ -98,7 +99,7 @@ class Broker(ABC):
                     self.put(queue, payload, raw, identity)
                 return
             except self.lost as exc:
-                if time.monotonic() >= end:
+                if mono_s() >= end:
                     raise BrokerUnavailable(
                         f"{self.url} did not answer for {RETRY_S:g} s: {exc}. Run the command again: it goes on"
                     ) from None

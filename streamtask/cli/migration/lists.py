@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from ...clock import mono_s
 from ...errors import StreamTaskError
 from .broker import Broker, Outcome
 from .messages import NotMoved, held_by_worker, is_message, mark_redelivered, named, payload_of
@@ -73,14 +74,14 @@ class OldRedis(Broker):
         """One migration at a time: two would send twice what one of them has set aside."""
         where = f"({socket.gethostname()}, pid {os.getpid()})"
         self.token = f"{uuid.uuid4().hex} {self.client.client_id()} {where}".encode()
-        end = time.monotonic() + LOCK_MS / 1000 + 1
+        end = mono_s() + LOCK_MS / 1000 + 1
         waited = False
         while not self.client.set(self.lock_key, self.token, nx=True, px=LOCK_MS):
             token = self.client.get(self.lock_key) or b""
             if self.unlocked(token):
                 continue
             holder = token.decode(errors="replace").partition(" ")[2].partition(" ")[2]
-            if time.monotonic() > end:
+            if mono_s() > end:
                 raise StreamTaskError(f"another migration is under way {holder}: wait for its end")
             if not waited:
                 click.echo(f"another migration is under way, or has died {holder}: waiting", err=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ...clock import mono_s
 from ...errors import QueueFull
 from ...queue.seen import PAGE
 from .broker import Broker, Outcome
@@ -68,10 +69,10 @@ class Streams(Broker):
 
     def next(self, queue: str) -> Any:
         """The next message; None if there is none, or none that live workers leave to us."""
-        end = time.monotonic() + WAIT_S
+        end = mono_s() + WAIT_S
         while (message := self.channel.basic_get(queue)) is None:
             # A shard is ours some moments after we asked for it, and what a dead process held when its lease has expired.
-            if not self.left(queue) or time.monotonic() > end:
+            if not self.left(queue) or mono_s() > end:
                 return None
             self.keep_alive()
             time.sleep(0.05)
