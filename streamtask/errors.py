@@ -15,6 +15,8 @@
     ├── BrokerUnavailable        Redis can't be reached
     │   ├── AccessRefused        Redis refused the user or password (a ConfigError, too)
     │   └── EmbeddedServerError  the embedded redis-server is missing or did not start
+    ├── ReplyError               Redis refused a call with an error that does not pass by itself
+    │   └── Misconfigured        its ACL refuses a command or key, or it is a node of a Cluster (a ConfigError, too)
     ├── BulkSendError            send_many stored a part
     ├── LeaseLost                another process owns the shard now
     ├── DecodeError              an entry of a stream is no message
@@ -49,8 +51,10 @@ __all__ = [
     "Ignore",
     "LeaseLost",
     "MessageTooLarge",
+    "Misconfigured",
     "QueueFull",
     "Reject",
+    "ReplyError",
     "ResultTimeout",
     "Retry",
     "SendError",
@@ -106,11 +110,14 @@ class BrokerOutOfMemory(QueueFull):
 
 
 class BrokerUnavailable(StreamTaskError, ConnectionError):
-    """Redis can't be reached, or did not answer in time.
+    """Redis can't be reached, did not answer in time, or does not serve now. ``code`` is then the first word of its
+    answer, as BUSY, LOADING, READONLY, NOREPLICAS or MISCONF.
 
     After a produce call, the message may be stored or not: the reply was lost. Repeat the call with a
     ``dedupe_id`` where that matters.
     """
+
+    code = ""
 
 
 class AccessRefused(ConfigError, BrokerUnavailable):
@@ -119,6 +126,20 @@ class AccessRefused(ConfigError, BrokerUnavailable):
     A wrong setting for a call and at a start, which fail at once. A worker that runs waits, as it does for a Redis that is
     away: the password is being changed, or a replica that was promoted has not its users yet.
     """
+
+
+class ReplyError(StreamTaskError):
+    """Redis answered with an error that does not pass by itself. ``code`` is its first word, as NOGROUP or WRONGTYPE; ERR
+    where it has none. Nothing was stored by the call."""
+
+    def __init__(self, message: str, code: str = "ERR") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Misconfigured(ConfigError, ReplyError):
+    """Redis' answer shows a wrong setting: its ACL refuses a command or a key, or it is a node of a Cluster and the URL does
+    not say so. Workers that run wait until that is changed."""
 
 
 class EmbeddedServerError(BrokerUnavailable):

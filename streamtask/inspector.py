@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .clock import mono_s, wall_ms
-from .errors import BrokerUnavailable, ConfigError, DecodeError, StreamTaskError
+from .errors import BrokerUnavailable, ConfigError, DecodeError, ReplyError, StreamTaskError
 from .queue.consumer import OWNER
 from .queue.lanes import id_order
 from .redis import wire
 from .redis.connection import MIN_VERSION
 from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, is_shared
-from .redis.link import Link, ReplyError, pack
+from .redis.link import Link, pack
 from .redis.scripts import by_sha, script
 
 if TYPE_CHECKING:

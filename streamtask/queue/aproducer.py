@@ -11,10 +11,9 @@ import weakref
 from typing import Any
 
 from ..clock import mono_s
-from ..errors import BrokerUnavailable, QueueFull
+from ..errors import BrokerUnavailable, QueueFull, ReplyError
 from ..redis.aio import Pipe
 from ..redis.connection import Broker
-from ..redis.link import ReplyError
 from ..redis.scripts import Code, by_sha
 from .producer import Call, Producer
 

@@ -18,9 +18,9 @@ from zlib import crc32
 
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease
-from ..errors import DecodeError, LeaseLost
+from ..errors import DecodeError, LeaseLost, ReplyError
 from ..redis import wire
-from ..redis.link import Link, ReplyError, pack
+from ..redis.link import Link, pack
 from ..redis.scripts import Code, script
 from .lanes import (
     KEEP_BODIES,

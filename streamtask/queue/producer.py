@@ -11,19 +11,21 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..backoff import delays
 from ..clock import mono_s
-from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, StreamTaskError
+from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, ReplyError, StreamTaskError
 from ..redis import wire
 from ..redis.keys import SHARED, ShardKeys
-from ..redis.link import REPLIES, Link, ReplyError
+from ..redis.link import REPLIES, Link
 from ..redis.scripts import Code, as_text, script
 from .declare import Queue
 from .seen import PAGE, Pages, generation_keys
+
+T = TypeVar("T")
 
 BATCH = 250
 """Messages of one shard that ``send_many`` appends with one script call."""
@@ -343,10 +345,15 @@ class Producer:
 
     def declare(self, queue: Queue, timeout_s: float | None = None) -> None:
         """Declares a queue that this process has not used yet; waits for Redis as ``send`` does."""
+        if not queue.declared:
+            self.patiently(queue.shape, timeout_s)
+
+    def patiently(self, call: Callable[[], T], timeout_s: float | None = None) -> T:
+        """A call that may be repeated; waits for Redis as ``send`` does."""
         waiting = self.waiting(timeout_s, mono_s())
-        while not queue.declared:
+        while True:
             try:
-                queue.shape()
+                return call()
             except (BrokerUnavailable, QueueFull) as exc:
                 time.sleep(waiting.pause(exc))
 
@@ -487,6 +494,10 @@ class Bulk:
                     raise
                 errors.append(exc)
                 self.producer.look_again(self.queue)
+            except ReplyError as exc:
+                if not (self.stored or self.unknown):
+                    raise
+                self._fail(exc)
             if errors:
                 try:
                     time.sleep(self.waiting.pause(errors[0]))

@@ -2,12 +2,12 @@
 
 redis-py connects (authentication, TLS, Sentinel, the handshake); from then on the link writes to the socket and parses
 with hiredis itself, for redis-py's command layer costs several times what the round trip does. All errors of the
-connection end here: callers see ``BrokerUnavailable``, ``BrokerOutOfMemory``, ``ConfigError`` or ``ReplyError``.
+connection end here: callers see ``BrokerUnavailable``, ``BrokerOutOfMemory``, ``AccessRefused`` or ``ReplyError``
+(``replies.py``).
 """
 
 from __future__ import annotations
 
-import re
 import select
 import socket
 import struct
@@ -19,28 +19,34 @@ import redis
 from hiredis import pack_command
 from redis import exceptions as rexc
 
-from ..errors import AccessRefused, BrokerOutOfMemory, BrokerUnavailable, ConfigError, StreamTaskError
+from ..errors import AccessRefused, BrokerOutOfMemory, BrokerUnavailable, ReplyError, StreamTaskError
+from .replies import translate_reply
 from .scripts import as_text, by_sha, script
 
 Reply = Any
 Part = str | bytes | int | float
 MOVED = ("MOVED", "ASK")  # how a node of a Cluster says that a slot is elsewhere
+CODES = {
+    rexc.AuthenticationError: "WRONGPASS",
+    rexc.BusyLoadingError: "LOADING",
+    rexc.NoPermissionError: "NOPERM",
+    rexc.NoScriptError: "NOSCRIPT",
+    rexc.OutOfMemoryError: "OOM",
+    rexc.ReadOnlyError: "READONLY",
+    rexc.MasterDownError: "MASTERDOWN",
+    rexc.AskError: "ASK",
+    rexc.MovedError: "MOVED",
+    rexc.TryAgainError: "TRYAGAIN",
+    rexc.ClusterDownError: "CLUSTERDOWN",  # the class of those above, too
+}
+"""The error replies that redis-py has classes for."""
 
 ERRORS = (rexc.RedisError, rexc.RedisClusterException, OSError)  # the cluster's is no RedisError
 SMALL, LARGE = 1 << 14, 1 << 18
 """Bytes that one read takes at most: for short answers, and for fetches of whole batches."""
 
 
-class ReplyError(StreamTaskError):
-    """Redis answered with an error. ``code`` is its first word, as NOGROUP or WRONGTYPE."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        found = re.search(r"(?:^|[-\s])([A-Z]{3,})(?= )", message)
-        self.code = found[1] if found else "ERR"
-
-
-REPLIES = (ReplyError, BrokerOutOfMemory, ConfigError)
+REPLIES = (ReplyError, BrokerOutOfMemory, AccessRefused)
 """What Redis may answer with in place of a reply: after these a link is as good as before."""
 
 
@@ -55,44 +61,14 @@ def translate(exc: Exception, where: str) -> StreamTaskError:
     if isinstance(exc, StreamTaskError):
         return exc
     text = str(exc)
-    if isinstance(exc, rexc.OutOfMemoryError) or "OOM command not allowed" in text:
-        return BrokerOutOfMemory(
-            f"Redis at {where} refuses writes: its memory limit (maxmemory) is reached and nothing was stored. "
-            "Raise maxmemory, or let workers drain the queues"
-        )
-    if isinstance(exc, rexc.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
-        return AccessRefused(f"Redis at {where} refused the user or password: {text}")
-    if isinstance(exc, rexc.NoPermissionError):
-        return ConfigError(f"Redis at {where} refuses the user a command or a key, which its ACL must allow: {text}")
-    if isinstance(exc, rexc.BusyLoadingError | rexc.ReadOnlyError | rexc.ClusterDownError | rexc.TryAgainError):
-        return BrokerUnavailable(f"Redis at {where} is not ready: {text}")
-    if isinstance(exc, rexc.NoScriptError):
-        return ReplyError(f"NOSCRIPT {text}")
+    for known, code in CODES.items():
+        if isinstance(exc, known):
+            return translate_reply(f"{code} {text}", where)  # redis-py has taken the code away
     if isinstance(exc, rexc.ConnectionError | rexc.TimeoutError | rexc.RedisClusterException | OSError):
         return BrokerUnavailable(
             f"Redis at {where} can't be reached: {text.rstrip('.')}. Is it running, and is the URL right?"
         )
-    return ReplyError(text)
-
-
-def translate_reply(text: str, where: str) -> StreamTaskError:
-    """An error reply, as Redis wrote it, as one of our errors."""
-    code = text.partition(" ")[0]
-    if code == "OOM" or "OOM command not allowed" in text:
-        return translate(rexc.OutOfMemoryError(text), where)
-    if code in ("NOAUTH", "WRONGPASS"):
-        return translate(rexc.AuthenticationError(text), where)
-    if code == "NOPERM":
-        return translate(rexc.NoPermissionError(text), where)
-    if code in ("LOADING", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN"):
-        return translate(rexc.BusyLoadingError(text), where)
-    if code in MOVED:
-        return ConfigError(
-            f"Redis at {where} is a node of a Redis Cluster: its URL must begin with redis+cluster:// "
-            "(of a Celery app with streamtask+cluster://)"
-        )
-    # Redis 6.2 says ERR before the error of a command inside a script.
-    return ReplyError(text.removeprefix("ERR "))
+    return translate_reply(text, where)
 
 
 class Link:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from bisect import bisect
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BrokerUnavailable, StreamTaskError
+from ..errors import BrokerUnavailable, ReplyError, StreamTaskError
 from ..queue.producer import Call
 from ..redis.keys import SHARED
-from ..redis.link import ReplyError
 from . import hooks
 from .message import PRODUCE_ID, REPLACES, due_ms, encode, key_of
 from .queues import GROUP, shared
@@ -58,17 +57,15 @@ def _replace(session: Session, call: Call, replaces: dict[str, Any]) -> None:
         return
     keys = queue.shard_keys(call.shard)
     page, number = call.produce_id
-    answer = session.connections.run(
-        "produce_replacement",
-        [
-            keys.state, keys.seen(page), keys.stream, keys.delayed, keys.wake, keys.lease(GROUP), keys.notes(GROUP),
-            keys.replaced(GROUP),
-        ],
-        [
-            shape.epoch, number, session.options.produce_ttl_ms, "m", call.envelope, call.due_ms or 0, GROUP,
-            replaces["entry"], replaces["token"], int(replaces.get("generation", 0)) + 1,
-        ],
-    )  # fmt: skip
+    names = [
+        keys.state, keys.seen(page), keys.stream, keys.delayed, keys.wake, keys.lease(GROUP), keys.notes(GROUP),
+        keys.replaced(GROUP),
+    ]  # fmt: skip
+    args = [
+        shape.epoch, number, session.options.produce_ttl_ms, "m", call.envelope, call.due_ms or 0, GROUP,
+        replaces["entry"], replaces["token"], int(replaces.get("generation", 0)) + 1,
+    ]  # fmt: skip
+    answer = session.producer.patiently(lambda: session.connections.run("produce_replacement", names, args))
     if answer < 0:
         session.producer.send(call)
 
@@ -133,7 +130,7 @@ def send_all(session: Session, calls: list[Call]) -> None:
             producer.send(call)
         return
     # The same calls again after a lost reply: each carries its produce id.
-    replies = session.connections.once_more(lambda link: link.pipeline(packed))
+    replies = producer.patiently(lambda: session.connections.once_more(lambda link: link.pipeline(packed)))
     for call, reply in zip(calls, replies, strict=True):
         if type(reply) is bytes or reply in (0, 1):
             continue

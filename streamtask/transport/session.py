@@ -22,12 +22,13 @@ from typing import Any
 
 from ..clock import mono_s
 from ..coordination.lease import join_shared, reap
-from ..errors import BrokerUnavailable, LeaseLost, StreamTaskError
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.consumer import ConsumerSettings
 from ..queue.producer import Producer
+from ..redis import keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
-from ..redis.link import Link, ReplyError
+from ..redis.link import Link
 from . import fetching, hooks, lifetime, taking
 from .connections import Connections
 from .consumed import Consumed
@@ -100,9 +101,11 @@ class Session:
         return self.connections.links.at(consumer.keys.stream)
 
     def look(self) -> None:
-        """Looks whether Redis answers. Connections that are kept may be stale, which says nothing about the server: a new
+        """Looks whether Redis serves. Connections that are kept may be stale, which says nothing about the server: a new
         kombu connection must not find that out. Raises ``BrokerUnavailable``."""
-        self.connections.once_more(lambda link: link.command("PING"))
+        # By a write of nothing: kombu waits only where it can't connect, and does not where the calls are refused after that.
+        name = keys.expiring(self.options.namespace, self.options.app)
+        self.connections.once_more(lambda link: link.command("ZREM", name, ""), name)
         with self.lock:
             if self.consumed:
                 self._outage()
@@ -235,14 +238,15 @@ class Session:
         """What follows from an error of a call: a lost connection may have lost replies, a lost lease all deliveries."""
         try:
             yield
-        except BrokerUnavailable:
+        except (BrokerUnavailable, QueueFull):
             self._outage()
             raise
         except LeaseLost as exc:
             self.lost_streams(str(exc))
             raise
         except ReplyError as exc:
-            if not _is_gone(exc):
+            if exc.code != "NOGROUP":  # a flush, or the queue was deleted
+                self._outage()
                 raise
             self.lost_streams(f"a stream is gone: {exc}")
             raise LeaseLost(f"a stream of {self.broker.safe_url} is gone: {exc}") from None
@@ -374,7 +378,7 @@ class Session:
         try:
             consumer.flush(self.link(consumer))
         except (LeaseLost, ReplyError) as exc:
-            if isinstance(exc, ReplyError) and not _is_gone(exc):
+            if isinstance(exc, ReplyError) and exc.code != "NOGROUP":
                 raise
             self.lost(consumer, str(exc))
         if consumer.lanes.has_ready() or consumer.lanes.next_due() is not None:
@@ -427,11 +431,6 @@ class Session:
         with self.lock:
             if not self.consumed:
                 self.ownership.close()
-
-
-def _is_gone(exc: ReplyError) -> bool:
-    """Whether a stream or its group is no longer there: a flush, or the queue was deleted."""
-    return exc.code == "NOGROUP" or "no such key" in str(exc)
 
 
 def _tags() -> Iterator[str]:

@@ -9,9 +9,8 @@ from typing import Any
 
 from kombu.transport import virtual
 
-from ..errors import BrokerUnavailable, LeaseLost, QueueFull
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError
 from ..redis.connection import safe_url
-from ..redis.link import ReplyError
 from .channel import LET_GO_S, Channel
 from .options import _url, broker_of, options_of
 from .poller import Poller
@@ -28,8 +27,16 @@ class Transport(virtual.Transport):  # type: ignore[misc]
     driver_name = "streamtask"
     polling_interval = None
 
-    connection_errors = (*virtual.Transport.connection_errors, BrokerUnavailable, LeaseLost, QueueFull, OSError)
-    channel_errors = (*virtual.Transport.channel_errors, ReplyError)
+    # Also replies that are not known to pass: Celery ends at a channel's error, and tries again after a connection's.
+    connection_errors = (
+        *virtual.Transport.connection_errors,
+        BrokerUnavailable,
+        LeaseLost,
+        QueueFull,
+        ReplyError,
+        OSError,
+    )
+    channel_errors = virtual.Transport.channel_errors
     recoverable_connection_errors = connection_errors
     recoverable_channel_errors = channel_errors
 

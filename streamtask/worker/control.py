@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..clock import mono_s
-from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
+from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.declare import Queue
 from ..queue.lanes import Delivery
 from ..redis import wire
-from ..redis.link import LARGE, Link, ReplyError, pack
+from ..redis.link import LARGE, Link, pack
 from ..redis.scripts import script
 from .outage import Outage
 from .ports import Place, TaskRunner, WorkerSettings
@@ -256,7 +256,8 @@ class Control:
             step()
             if self._outage and self._link.connected:
                 self._outage.over(self._settings.broker.safe_url)
-        except BrokerUnavailable as exc:
+        except (BrokerUnavailable, ReplyError) as exc:
+            # Also an answer that is of no one shard, and not known to pass: nothing that runs is the worse for it.
             self._lost_connection(exc)
         except QueueFull as exc:
             log.error("%s", exc)
@@ -486,6 +487,15 @@ class Control:
             # Nothing was asked: the server closed the connection.
             raise BrokerUnavailable(f"Redis at {self._settings.broker.safe_url} closed the connection")
         fetch, fetching, armed = self._fetch, self._fetching, self._armed
+        try:
+            self._take_replies(fetch, fetching, armed)
+        except StreamTaskError:
+            for owned in fetching:
+                owned.consumer.needs_audit = True  # what came beside the error is pending, and not here
+            self._watch_dirty = True
+            raise
+
+    def _take_replies(self, fetch: Link, fetching: list[Owned], armed: list[Owned]) -> None:
         replies = iter(fetch.read_many(self._asked_wakes + 1 + len(fetching) + 1 + 1 + len(armed)))
         woken = next(replies) if self._asked_wakes else None
         queued = [next(replies) for _ in range(1 + len(fetching))]
@@ -502,8 +512,8 @@ class Control:
             self._watch_dirty = True
             self._fetch_by_script(fetching)
         elif isinstance(found, Exception):
-            log.error("a fetch failed: %s", found)
-            self._watch_dirty = True
+            # EXECABORT: what was queued was refused.
+            raise next((reply for reply in queued if isinstance(reply, Exception)), found)
         else:
             # EXEC refused: a guard changed. Who owns what has just been read anew.
             for owned in fetching:
@@ -526,9 +536,11 @@ class Control:
     def _absorb(self, fetching: list[Owned], found: list[Any]) -> None:
         anything = False
         for owned, reply in zip(fetching, found, strict=True):
-            if isinstance(reply, Exception):
-                self._stream_gone(owned, reply)
+            if isinstance(reply, ReplyError):
+                self._refused(owned, reply)
                 continue
+            if isinstance(reply, Exception):
+                raise reply
             entries = reply[0][1] if reply else []
             owned.full = len(entries) >= self._settings.consumer.fetch_count
             if entries:
@@ -539,12 +551,7 @@ class Control:
                     self._suspect(owned)
         self._cold_s = COLD_FETCH_S[0] if anything else min(COLD_FETCH_S[1], self._cold_s * 2)
 
-    def _stream_gone(self, owned: Owned, error: Exception) -> None:
-        text = str(error)
-        if "NOGROUP" not in text:
-            log.error("reading failed queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, text)
-            owned.quiet_until = mono_s() + 1.0
-            return
+    def _stream_gone(self, owned: Owned) -> None:
         log.critical(
             "data loss: the stream or its group is gone (a flush, an eviction, or somebody deleted it); messages that were "
             "not read are lost; the group is made anew queue=%s shard=%s",
@@ -632,10 +639,13 @@ class Control:
 
     def _refused(self, owned: Owned, exc: ReplyError) -> None:
         if exc.code == "NOGROUP":
-            self._stream_gone(owned, exc)
-        else:
-            log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, exc)
-            owned.quiet_until = mono_s() + 1.0
+            try:
+                self._stream_gone(owned)
+                return
+            except ReplyError as why:
+                exc = why
+        log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, exc)
+        owned.quiet_until = mono_s() + 1.0
 
     def _prepare(self, owned: Owned) -> None:
         """What must be done before a shard's messages can run."""
@@ -706,6 +716,9 @@ class Control:
                     batches = [batch] if batch else []
             except LeaseLost:
                 self._suspect(owned)
+                continue
+            except ReplyError as exc:
+                self._refused(owned, exc)
                 continue
             for batch in batches:
                 executor.submit(batch)
@@ -812,12 +825,9 @@ class Control:
         if self._results is None:
             self._pending_results = []
             return
-        replies = self._results.pipeline(self._pending_results)
-        for reply in replies:
-            if isinstance(reply, QueueFull):
-                raise reply
+        for reply in self._results.pipeline(self._pending_results):
             if isinstance(reply, Exception):
-                log.error("a result was not stored: %s", reply)
+                raise reply  # they are stored again, all of them, before anything is acknowledged
         self._pending_results = []
 
     def _store_revoked(self, delivery: Delivery) -> None:

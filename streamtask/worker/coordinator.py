@@ -23,11 +23,11 @@ from ..clock import mono_s, wall_ms
 from ..coordination.assignment import assign
 from ..coordination.lease import Lease, Refused, acquire, reap
 from ..coordination.membership import Membership
-from ..errors import BrokerUnavailable, LeaseLost, QueueFull, StreamTaskError
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.declare import Shape
 from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, ShardKeys
-from ..redis.link import Link, ReplyError, pack
+from ..redis.link import Link, pack
 from .links import Links
 from .outage import Outage
 
@@ -196,8 +196,7 @@ class Coordinator:
         except BrokerUnavailable as exc:
             self.outage(exc)
         except (QueueFull, ReplyError) as exc:
-            self._log.error("%s", exc)
-            self._put_off(0.2)
+            self._put_off(self._outage.met(exc))
 
     def wake_at(self) -> float:
         """When to call ``work`` next, on the monotonic clock."""
@@ -538,7 +537,7 @@ class Coordinator:
                 self._take_one(self._news)
                 if not self._news.buffered():
                     return
-        except BrokerUnavailable as exc:
+        except (BrokerUnavailable, QueueFull, ReplyError) as exc:
             self.outage(exc)
 
     def _take_one(self, news: Link) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 
 from ..backoff import delays
-from ..errors import AccessRefused, StreamTaskError
+from ..errors import AccessRefused, BrokerUnavailable, StreamTaskError
 
 
 class Outage:
@@ -17,20 +17,22 @@ class Outage:
         self._base_s = base_s
         self._cap_s = cap_s
         self._delays: Iterator[float] | None = None
-        self._said: set[type] = set()
+        self._said: set[tuple[type, str]] = set()
 
     def __bool__(self) -> bool:
         """Whether there is one."""
         return self._delays is not None
 
     def met(self, exc: StreamTaskError) -> float:
-        """Redis did not answer, or let us in. Returns how many seconds to wait."""
+        """Redis did not answer, did not serve, or did not let us in. Returns how many seconds to wait."""
         if self._delays is None:
             self._delays = delays(self._base_s, self._cap_s)
-        if type(exc) not in self._said:
-            # A refused password does not mend itself.
-            self._log.log(logging.ERROR if isinstance(exc, AccessRefused) else logging.WARNING, "%s", exc)
-            self._said.add(type(exc))
+        kind = (type(exc), getattr(exc, "code", ""))
+        if kind not in self._said:
+            # A refused password does not mend itself, nor does what is not known to pass.
+            passes = isinstance(exc, BrokerUnavailable) and not isinstance(exc, AccessRefused)
+            self._log.log(logging.WARNING if passes else logging.ERROR, "%s", exc)
+            self._said.add(kind)
         return next(self._delays)
 
     def over(self, where: str) -> None:

@@ -27,9 +27,9 @@ from typing import Any
 from ..backoff import delays
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import join_shared, reap
-from ..errors import BrokerUnavailable, QueueFull, StreamTaskError
+from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED, ShardKeys
-from ..redis.link import Link, ReplyError
+from ..redis.link import Link
 from .child import ENV_FDS
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .ports import WorkerSettings

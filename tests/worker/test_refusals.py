@@ -1,0 +1,118 @@
+"""Redis is there and refuses: no process ends, no body is killed, nothing runs twice, no result is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from streamtask import BrokerUnavailable, ConfigError, ReplyError
+from tests.fix_refusals import FAULTS, PASSING, refusing
+from tests.helpers import wait_until
+from tests.worker.rig import keys_on
+
+LEASE = 1.0
+
+
+@pytest.mark.parametrize("code", FAULTS)
+def test_a_worker_and_its_bodies_outlive_it(own_server_all, site, code):
+    site = site(own_server_all, lease=LEASE, backend=True, send_timeout=30)
+    pod = site.pod(2)
+    owned = site.ready(2)
+    children = pod.children()
+    results = []
+    for i, shards in enumerate(owned.values()):
+        key = keys_on(shards[0], 1)[0]
+        results.append(site.task("gated").delay(k=key, n=i))
+        site.produced[key].append(i)
+        site.wait_started(key, i)
+        site.send(key, range(100, 110))
+    late = threading.Thread(target=site.send, args=(keys_on(0, 3)[2], range(5)))
+    waited: list[object] = []
+    waiter = threading.Thread(target=lambda: waited.append(results[0].get(timeout=60)))
+    waiter.start()
+    with refusing(own_server_all, code):
+        if code in PASSING:
+            late.start()
+        site.open_gate(0)  # one ends while Redis refuses, one later; above maxmemory the worker may end all it has
+        if code != "OOM":
+            word = "ACL must allow" if code == "NOPERM" else code
+            wait_until(lambda: word in pod.log, 20, lambda: f"{code} is met: {pod.log}")
+        time.sleep(LEASE * 1.5)
+        assert pod.spawned.returncode is None
+    if code not in PASSING:
+        late.start()
+    site.open_gate(1)
+    late.join(40)
+    site.wait_ended(timeout=60)
+    assert site.check(killed={}).repeated == 0
+    assert pod.children() == children
+    waiter.join(30)
+    assert waited == [None]
+    results[1].get(timeout=30)
+    site.wait_empty()
+    assert site.dead() == []
+
+
+@pytest.mark.parametrize("code", PASSING)
+def test_calls_wait_for_it(own_server_all, site, code):
+    site = site(own_server_all, send_timeout=30)
+    site.send("a", range(1))
+    put = site.task("put")
+
+    async def many():
+        await asyncio.gather(*(put.adelay(k="async", n=n) for n in range(3)))
+
+    threads = [
+        threading.Thread(target=site.send, args=("bulk", range(3))),
+        threading.Thread(target=asyncio.run, args=(many(),)),
+    ]
+    with refusing(own_server_all, code):
+        for thread in threads:
+            thread.start()
+        with pytest.raises(BrokerUnavailable):
+            put.apply_async(kwargs={"k": "c", "n": 0}, timeout=0.3)
+        time.sleep(0.3)
+        assert all(thread.is_alive() for thread in threads)
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    lengths = [site.redis.xlen(site.stream(shard)) for shard in site.all_shards()]
+    assert sum(lengths) == 7
+
+
+def test_what_does_not_pass_is_said_at_once(own_server_all, site):
+    site = site(own_server_all, send_timeout=30)
+    site.send("a", range(1))
+    put = site.task("put")
+    with refusing(own_server_all, "NOPERM"), pytest.raises(ConfigError, match="ACL must allow") as refused:
+        put.delay(k="a", n=1)
+    assert isinstance(refused.value, ReplyError)
+    put.delay(k="a", n=1)
+    for shard in site.all_shards():
+        site.redis.delete(site.stream(shard))
+        site.redis.set(site.stream(shard), "not a stream")
+    with pytest.raises(ReplyError) as broken:
+        put.delay(k="a", n=2)
+    assert broken.value.code == "WRONGTYPE"
+
+
+def test_a_broken_key_holds_up_its_shard_alone(own_server_all, site):
+    site = site(own_server_all, lease=LEASE)
+    pod = site.pod(1)
+    site.ready(1)
+    children = pod.children()
+    site.send(keys_on(0, 1)[0], range(3))
+    site.wait_ended()
+    site.redis.delete(site.stream(0))
+    site.redis.set(site.stream(0), "not a stream")
+    wait_until(lambda: "WRONGTYPE" in pod.log, 20, lambda: pod.log)
+    site.send(keys_on(1, 1)[0], range(10))
+    site.wait_ended()
+    site.redis.delete(site.stream(0))
+    wait_until(lambda: site.redis.exists(site.stream(0)), 20, lambda: pod.log)
+    site.send(keys_on(0, 1)[0], range(10, 20))
+    site.wait_ended()
+    assert pod.children() == children
