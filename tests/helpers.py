@@ -311,3 +311,13 @@ def spawn(
             raise
         finally:
             spawned.kill_group()
+
+
+def cut_append_only_file(server, lost):
+    """Takes the last bytes off what the server has written."""
+    files = [path for path in server.dir.rglob("*.aof") if ".base." not in path.name and path.stat().st_size]
+    path = max(files, key=lambda path: path.stat().st_mtime)
+    size = path.stat().st_size
+    assert size > lost, f"{path} has {size} bytes only"
+    with open(path, "r+b") as file:
+        file.truncate(size - lost)

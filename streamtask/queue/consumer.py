@@ -305,6 +305,8 @@ class ShardConsumer:
         ``takeover``: the lease is new, and what is pending was another owner's. Otherwise a reply was lost.
         """
         self._read_clock(link)
+        if self.needs_audit and not takeover:
+            self._lift_last_id(link)
         self._read_positions(link, takeover)
         found: list[Delivery | tuple[Hashable, bytes]] = []
         if takeover:
@@ -471,6 +473,21 @@ class ShardConsumer:
     def _read_clock(self, link: Link) -> None:
         seconds, micros = link.command("TIME")
         self.clock_ms = int(seconds) * 1000 + int(micros) // 1000 - wall_ms()
+
+    def _lift_last_id(self, link: Link) -> None:
+        """Redis may have lost that it gave the last entries (a failover, the end of its append-only file), and its clock may be
+        behind now: without this a new entry could get the id of one that is held here, and go with that one's end."""
+        info = dict(_pairs(link.command("XINFO", "STREAM", self.keys.stream)))
+        if id_order(info[b"last-generated-id"]) >= id_order(self.last_id.encode()):
+            return
+        args = [self.lease.token, self.lease.incarnation, self.last_id]
+        if self._run(link, "lift_last_id", [self.lease.key, self.keys.stream], args):
+            log.warning(
+                "data loss: Redis has lost entries that it had given; new ones come after these queue=%s shard=%s entry=%s",
+                self.queue,
+                self.shard,
+                self.last_id,
+            )
 
     def _read_positions(self, link: Link, takeover: bool) -> None:
         for row in link.command("XINFO", "GROUPS", self.keys.stream):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from tests.chaos.checker import judge
+from tests.helpers import cut_append_only_file
 from tests.worker.rig import keys_on
 
 
@@ -55,16 +56,6 @@ def test_over_flushall(own_server, site, running):
     third = run_some(site, 2)
     assert all(third[shard] > after[shard] for shard in range(site.shards))
     rises(site)
-
-
-def cut_append_only_file(server, lost):
-    """Takes the last bytes off what the server has written."""
-    files = [path for path in server.dir.rglob("*.aof") if ".base." not in path.name and path.stat().st_size]
-    path = max(files, key=lambda path: path.stat().st_mtime)
-    size = path.stat().st_size
-    assert size > lost, f"{path} has {size} bytes only"
-    with open(path, "r+b") as file:
-        file.truncate(size - lost)
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])

@@ -520,6 +520,7 @@ def fenced_calls(shard, ids, due_key):
         "release": ([lease], []),
         "claim_ids": ([lease, k.state, k.seen("r1.0")], ["run", 1000, "", 100, b"i" * 16, 1]),
         "take_requeued": ([lease, k.requeued, k.stream], [GROUP, 10]),
+        "lift_last_id": ([lease, k.stream], ["9999999999999-0"]),
         "renew": ([lease, k.token(GROUP)], [1000]),
     }
 
@@ -534,6 +535,7 @@ FENCED = [
     "release",
     "claim_ids",
     "take_requeued",
+    "lift_last_id",
     "renew",
 ]
 
