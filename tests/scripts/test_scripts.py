@@ -1045,3 +1045,62 @@ def test_shared_streams_drain_above_maxmemory(redis_server_all):
     assert shard.settle(live, ids) == 10
     assert gone.token
     shard.link.close()
+
+
+# --- delayed messages, and what is sent behind them --------------------------------------------------------------
+
+
+def state_of(shard):
+    return shard.client.hget(shard.keys.state, "open")
+
+
+def delay(shard, due_ms, number=1):
+    """A message that falls due then, as ``produce_delayed.lua`` leaves it."""
+    k = shard.keys
+    args = [0, number, 60_000, 0, "m", b"delayed", due_ms, 0]
+    assert shard.link.run("produce_delayed", [k.state, k.seen("p0"), k.stream, k.delayed, k.wake], args) == 1
+
+
+def replace(shard, entry_id, due_ms=0):
+    k = shard.keys
+    return shard.link.run(
+        "produce_replacement",
+        [k.state, k.seen("k0"), k.stream, k.delayed, k.wake, k.lease(GROUP), k.notes(GROUP), k.replaced(GROUP)],
+        [0, 0, 60_000, "m", b"retry", due_ms, GROUP, entry_id, 1, 1],
+    )
+
+
+def test_a_retry_whose_entry_is_finished_goes_behind_what_is_due(shard):
+    delay(shard, shard.now_ms())
+    wait_until(lambda: shard.now_ms() > shard.client.zrange(shard.keys.delayed, 0, 0, withscores=True)[0][1])
+
+    assert replace(shard, "1-0") == 2
+
+    assert shard.client.xlen(shard.keys.stream) == 0
+    assert [member[17:] for member in shard.client.zrange(shard.keys.delayed, 0, -1)] == [b"delayed", b"retry"]
+
+
+def test_a_retry_whose_entry_is_finished_is_appended_where_nothing_is_due(shard):
+    delay(shard, shard.now_ms() + 60_000)
+
+    assert replace(shard, "1-0") == 2
+
+    assert [fields for _, fields in shard.client.xrange(shard.keys.stream)] == [{b"m": b"retry"}]
+
+
+def test_the_state_says_when_the_first_delayed_message_falls_due(shard):
+    k = shard.keys
+    later = shard.now_ms() + 60_000
+    delay(shard, later + 5)
+    assert state_of(shard) == b"0 %d" % (later + 5)
+    delay(shard, later + 9, number=2)
+    assert state_of(shard) == b"0 %d" % (later + 5), "a later one is not the first"
+    delay(shard, later, number=3)
+    assert state_of(shard) == b"0 %d" % later
+
+    assert shard.link.run("purge_shard", [k.stream, k.state, k.delayed], [1000, "", 1])[1] == 1
+    assert state_of(shard) == b"0 %d" % (later + 5), "of those that are left"
+    assert shard.link.run("make_due", [k.state, k.delayed], []) == 2
+    assert state_of(shard) == b"0 0"
+    assert shard.link.run("purge_shard", [k.stream, k.state, k.delayed], [1000, "", 1000])[1] == 2
+    assert state_of(shard) == b"0", "nothing is delayed any more"

@@ -56,8 +56,7 @@ class Streams(Broker):
     def make_due(self, queue: str) -> None:
         """What waits in the broker for its eta is to be had now; its eta stays in its headers, for the worker."""
         for keys in self.keys(queue):
-            # Members begin with a sequence number: with one score for all, they stay in the order of their publishing.
-            self.command("ZUNIONSTORE", keys.delayed, 1, keys.delayed, "WEIGHTS", 0)
+            self.channel.session.connections.run("make_due", [keys.state, keys.delayed], [])
 
     def command(self, name: str, key: str, *args: Any) -> Any:
         return self.channel.session.connections.once_more(lambda link: link.command(name, key, *args), key)
