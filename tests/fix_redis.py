@@ -188,6 +188,24 @@ class RedisServer:
         finally:
             self._any_port = any_port
 
+    def written(self) -> int:
+        """How much its append-only file has; see ``lose_since``."""
+        return self._written_file().stat().st_size
+
+    def _written_file(self) -> Path:
+        files = [path for path in self.dir.rglob("*.aof") if ".base." not in path.name]
+        return max(files, key=lambda path: path.stat().st_mtime)
+
+    def lose_since(self, mark: int, share: float = 1.0) -> RedisServer:
+        """Kills it, takes ``share`` of what was written since ``mark`` off its append-only file, as a machine that dies
+        does, and starts it. (Redis itself drops the rest of a command, or of a transaction, that was cut.)"""
+        self.kill()
+        path = self._written_file()
+        size = path.stat().st_size
+        assert 0 < mark <= size, f"{path} has {size} bytes"
+        os.truncate(path, size - int((size - mark) * share))
+        return self.restart()
+
     def pause(self) -> None:
         """SIGSTOP: connections stay open, nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)

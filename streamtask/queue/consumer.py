@@ -46,6 +46,10 @@ PAGE = 1000
 RECOVER_BODIES = 1000
 """Bodies kept when a takeover finds many pending entries; the rest is read again when its turn comes."""
 
+SENT_S = 3.0
+"""How long what was acknowledged is remembered: Redis' append-only file loses a second or two, should the machine die."""
+MOST_SENT = 10_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerSettings:
@@ -130,6 +134,7 @@ class ShardConsumer:
         self.finished: list[bytes] = []
         self.finished_since = 0.0
         self.settling: list[bytes] = []  # sent to be acknowledged, and not answered yet
+        self._sent: deque[tuple[float, bytes]] = deque(maxlen=MOST_SENT)  # when, and the calls of the last SENT_S
         self.halted = False
         self.closing = False
         self.last_id = "0-0"
@@ -150,6 +155,7 @@ class ShardConsumer:
         self._full_said = False
         # After a takeover: from where on the pending entries are not known yet, as XPENDING is asked; None: all are.
         self._pending_from: str | None = None
+        self._read_to = (0, 0)  # before a connection broke
         self._others_to = (0, 0)  # up to this entry, what is pending was given to another owner before
         self._layouts: dict[str, str] = {}
         self._head = (lease.token, lease.incarnation, settings.group)
@@ -296,18 +302,23 @@ class ShardConsumer:
     # Takeover and lost replies
 
     def connection_lost(self) -> None:
-        """A connection to Redis broke: a reply may have been lost with entries in it, which are pending now, and not here."""
+        """A connection to Redis broke: a reply may have been lost with entries in it, which are pending now, and not here.
+        Or Redis itself has lost the last it was told, or is a replica that was never told."""
         self.needs_audit = True
+        self._read_to = max(self._read_to, id_order(self.last_id.encode()))
 
     def recover(self, link: Link, *, takeover: bool) -> int:
         """Finds the pending entries that this process does not hold, and takes them in their order. Returns how many.
 
         ``takeover``: the lease is new, and what is pending was another owner's. Otherwise a reply was lost.
         """
-        self._read_clock(link)
-        if self.needs_audit and not takeover:
+        lost = self.needs_audit and not takeover
+        set_back = self._read_clock(link)
+        if lost:
             self._lift_last_id(link)
         self._read_positions(link, takeover)
+        if lost:
+            self._tell_again(link, set_back)
         found: list[Delivery | tuple[Hashable, bytes]] = []
         if takeover:
             start = self._find_pending(link, "-", self.entry_ids(), found, self.settings.max_waiting, takeover=True)
@@ -318,6 +329,7 @@ class ShardConsumer:
         self._place_recovered(found, len(found) > RECOVER_BODIES)
         self._pending_from = start
         self.needs_audit = False
+        self._read_to = (0, 0)
         if found:
             log.info(
                 "claimed %d pending entries queue=%s shard=%s token=%d",
@@ -327,6 +339,34 @@ class ShardConsumer:
                 self.lease.token,
             )
         return len(found)
+
+    def _tell_again(self, link: Link, set_back: bool) -> None:
+        """Brings Redis, which may have lost its last second, to where this process is. What was read is pending again then,
+        as far as it is there; what was acknowledged is so again; and no attempt is forgotten."""
+        while id_order(self.last_id.encode()) < self._read_to:
+            entries = self.read_by_script(link)
+            if not entries:
+                break
+            # Those that are held are to be settled as ever, and the others are about to be found among the pending ones.
+            self.last_id = entries[-1][0].decode()
+        if set_back:
+            # By a slower clock a new message may have got the id of one that was acknowledged.
+            self._sent.clear()
+        for answer in _raised(link.pipeline([packed for _, packed in self._sent])) if self._sent else ():
+            self._owned(answer)
+        noted = [(d.entry_id, d.note) for d in self._held_deliveries() if d.note is not None and not d.note.held]
+        if noted:
+            ids = [entry_id for entry_id, _ in noted]
+            there = link.command("HMGET", self.keys.notes(self.settings.group), *ids)
+            self._write_notes(link, [one for one, text in zip(noted, there, strict=True) if not text])
+
+    def _held_deliveries(self) -> Iterable[Delivery]:
+        """Those held that may have a note."""
+        yield from (item for item in self.buffer if isinstance(item, Delivery))
+        for lane in self.lanes.lanes.values():
+            yield from (item for item in lane.waiting if isinstance(item, Delivery))
+        for batch in self.handed.values():
+            yield from (item for item in batch.items[batch.collected :] if isinstance(item, Delivery))
 
     def has_to_recover(self) -> bool:
         """Whether more was pending at the takeover than may wait here, and there is room for a part of the rest now."""
@@ -397,13 +437,16 @@ class ShardConsumer:
         wanted = set(ids)
         noted = pack("HMGET", self.keys.notes(self.settings.group), *ids)
         if takeover:
-            entries, texts = _raised(link.pipeline([pack("XRANGE", self.keys.stream, ids[0], ids[-1]), noted]))
-            entries = [entry for entry in entries if entry[0] in wanted]
+            # They nearly always follow each other. Where they don't, what lies between is not to be shipped.
+            asked = [pack("XRANGE", self.keys.stream, ids[0], ids[-1], "COUNT", 2 * len(ids))]
         else:
-            # What lies between is held already: a range would ship its bodies again.
-            ranges = [pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in ids]
-            *replies, texts = _raised(link.pipeline([*ranges, noted]))
-            entries = [reply[0] for reply in replies if reply]
+            asked = self._pack_reads(ids)
+        texts, *replies = _raised(link.pipeline([noted, *asked]))
+        entries = [entry for reply in replies for entry in reply if entry[0] in wanted]
+        if takeover and len(entries) < len(ids):
+            left = self._pack_reads(wanted.difference(entry_id for entry_id, _ in entries))
+            entries += [entry for reply in _raised(link.pipeline(left)) for entry in reply]
+            entries.sort(key=lambda entry: id_order(entry[0]))
         notes = {entry_id: Note.parse(text) for entry_id, text in zip(ids, texts, strict=True) if text}
         for entry_id in wanted.difference(e for e, _ in entries):
             log.warning(
@@ -425,6 +468,9 @@ class ShardConsumer:
                 found.append(delivery)
             else:
                 found.append((delivery.lane_key, delivery.entry_id))
+
+    def _pack_reads(self, ids: Iterable[bytes]) -> list[bytes]:
+        return [pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in ids]
 
     def _is_fresh(self, delivery: Delivery) -> bool:
         return id_order(delivery.entry_id) > self._others_to
@@ -470,9 +516,13 @@ class ShardConsumer:
             ordered = sorted(deliveries_of(self.buffer), key=lambda d: id_order(d.entry_id))
             self.buffer = deque(ordered)
 
-    def _read_clock(self, link: Link) -> None:
+    def _read_clock(self, link: Link) -> bool:
+        """Reads Redis' clock. True if it has surely been set back, or is another machine's that is behind."""
+        asked_ms, before = wall_ms(), self.clock_ms
         seconds, micros = link.command("TIME")
-        self.clock_ms = int(seconds) * 1000 + int(micros) // 1000 - wall_ms()
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        self.clock_ms = now_ms - wall_ms()
+        return now_ms - asked_ms + 2 < before
 
     def _lift_last_id(self, link: Link) -> None:
         """Redis may have lost that it gave the last entries (a failover, the end of its append-only file), and its clock may be
@@ -540,7 +590,7 @@ class ShardConsumer:
         held = {entry_id_of(item) for item in self.buffer}
         held.update(self.lanes.entry_ids())
         for batch in self.handed.values():
-            held.update(batch.ids)
+            held.update(batch.ids[batch.collected :])
         held.update(self.finished)
         held.update(self.settling)
         for item, _, _ in self._dead:
@@ -739,7 +789,7 @@ class ShardConsumer:
                 wanted.update((item, None) for item in islice(lane.waiting, count) if isinstance(item, bytes))
         if not wanted:
             return
-        replies = link.pipeline([pack("XRANGE", self.keys.stream, entry_id, entry_id) for entry_id in wanted])
+        replies = link.pipeline(self._pack_reads(wanted))
         entries = [reply[0] for reply in replies if isinstance(reply, list) and reply]
         found = {entry_id for entry_id, _ in entries}
         bodies = {delivery.entry_id: delivery for delivery in deliveries_of(self._decode(entries))}
@@ -872,8 +922,13 @@ class ShardConsumer:
             self._in_order = True
         self.settling = self.finished[: self.settings.ack_batch]
         self.finished = self.finished[len(self.settling) :]
-        self.finished_since = mono_s()
-        return self.pack_settle(self.settling)
+        self.finished_since = now = mono_s()
+        packed = self.pack_settle(self.settling)
+        sent = self._sent
+        sent.append((now, packed))
+        while sent[0][0] < now - SENT_S and not self.needs_audit:
+            sent.popleft()
+        return packed
 
     def end_settle(self, answer: Any) -> None:
         """Takes the answer. Raises ``LeaseLost``."""

@@ -7,7 +7,6 @@ import itertools
 import pytest
 
 from tests.chaos.checker import judge
-from tests.helpers import cut_append_only_file
 from tests.worker.rig import keys_on
 
 
@@ -63,17 +62,14 @@ def test_over_an_append_only_file_that_lost_its_end(own_server_all, site, runnin
     site = site(own_server_all, lease=1.0)
     pod = site.pod(1)
     first = run_some(site, 0)
-    size = sum(path.stat().st_size for path in own_server_all.dir.rglob("*.aof"))
+    mark = own_server_all.written()
     pod.stop()
     pod = site.pod(2)
     second = run_some(site, 1)
     assert all(second[shard] > first[shard] for shard in range(site.shards))
     if not running:
         pod.kill_all()
-    own_server_all.kill()
-    grown = sum(path.stat().st_size for path in own_server_all.dir.rglob("*.aof")) - size
-    cut_append_only_file(own_server_all, grown - 7)  # the second owners' tokens are gone
-    own_server_all.start()
+    own_server_all.lose_since(mark)  # the second owners' tokens are gone
     if not running:
         site.pod(2)
     third = run_some(site, 2)
@@ -91,15 +87,13 @@ def test_over_a_lost_hand_over_of_which_the_first_owner_lives(own_server_all, si
     site = site(own_server_all, lease=1.0)
     site.pod(1)
     run_some(site, 0)
-    size = sum(path.stat().st_size for path in own_server_all.dir.rglob("*.aof"))
+    mark = own_server_all.written()
     other = site.pod(1)
     site.ready(2)
     second = run_some(site, 1)
     own_server_all.kill()
     other.kill_all()
-    grown = sum(path.stat().st_size for path in own_server_all.dir.rglob("*.aof")) - size
-    cut_append_only_file(own_server_all, grown)  # all that came after B's start is gone
-    own_server_all.start()
+    own_server_all.lose_since(mark)  # all that came after B's start is gone
     third = run_some(site, 2)
     assert all(third[shard] >= second[shard] for shard in range(site.shards))
     rises(site)

@@ -1,0 +1,113 @@
+"""Redis comes back without the last it was told, and the owner lives: what it has acknowledged does not run again, and what
+it holds runs once, in its order."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.queue.test_takeover import KEYS, Rig
+
+
+@pytest.fixture
+def rig(own_server_all):
+    rig = Rig(own_server_all)
+    rig.server = own_server_all
+    yield rig
+    rig.close()
+
+
+def lose(rig, consumer, mark, share=1.0):
+    """As the control loop sees it."""
+    rig.link.close()
+    rig.server.lose_since(mark, share)
+    rig.client = rig.server.client()
+    consumer.connection_lost()
+    consumer.settle_lost()
+    consumer.recover(rig.link, takeover=False)
+
+
+def run_all(rig, consumer, parallel, fail=()):
+    for _ in range(200):
+        consumer.lanes.open_due(float("inf"))
+        ran = rig.run(consumer, 7, parallel, fail)
+        if not rig.fetch(consumer) and not ran:
+            return
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("parallel", [False, True], ids=["in-sequence", "side-by-side"])
+def test_nothing_that_was_acknowledged_or_is_held_runs_again(rig, parallel, share):
+    consumer = rig.owner()
+    rig.send(40)
+    rig.fetch(consumer)
+    rig.send(100)
+    mark = rig.server.written()
+    for _ in range(4):
+        rig.run(consumer, 7, parallel)
+        rig.fetch(consumer)
+    held = consumer.take(rig.link, 7)  # runs, half of it has ended, and none of that is settled
+    consumer.collect(held, 4)
+    consumer.settle(rig.link)
+    for delivery in held.deliveries:
+        rig.started[delivery.key].append(delivery.args[0])
+
+    lose(rig, consumer, mark, share)
+
+    consumer.complete(held)
+    rig.send(10)
+    run_all(rig, consumer, parallel)
+    assert rig.started == {key: list(range(rig.sent[key])) for key in KEYS}
+    assert rig.client.xlen(rig.keys.stream) == 0
+    assert rig.pending() == 0
+
+
+def test_an_attempt_is_not_forgotten(rig):
+    consumer = rig.owner()
+    rig.send(10)
+    mark = rig.server.written()
+    rig.fetch(consumer)
+    rig.run(consumer, 7, False, fail={(b"a", 0)})
+    notes = rig.client.hgetall(rig.keys.notes("workers"))
+    assert len(notes) == 1
+
+    lose(rig, consumer, mark)
+
+    assert rig.client.hgetall(rig.keys.notes("workers")) == notes
+    run_all(rig, consumer, False)
+    assert rig.started == {key: list(range(rig.sent[key])) for key in KEYS}
+
+
+def test_by_a_slower_clock_an_id_may_be_a_new_messages(rig):
+    """A failover to a machine whose clock is behind: what is read with an acknowledged id may never have run."""
+    consumer = rig.owner()
+    rig.send(10)
+    mark = rig.server.written()
+    rig.fetch(consumer)
+    rig.run(consumer, 7, False)
+    consumer.clock_ms += 10_000
+
+    lose(rig, consumer, mark)
+
+    run_all(rig, consumer, False)
+    assert all(set(rig.started[key]) == set(range(rig.sent[key])) for key in KEYS)
+    assert sum(map(len, rig.started.values())) == 17, "what was acknowledged runs once more"
+
+
+def test_a_takeover_reads_what_is_pending_and_not_what_lies_between(rig):
+    rig.send(2000)
+    former = rig.owner()
+    while rig.fetch(former):
+        pass
+    kept = [entry_id for entry_id, _ in rig.client.xrange(rig.keys.stream)][::20]
+    others = [one for one, _ in rig.client.xrange(rig.keys.stream) if one not in set(kept)]
+    rig.client.xack(rig.keys.stream, "workers", *others)
+
+    consumer = rig.owner()
+    rig.client.config_resetstat()
+    before = rig.client.info("stats")["total_net_output_bytes"]
+    size = 200
+    consumer.recover(rig.link, takeover=True)
+    shipped = rig.client.info("stats")["total_net_output_bytes"] - before
+
+    assert [item.entry_id for item in consumer.buffer] == kept
+    assert shipped < (3 * len(kept)) * size + 20_000, "some hundred entries, and not two thousand"
