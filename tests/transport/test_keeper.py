@@ -511,7 +511,7 @@ def test_a_new_keeper_can_be_told_of_shards(rig):
     wait_until(lambda: rig.owners() == [""] * 8)
     keys = queue_keys().shard(0, 3)
     rig.redis.hset(keys.lease(GROUP), mapping={"owner": "two", "token": before[next(iter(before))]["token"] + 10**6,
-                                               "expires_at": rig.now_ms() + 60_000})  # fmt: skip
+                                               "expires_at": rig.now_ms() + 60_000, "lease_ms": 60_000})  # fmt: skip
     assert two.ops() == []
     one.start()
     rig.clients.append(one)
