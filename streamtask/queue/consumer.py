@@ -159,6 +159,7 @@ class ShardConsumer:
         self._others_to = (0, 0)  # up to this entry, what is pending was given to another owner before
         self._layouts: dict[str, str] = {}
         self._head = (lease.token, lease.incarnation, settings.group)
+        self._group = settings.group.encode()
         keys = self.keys
         self.read_command = pack(
             "XREADGROUP", "GROUP", settings.group, self.consumer_name, "COUNT", settings.fetch_count,
@@ -238,6 +239,10 @@ class ShardConsumer:
                 entry[1] = envelope
                 append(entry)
                 continue
+            replayed_for = wire.replayed_for(fields) if len(fields) > 2 else None
+            if replayed_for not in (None, self._group, b"1"):
+                self._finish(entry_id)  # the dead letter of another group; this one has dealt with the message
+                continue
             try:
                 envelope = wire.decode(fields)
             except DecodeError as exc:
@@ -246,8 +251,7 @@ class ShardConsumer:
             delivery = Delivery(entry_id, envelope)
             if unordered and delivery.task in unordered:
                 delivery.lane = None
-            if len(fields) > 2:
-                delivery.replayed = b"replayed" in fields[2::2]
+            delivery.replayed = replayed_for is not None
             append(delivery)
         return arrived
 

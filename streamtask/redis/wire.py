@@ -137,6 +137,14 @@ def whole(fields: list[bytes]) -> list[bytes]:
     return [*found, *fields[2:]] if packed else fields
 
 
+def replayed_for(fields: list[bytes]) -> bytes | None:
+    """The group whose dead letter an entry was, b"1" for one that an earlier version replayed, None for none."""
+    for name, value in zip(fields[2::2], fields[3::2], strict=False):
+        if name == b"replayed":
+            return value
+    return None
+
+
 def decode(fields: list[bytes]) -> list[Any]:
     """The envelope of an entry's fields: ``[task, key, id, args, kwargs, headers]``.
 

@@ -401,6 +401,28 @@ def test_replay_of_one_some_and_all(
     assert all(delivery.replayed for delivery in batch.deliveries)
 
 
+def test_a_replay_is_for_the_group_whose_dead_letter_it_is(redis_server_all: RedisServer, make_rig: Any) -> None:
+    rig = make_rig(redis_server_all.url)
+    rig.queue.declare(("workers", "sink"))
+    rig.send(0, 1)
+    consumer, sink = rig.own(0), rig.own(0, "other", "sink")
+    rig.finish(sink, 1)
+    rig.kill(consumer)
+    assert [row["group"] for row in rig.inspector.dead_letters("default")] == ["workers"]
+    assert rig.inspector.replay("default") == 1
+
+    rig.read(sink)
+    assert sink.take(rig.link, 10) is None
+    sink.settle(rig.link)
+    rig.read(consumer)
+    batch = consumer.take(rig.link, 10)
+    assert batch is not None
+    assert [delivery.replayed for delivery in batch.deliveries] == [True]
+    consumer.complete(batch)
+    consumer.settle(rig.link)
+    assert rig.shard(0)["length"] == 0
+
+
 def test_replay_of_all_does_not_replay_what_dies_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamtask.inspector.BATCH", 1)
     rig.send(0, 3)

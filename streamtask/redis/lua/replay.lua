@@ -1,4 +1,5 @@
--- Puts dead letters back: at the end of their lanes, or, where the lane is held, at its head. Ids and keys stay.
+-- Puts dead letters back: at the end of their lanes, or, where the lane is held, at its head. Ids and keys stay. What is
+-- appended names the group whose dead letter it was: the others have dealt with the message already.
 -- KEYS[1] dlq      stream
 -- KEYS[2] stream   stream
 -- KEYS[3] wake     stream
@@ -18,7 +19,7 @@ for i = 1, #ARGV do
       redis.call('XADD', KEYS[3], 'MAXLEN', '1', '*', 'w', 'held')
     else
       message[#message + 1] = 'replayed'
-      message[#message + 1] = '1'
+      message[#message + 1] = entry[2][6]
       redis.call('XADD', KEYS[2], '*', unpack(message))
     end
     done = done + 1
