@@ -277,9 +277,8 @@ def test_a_replica_takes_the_place_of_the_node_that_the_url_names(redis_cluster:
 
 @three_nodes
 def test_a_url_of_one_server_that_is_a_clusters_node(redis_cluster: RedisCluster, make_kit: Any) -> None:
-    channel = make_kit(redis_cluster).channel()
     elsewhere = next(
         f"q{n}" for n in range(100) if redis_cluster.owner(f"{{kombu.q{n}}}:meta") not in redis_cluster.nodes[:1]
     )
     with pytest.raises(ConfigError, match="redis\\+cluster://"):
-        channel.queue_declare(elsewhere)
+        make_kit(redis_cluster).channel().queue_declare(elsewhere)
