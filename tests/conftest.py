@@ -13,6 +13,11 @@ from tests.helpers import MARK, our_processes, run_folders, wait_until
 
 pytest_plugins = ["tests.fix_redis", "tests.fix_proxy", "tests.parts"]
 
+# A shell that starts a job in the background lets it ignore SIGINT, and whatever the job starts inherits that: the tests
+# that interrupt a call or a command would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Every process that a test starts inherits this, also one that has left our process group and session.
 os.environ[MARK] = f"{os.getpid()}-{os.urandom(8).hex()}"
 
