@@ -95,6 +95,9 @@ class RedisServer:
             "daemonize": "no",
             "save": "",
             "appendonly": "yes" if self.aof else "no",
+            # With "everysec" Redis puts writes off, for up to two seconds, while an fsync takes its time on a busy disk, and
+            # kill -9 loses what it has answered. With "no" the kernel has all of it before the answer.
+            "appendfsync": "no",
             "port": str(self.port),
             "bind": "127.0.0.1",
         }

@@ -538,7 +538,7 @@ def test_purged_messages_count_as_come(rig: Rig) -> None:
 
 def test_a_healthy_system_has_no_complaint(redis_server_all: RedisServer, make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(redis_server_all.url)
-    redis_server_all.config_set(appendonly="yes")
+    redis_server_all.config_set(appendonly="yes", appendfsync="everysec")
     rig.send(0, 1)
     for shard in range(3):
         rig.own(shard)

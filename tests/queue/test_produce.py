@@ -269,10 +269,6 @@ def test_a_broker_that_swallows_everything_is_given_up_in_time(redis_server, pro
 
 
 def test_a_restart_of_redis_in_mid_run_loses_and_doubles_nothing(own_server_all, make):
-    # In its arguments, too, for the restart: with "everysec" Redis puts writes off while an fsync takes its time on a busy
-    # disk, and kill -9 loses what it has answered.
-    own_server_all.config["appendfsync"] = "always"
-    own_server_all.config_set(appendfsync="always")
     app = make(own_server_all)
     done = []
 
