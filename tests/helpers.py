@@ -43,6 +43,11 @@ class Starved:
             return (time.monotonic() - self._began) * 2 / 3
         return now - self._before
 
+    @property
+    def spent(self) -> float:
+        """The seconds since this was made, less those: what a quiet machine would have spent."""
+        return time.monotonic() - self._began - self.seconds
+
 
 def _pressure() -> float | None:
     """Linux' count of the seconds in which some task was ready to run and had no CPU."""
@@ -311,13 +316,3 @@ def spawn(
             raise
         finally:
             spawned.kill_group()
-
-
-def cut_append_only_file(server, lost):
-    """Takes the last bytes off what the server has written."""
-    files = [path for path in server.dir.rglob("*.aof") if ".base." not in path.name and path.stat().st_size]
-    path = max(files, key=lambda path: path.stat().st_mtime)
-    size = path.stat().st_size
-    assert size > lost, f"{path} has {size} bytes only"
-    with open(path, "r+b") as file:
-        file.truncate(size - lost)

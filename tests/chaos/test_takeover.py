@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from tests.chaos.checker import START
-from tests.helpers import is_alive, wait_until
+from tests.helpers import Starved, is_alive, wait_until
 from tests.worker.rig import keys_on
 
 
@@ -41,11 +41,12 @@ def test_a_lone_process_is_replaced(own_server, site):
     site.send(key, range(1500), ms=2)
     site.wait_started(key, 20)
     victim = pod.children()[0]
+    starved = Starved()
     pod.kill_child(victim)
     took = gap(site, key, site.killed[victim])
     print(f"a lone process was replaced, and its key ran again, in {took:.3f} s")
     # Start-up of the new process on a busy machine, and little more.
-    assert took < 3
+    assert took - starved.seconds < 3
     site.wait_ended()
     site.check()
 
@@ -60,10 +61,11 @@ def test_a_sibling_takes_over(own_server, site):
     site.send(key, range(800), ms=2)
     site.send(None, range(200), ms=2)
     site.wait_started(key, 20)
+    starved = Starved()
     pod.kill_child(victim)
     took = gap(site, key, site.killed[victim])
     print(f"the sibling took over in {took:.3f} s")
-    assert took < 1
+    assert took - starved.seconds < 1
     site.wait_ended()
     site.check()
     site.ready(2)
@@ -81,10 +83,11 @@ def test_a_pod_that_vanished(own_server_all, site):
     site.send(key, range(600), ms=2)
     site.send(None, range(400), ms=2)
     site.wait_started(key, 20)
+    starved = Starved()
     lost.kill_all()
     took = gap(site, key, max(site.killed.values()))
     print(f"the shard of a pod that vanished ran again in {took:.3f} s (lease 1 s)")
-    assert took <= 2
+    assert took - starved.seconds <= 2
     site.wait_ended()
     site.check()
     site.ready(2)

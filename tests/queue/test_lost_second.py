@@ -11,12 +11,8 @@ from streamtask.errors import BrokerUnavailable
 from streamtask.queue.producer import new_id
 from streamtask.redis import wire
 from streamtask.redis.keys import SHARED
-from tests.helpers import cut_append_only_file, wait_until
+from tests.helpers import wait_until
 from tests.queue.test_takeover import GROUP, KEYS, Rig
-
-
-def written(server):
-    return sum(path.stat().st_size for path in server.dir.rglob("*.aof"))
 
 
 def audited(rig, consumer):
@@ -35,7 +31,7 @@ def test_a_new_entry_has_no_id_of_one_that_is_held(own_server_all, shard):
     rig.send(1, KEYS[:1])
     assert rig.fetch(consumer) == 1
     assert rig.run(consumer, 10, False) == 1
-    stays = written(own_server_all)
+    stays = own_server_all.written()
 
     # The clock that gives this id is an hour ahead of the one that goes on afterwards.
     held = f"{int(time.time() * 1000) + 3_600_000}-0"
@@ -46,9 +42,7 @@ def test_a_new_entry_has_no_id_of_one_that_is_held(own_server_all, shard):
     assert batch is not None
     assert batch.ids == [held.encode()]
 
-    own_server_all.kill()
-    cut_append_only_file(own_server_all, written(own_server_all) - stays)
-    own_server_all.start()
+    own_server_all.lose_since(stays)
     assert rig.client.xlen(rig.keys.stream) == 0, "Redis has lost the entry that is held"
     consumer.connection_lost()
     wait_until(lambda: audited(rig, consumer), 20)

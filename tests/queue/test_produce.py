@@ -30,7 +30,7 @@ from streamtask.queue.producer import ProducerSettings, Target
 from streamtask.redis import wire
 from streamtask.sharding import canonical, shard_of
 from tests.fix_redis import RedisServer, server_binaries
-from tests.helpers import free_port, spawn, wait_until
+from tests.helpers import Starved, free_port, spawn, wait_until
 
 SECRET = "hunter2"
 
@@ -241,11 +241,11 @@ def test_a_call_whose_reply_never_comes_says_so_and_adds_at_most_one(redis_serve
     app.tasks["keyed"].delay(user=42, n=0)
 
     through.cut_after_request(b"EVALSHA", times=1000)
-    started = time.monotonic()
+    watch = Starved()
     with pytest.raises(BrokerUnavailable):
         app.tasks["keyed"].apply_async(kwargs={"user": 42, "n": 1}, timeout=0.3)
 
-    assert time.monotonic() - started < 2
+    assert watch.spent < 2
     assert through.cuts > 1
     assert numbers(client) == [0, 1]
 
@@ -256,11 +256,11 @@ def test_a_broker_that_swallows_everything_is_given_up_in_time(redis_server, pro
     app.tasks["keyed"].delay(user=42, n=0)
 
     through.blackhole()
-    started = time.monotonic()
+    watch = Starved()
     with pytest.raises(BrokerUnavailable):
         app.tasks["keyed"].apply_async(kwargs={"user": 42, "n": 1}, timeout=0.5)
 
-    assert time.monotonic() - started < 1.4, "the first try's wait for a reply counts"
+    assert watch.spent < 1.4, "the first try's wait for a reply counts"
     through.blackhole(False)
     app.tasks["keyed"].delay(user=42, n=2)
 
@@ -348,10 +348,11 @@ def test_a_dedupe_id_stores_once_within_its_time_and_again_after_it(redis_server
     assert (first.stored, second.stored) == (True, False)
     assert first.id == second.id
     assert len(numbers(client)) == 1
-    started = time.monotonic()
+    started, watch = time.monotonic(), Starved()
     wait_until(lambda: dedupe(app, "order-1").stored, timeout=3, poll=0.02)
 
-    assert 0.2 < time.monotonic() - started < 1.5
+    assert time.monotonic() - started > 0.2
+    assert watch.spent < 1.5
     assert len(numbers(client)) == 2
 
 
@@ -837,10 +838,10 @@ def test_an_unreachable_broker_is_said_in_time_without_its_password(make, url):
         calls.append(lambda: asyncio.run(keyed.adelay(user=1)))
 
     for call in calls:
-        started = time.monotonic()
+        watch = Starved()
         with pytest.raises(BrokerUnavailable, match="can't be reached") as caught:
             call()
-        assert time.monotonic() - started < 2
+        assert watch.spent < 2
         assert isinstance(caught.value, ConnectionError)
         assert SECRET not in str(caught.value)
     assert SECRET not in repr(app)
@@ -850,10 +851,10 @@ def test_a_wrong_password_is_a_config_error_at_once(redis_server, make):
     redis_server.config_set(requirepass="right")
     app = make(f"redis://:{SECRET}@127.0.0.1:{redis_server.port}/0")
 
-    started = time.monotonic()
+    watch = Starved()
     with pytest.raises(ConfigError, match="refused the user or password") as caught:
         app.tasks["keyed"].delay(user=1)
-    assert time.monotonic() - started < 2
+    assert watch.spent < 2
     assert SECRET not in str(caught.value)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from kombu import Exchange, Queue
 
-from tests.helpers import Spawned, spawn, wait_until
+from tests.helpers import Spawned, Starved, spawn, wait_until
 from tests.transport.kit import LEASE_S, Inbox, Kit, publish
 
 EATER = Path(__file__).with_name("eater.py")
@@ -251,9 +251,9 @@ def test_killed_while_it_holds_messages(kit: Kit, eaters: Eaters, kind: str) -> 
         publish(channel, 10 + n, headers=headers[n])
     wait_until(lambda: kind == "keyed" or len(done(other)) == 5)
     victim.kill()
-    began = time.monotonic()
+    watch = Starved()
     wait_until(lambda: len(done(other)) == 10, 10)
-    assert time.monotonic() - began < LEASE_S + 1
+    assert watch.spent < LEASE_S + 1
     again = [line.split()[0] for line in other.lines if line.endswith("again")]
     assert sorted(again) == [str(n) for n in range(5)]
     if kind == "plain":
@@ -272,9 +272,9 @@ def test_killed_with_its_keeper(kit: Kit, eaters: Eaters) -> None:
     os.kill(keeper, signal.SIGKILL)
     victim.kill()
     other = eaters.start(prefetch=1)
-    began = time.monotonic()
+    watch = Starved()
     wait_until(lambda: len(done(other)) == 5, 15)
-    assert time.monotonic() - began < LEASE_S + 3
+    assert watch.spent < LEASE_S + 3
     assert [body for _, body in done(other)] == [str(n) for n in range(5)]
 
 
