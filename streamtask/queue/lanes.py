@@ -177,7 +177,9 @@ class LaneSet:
         lane.running = False
         lane.closed_by = max(lane.closed_by, closed_by)
         if head is not None:
-            self.add(lane, head)
+            # Whole, however long the lane: it is the next to run, and knows that it was handed out before.
+            self.waiting += 1
+            put_in_place(lane.waiting, head)
         lane.due = due
         lane.closed = due is None
         if due is not None:

@@ -11,7 +11,7 @@ from ..queue.consumer import Batch
 from ..redis.scripts import Code, script
 from .consumed import Consumed
 from .consumer import StreamConsumer
-from .message import DELIVERY, decode, expired
+from .message import DELIVERY, address, decode, expired
 from .queues import GROUP
 
 if TYPE_CHECKING:
@@ -155,13 +155,9 @@ def _handed(
         consumed.left_out += 1
         return None
     tag = session.new_tag()
-    properties, headers = payload["properties"], payload["headers"]
-    properties["delivery_tag"] = tag
-    info = properties.setdefault("delivery_info", {})
-    if not delivery.fresh:
-        headers["redelivered"] = info["redelivered"] = True
+    address(payload, tag, again=not delivery.fresh)
     if not consumer.lease.shared:
-        headers[DELIVERY] = {
+        payload["headers"][DELIVERY] = {
             "queue": consumed.queue.name,
             "epoch": consumed.queue.shape().epoch,
             "shard": consumer.shard,

@@ -79,6 +79,15 @@ def decode(delivery: Delivery) -> dict[str, Any]:
     }
 
 
+def address(payload: dict[str, Any], tag: str, *, again: bool) -> None:
+    """Writes into a message what is true of this delivery alone. ``again``: it was, or may have been, delivered before."""
+    properties = payload["properties"]
+    properties["delivery_tag"] = tag
+    info = properties["delivery_info"] = properties.get("delivery_info") or {}
+    if again:
+        payload["headers"]["redelivered"] = info["redelivered"] = True
+
+
 def expired(payload: dict[str, Any], entry_id: bytes, now_ms: int) -> bool:
     """Whether a message's time to live is over. One that says ``expires`` itself, as a Celery task does, is for its worker
     to judge, which stores that it was revoked."""

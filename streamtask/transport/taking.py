@@ -12,7 +12,7 @@ from ..redis import wire
 from ..redis.keys import ShardKeys
 from ..redis.link import Link
 from .consumed import Consumed
-from .message import check, decode, expired
+from .message import address, check, decode, expired
 from .queues import GROUP, shared
 
 if TYPE_CHECKING:
@@ -32,22 +32,21 @@ def take(session: Session, consumed: Consumed, most: int) -> list[tuple[dict[str
         names = queue.shard_keys(shared(priority))
         link = session.connections.links.at(names.stream)
         while len(out) < most:
-            now_ms, last, rung, next_ms, entries = link.run(
+            now_ms, last, rung, next_ms, again, fresh = link.run(
                 "take",
                 [names.stream, names.requeued, names.delayed, names.state, names.wake, names.notes(GROUP)],
                 [GROUP, most - len(out)],
             )
             if consumed.moved(names.prefix, last, rung):
                 queue.recorded()
-            for entry_id, fields in entries:
+            for position, (entry_id, fields) in enumerate([*again, *fresh]):
                 payload = _payload(link, queue.name, names, entry_id, fields)
                 if payload is None or expired(payload, entry_id, int(now_ms)):
                     continue
                 tag = session.new_tag()
-                payload["properties"]["delivery_tag"] = tag
-                payload["properties"].setdefault("delivery_info", {})
+                address(payload, tag, again=position < len(again))
                 out.append((payload, tag))
-            if not entries:
+            if not again and not fresh:
                 if next_ms >= 0:
                     due_at.append(mono_s() + max(0, int(next_ms) - int(now_ms)) / 1000)
                 break

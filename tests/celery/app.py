@@ -239,6 +239,22 @@ def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = T
         note("R", k, n)
         raise self.replace(put.si(k=k, n=n))
 
+    def unacknowledged(self: Any, how: str, n: int, k: str | None = None) -> None:
+        """Its result is stored, and then ``after_return`` sees to it that its message comes once more."""
+        note("S", k, n)
+        note("E", k, n)
+
+    def come_again(state: str, result: Any, task_id: str, args: Any, kwargs: dict[str, Any], error: Any) -> None:
+        if first_time(f"unacknowledged-{kwargs['n']}"):
+            note("Q", kwargs.get("k"), kwargs["n"])
+            if kwargs["how"] == "killed":
+                kill_worker()
+            raise Reject("once more", requeue=True)
+
+    stored = {"bind": True, "acks_late": True, "ignore_result": False, "after_return": staticmethod(come_again)}
+    task(name="unacknowledged", **stored)(unacknowledged)
+    task(name="unacknowledged_keyed", shard_key="k", **stored)(unacknowledged)
+
     @task(name="number", ignore_result=False)
     def number(n: int, ms: float = 0) -> int:
         time.sleep(ms / 1000)

@@ -8,7 +8,7 @@
 -- KEYS[6] notes      hash
 -- ARGV[1] group
 -- ARGV[2] most entries to take
--- Returns: {now (ms), last delivered id, newest wake id, when the next is due (ms) or -1, entries}
+-- Returns: {now (ms), last delivered id, newest wake id, when the next is due (ms) or -1, requeued entries, new entries}
 --- @include last_delivered
 --- @include now
 --- @include slices
@@ -21,27 +21,26 @@ for i = 1, #due do
   redis.call('ZREM', KEYS[3], due[i])
   redis.call('XADD', KEYS[1], '*', due[i]:sub(17, 17), due[i]:sub(18))
 end
-local entries = {}
+local again, fresh = {}, {}
 local ids = redis.call('ZRANGE', KEYS[2], 0, left - 1)
 for i = 1, #ids do
   redis.call('ZREM', KEYS[2], ids[i])
   redis.call('HDEL', KEYS[6], ids[i])
   local entry = redis.call('XRANGE', KEYS[1], ids[i], ids[i])[1]
   if redis.call('XACK', KEYS[1], ARGV[1], ids[i]) == 1 and entry then
-    entries[#entries + 1] = entry
+    again[#again + 1] = entry
     remove_finished(KEYS[1], KEYS[4], ARGV[1], { ids[i] }, true)
   end
 end
-left = left - #entries
+left = left - #again
 local last = '0-0'
 if left > 0 then
   -- The consumer's name lives no longer than this call.
   local found = redis.call('XREADGROUP', 'GROUP', ARGV[1], 'taker', 'COUNT', left, 'NOACK', 'STREAMS', KEYS[1], '>')
   redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], 'taker')
-  local fresh = found and found[1][2] or {}
+  fresh = found and found[1][2] or {}
   local taken = {}
   for i = 1, #fresh do
-    entries[#entries + 1] = fresh[i]
     taken[i] = fresh[i][1]
   end
   if #taken > 0 then
@@ -49,12 +48,12 @@ if left > 0 then
     remove_finished(KEYS[1], KEYS[4], ARGV[1], taken, true)
   end
 end
-if #entries > 0 then
-  redis.call('HINCRBY', KEYS[4], 'done:' .. ARGV[1], #entries)
+if #again + #fresh > 0 then
+  redis.call('HINCRBY', KEYS[4], 'done:' .. ARGV[1], #again + #fresh)
 end
 if last == '0-0' then
   last = last_delivered(KEYS[1], ARGV[1])
 end
 local rung = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)[1]
 local following = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
-return { now, last, rung and rung[1] or '0-0', tonumber(following[2] or '-1'), entries }
+return { now, last, rung and rung[1] or '0-0', tonumber(following[2] or '-1'), again, fresh }
