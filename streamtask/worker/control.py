@@ -2,13 +2,9 @@
 
 Each turn: take what has arrived (orders of the supervisor, a fetch's reply, ended deliveries), hand out what can run,
 send the next fetch, then write (results, notes, dead letters, acknowledgements). Executors and the supervisor only post
-to it. Three connections: one on which a fetch is always on its way or blocked, one for acknowledgements, whose answers are
-taken when they come, and one for everything else, whose answers are waited for.
-
-A fetch is one write: ``[XREAD] MULTI XREADGROUP... EXEC WATCH guards HMGET leases``. The WATCH of one fetch guards the
-next, so the fence costs no round trip. XREAD reads what wakes a shard's owner (a message that falls due, a lane that opens,
-entries on offer), every few milliseconds however busy the process is; that of an idle one blocks, and waits for messages,
-too, from the last delivered id, never from ``$``.
+to it. Three connections: that of the ``Fetcher``, on which a fetch is always on its way or blocked, that of the ``Settler``,
+and one for everything else, whose answers are waited for. What wakes the owner of a shard is looked at every few milliseconds
+however busy the process is.
 """
 
 from __future__ import annotations
@@ -17,25 +13,24 @@ import logging
 import os
 import select
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..clock import mono_s
-from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.consumer import Batch, Outcome, ShardConsumer
-from ..queue.declare import Queue
-from ..queue.lanes import Delivery
+from ..queue.fetcher import Fetcher
+from ..queue.lanes import Delivery, Entry
+from ..queue.settler import Settler
 from ..redis import wire
-from ..redis.link import LARGE, Link, pack
-from ..redis.scripts import script
+from ..redis.link import Link
 from .outage import Outage
+from .owned import Owned
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory
 
 log = logging.getLogger("streamtask.worker")
 
-BLOCK_MS = 5000
 COLD_FETCH_S = (0.005, 0.02)
 """How often idle shards are read, and what wakes any, while there is more to do: the interval doubles while nothing comes.
 After the longest one a fetch blocks until something does, or a shard has room for more."""
@@ -67,38 +62,6 @@ class Supervisor(Protocol):
     def send(self, op: str, **fields: Any) -> None: ...
 
 
-class Owned:
-    """A shard in the hands of this process, and what the loop remembers of it."""
-
-    __slots__ = ("consumer", "full", "next_audit", "number", "queue", "quiet_until", "read_at", "takeover", "woken")
-
-    def __init__(self, number: int, consumer: ShardConsumer, queue: Queue, next_audit: float) -> None:
-        self.number = number
-        self.consumer = consumer
-        self.queue = queue
-        self.takeover = True  # the pending entries have not been read yet
-        self.full = True  # the last fetch brought as much as it could, or there was none
-        self.read_at = 0.0
-        self.quiet_until = 0.0  # no calls before then: the lease's record is missing, or something failed
-        self.next_audit = next_audit
-        self.woken = True  # something else than a message has come, and was not looked at yet
-
-    def audit_due(self, now: float) -> bool:
-        return self.takeover or self.consumer.needs_audit or now >= self.next_audit
-
-    def has_to_prepare(self, now: float) -> bool:
-        consumer = self.consumer
-        return (
-            self.audit_due(now)
-            or self.woken
-            or consumer.has_to_recover()
-            or consumer.halted
-            or bool(consumer.lanes.lanes)
-            or (consumer.next_due is not None and now >= consumer.next_due)
-            or (consumer.on_offer and consumer.has_room())
-        )
-
-
 def end_process() -> None:
     """After an error that nobody foresaw: what this process holds is another's to take over."""
     log.critical("the control loop failed; the process ends", exc_info=sys.exc_info())
@@ -126,19 +89,10 @@ class Control:
         self._parallel = settings.concurrency > 1
         broker = settings.broker
         self._link = broker.link()
-        self._fetch = broker.link(timeout_s=BLOCK_MS / 1000 + broker.timeout_s, buffer_bytes=LARGE)
-        self._settle = broker.link()
-        self._settling: deque[Owned] = deque()  # whose calls are on their way, in order
-        self._settle_fd = -1
+        self._fetcher = Fetcher(broker)
+        self._settler = Settler(broker)
         self._results: Link | None = settings.result_broker.link() if settings.result_broker else None
         self._pending_results: list[bytes] = []
-        self._fetch_id = 0
-        self._fetching: list[Owned] | None = None
-        self._asked_wakes = False
-        self._blocked = False
-        self._armed: list[Owned] = []
-        self._arming_of: tuple[list[Owned], bytes] = ([], b"")
-        self._watch_dirty = True
         self._down_until = 0.0
         self._outage = Outage(log, 0.02, 1.0)
         self._progress_at: float | None = None
@@ -151,7 +105,8 @@ class Control:
         self._poll = select.poll()
         self._poll.register(self._wake_read, select.POLLIN)
         self._poll.register(supervisor.fileno(), select.POLLIN)
-        self._fetch_fd = -1
+        # Sockets that get another number whenever they connect anew, and what takes what they bring.
+        self._sockets: dict[int, Callable[[], None]] = {}
         self._orders: dict[str, Callable[..., None]] = {
             "own": self._own,
             "release": self._release,
@@ -202,10 +157,8 @@ class Control:
             elif fd == self._supervisor.fileno():
                 for order in self._supervisor.receive():
                     self._orders[order.pop("op")](**order)
-            elif fd == self._fetch_fd:
-                self._guarded(self._take_fetch)
-            elif fd == self._settle_fd:
-                self._guarded(self._take_settled)
+            elif fd in self._sockets:
+                self._guarded(self._sockets[fd])
         self._collect()
         now = mono_s()
         if now >= self._down_until:
@@ -238,7 +191,7 @@ class Control:
             due = consumer.lanes.next_due()
             if due is not None:
                 wake = min(wake, due)
-        if self._fetching is None and self._cold_at > now:
+        if self._fetcher.asked is None and self._cold_at > now:
             wake = min(wake, self._cold_at)
         # A part of a millisecond counts as a whole one: else the loop would spin through it.
         return max(0, -int(-(wake - now) * 1000 // 1))
@@ -265,30 +218,25 @@ class Control:
 
     def _lost_connection(self, exc: StreamTaskError) -> None:
         self._link.close()
-        self._drop_settling()
-        self._drop_fetch()
+        for fd in self._sockets:
+            self._poll.unregister(fd)
+        self._sockets.clear()
+        self._settler.drop()
+        self._fetcher.drop()
         # Of every shard: Redis may be another one now, or the same without its last second.
         for owned in self._owned.values():
             owned.consumer.connection_lost()
         self._down_until = mono_s() + self._outage.met(exc)
 
-    def _drop_fetch(self) -> None:
-        if self._fetch_fd != -1:
-            self._poll.unregister(self._fetch_fd)
-            self._fetch_fd = -1
-        self._fetch.close()
-        self._fetching = None
-        self._armed = []
-        self._watch_dirty = True
-
-    def _drop_settling(self) -> None:
-        if self._settle_fd != -1:
-            self._poll.unregister(self._settle_fd)
-            self._settle_fd = -1
-        self._settle.close()
-        for owned in self._settling:
-            owned.consumer.settle_lost()
-        self._settling.clear()
+    def _listen(self, link: Link, take: Callable[[], None]) -> None:
+        """Has ``take`` called when a link has something to read."""
+        fd = link.fileno()
+        if self._sockets.get(fd) != take:
+            for other in [other for other, step in self._sockets.items() if step == take]:
+                self._poll.unregister(other)
+                del self._sockets[other]
+            self._sockets[fd] = take
+            self._poll.register(fd, select.POLLIN)
 
     # Orders of the supervisor
 
@@ -318,7 +266,6 @@ class Control:
         self._owned[number] = owned
         self._numbers[consumer] = number
         self._turn_order.append(owned)
-        self._watch_dirty = True
         log.debug("owns queue=%s shard=%s token=%d", queue, shard, token)
 
     def _release(self, *, number: int) -> None:
@@ -346,7 +293,6 @@ class Control:
         self._owned.pop(owned.number, None)
         if owned in self._turn_order:
             self._turn_order.remove(owned)
-        self._watch_dirty = True
         if self.executor is not None:
             self.executor.forget(owned.consumer)
 
@@ -375,46 +321,43 @@ class Control:
     # Fetching
 
     def _send_fetch(self) -> None:
-        if self._fetching is not None and not self._blocked:
+        fetcher = self._fetcher
+        if fetcher.asked is not None and not fetcher.blocked:
             return
         now = mono_s()
         ready = [o for o in self._owned.values() if not o.takeover and o.quiet_until <= now and not o.consumer.closing]
         chosen, look, block = self._to_read(ready, now)
-        if self._fetching is not None:
-            asked = set(self._fetching)
-            missing = any(o not in asked for o in chosen)
-            if not missing and not any(self._is_over(o, now) for o in asked):
+        if fetcher.asked is not None:
+            # It waits for something. Is that still what is to be waited for?
+            asked = {self._of(consumer) for consumer in fetcher.asked}
+            if asked.issuperset(chosen) and not any(o is None or self._is_over(o, now) for o in asked):
                 return
-            if self._unblock():
+            if fetcher.unblock(self._link):
+                self._take_fetch()
                 self._send_fetch()
+            else:
+                self._look_at = mono_s() + 0.001  # not blocked yet, or not any more
             return
         if not chosen and not look:
             return
-        armed = set(self._armed)
-        if self._watch_dirty or not armed or any(o not in armed for o in chosen):
-            self._arm(ready)
-            armed = set(self._armed)
-            chosen = [o for o in chosen if o in armed]
-            if not chosen and not (look and armed):
-                return
-        parts: list[bytes] = []
-        if look:
-            parts.append(self._wake_command(ready, chosen, block))
-        parts.append(b"*1\r\n$5\r\nMULTI\r\n")
-        parts += [o.consumer.read_command for o in chosen]
-        parts.append(b"*1\r\n$4\r\nEXEC\r\n")
-        parts.append(self._arming(self._armed))
+        guarded = set(fetcher.guarded)
+        if any(o.consumer not in guarded for o in ready):
+            # This fetch guards them, and the next reads them.
+            chosen, block = [o for o in chosen if o.consumer in guarded], False
         for owned in chosen:
             owned.read_at = now
         if look and not block:
             self._cold_at = now + self._cold_s
-        self._fetching = chosen
-        self._asked_wakes, self._blocked = look, block
-        self._fetch.send(b"".join(parts))
+        fetcher.send([o.consumer for o in ready], [o.consumer for o in chosen], look=look, block=block)
+        self._listen(fetcher.link, self._take_fetch)
+
+    def _of(self, consumer: ShardConsumer) -> Owned | None:
+        owned = self._owned.get(self._numbers[consumer])
+        return owned if owned is not None and owned.consumer is consumer else None
 
     def _is_over(self, owned: Owned, now: float) -> bool:
         """Whether a shard is not to be waited for any more: given back, or to be audited with no fetch under way."""
-        return owned.consumer.closing or self._owned.get(owned.number) is not owned or owned.audit_due(now)
+        return owned.consumer.closing or owned.audit_due(now)
 
     def _to_read(self, ready: list[Owned], now: float) -> tuple[list[Owned], bool, bool]:
         """The shards to read next, whether to look at what wakes any, and whether to wait until something comes.
@@ -432,124 +375,55 @@ class Control:
             return hot, False, False
         return hot + [o for o in with_room if not o.full], True, not hot and self._cold_s >= COLD_FETCH_S[1]
 
-    def _wake_command(self, ready: list[Owned], chosen: list[Owned], block: bool) -> bytes:
-        streams = [o.consumer.keys.wake for o in ready]
-        ids = [o.consumer.wake_id for o in ready]
-        if not block:
-            return pack("XREAD", "COUNT", 1, "STREAMS", *streams, *ids)
-        streams += [o.consumer.keys.stream for o in chosen]
-        ids += [o.consumer.last_id for o in chosen]
-        return pack("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *streams, *ids)
-
-    def _arming(self, armed: list[Owned]) -> bytes:
-        """What to send to watch these shards and to learn who owns them; nearly always what was sent last."""
-        if armed != self._arming_of[0]:
-            watch = pack("WATCH", *(o.consumer.lease.guard for o in armed))
-            self._arming_of = (armed, b"".join([watch, *(o.consumer.guard_command for o in armed)]))
-        return self._arming_of[1]
-
-    def _arm(self, ready: list[Owned]) -> None:
-        """Watches the leases' guards and asks who owns them: what is read next is read under them."""
-        if not self._fetch.connected:
-            self._fetch.connect()
-            self._fetch_id = int(self._fetch.command("CLIENT", "ID"))
-        if self._fetch_fd != self._fetch.fileno():
-            if self._fetch_fd != -1:
-                self._poll.unregister(self._fetch_fd)
-            self._fetch_fd = self._fetch.fileno()
-            self._poll.register(self._fetch_fd, select.POLLIN)
-        self._fetch.send(pack("UNWATCH") + self._arming(ready))
-        replies = self._fetch.read_many(2 + len(ready))
-        self._armed = []
-        self._watch_dirty = False
-        self._check_owners(ready, replies[2:])
-
-    def _check_owners(self, watched: list[Owned], answers: list[Any]) -> None:
-        """Keeps as armed the shards that this process owns."""
-        self._armed = []
-        for owned, answer in zip(watched, answers, strict=True):
-            if owned.number not in self._owned:
-                self._watch_dirty = True
-            elif isinstance(answer, Exception):
-                raise answer
-            elif owned.consumer.owns(answer):
-                self._armed.append(owned)
-            elif answer[1] is None:
-                owned.quiet_until = mono_s() + 0.1
-                self._watch_dirty = True
-            else:
-                self._watch_dirty = True
-                if not owned.consumer.closing:
-                    self._lost(owned)
-
     def _take_fetch(self) -> None:
-        if self._fetching is None:
-            # Nothing was asked: the server closed the connection.
-            raise BrokerUnavailable(f"Redis at {self._settings.broker.safe_url} closed the connection")
-        fetch, fetching, armed = self._fetch, self._fetching, self._armed
+        asked = self._fetcher.asked or ()
         try:
-            self._take_replies(fetch, fetching, armed)
+            fetched = self._fetcher.take()
+            for consumer in fetched.woken:
+                if (owned := self._of(consumer)) is not None:
+                    owned.woken = True
+            for consumer in fetched.unrecorded:
+                if (owned := self._of(consumer)) is not None:
+                    owned.quiet_until = mono_s() + 0.1
+            for consumer in fetched.lost:
+                if (owned := self._of(consumer)) is not None and not consumer.closing:
+                    self._lost(owned)
+            self._absorb(fetched.read)
         except StreamTaskError:
-            for owned in fetching:
-                owned.consumer.needs_audit = True  # what came beside the error is pending, and not here
-            self._watch_dirty = True
+            for consumer in asked:
+                consumer.needs_audit = True  # what came beside the error is pending, and not here
             raise
+        if asked and not fetched.read:
+            # Refused: a guard has changed. They are to be read all the same.
+            for consumer in asked:
+                if (owned := self._of(consumer)) is not None:
+                    owned.full = True
 
-    def _take_replies(self, fetch: Link, fetching: list[Owned], armed: list[Owned]) -> None:
-        replies = iter(fetch.read_many(self._asked_wakes + 1 + len(fetching) + 1 + 1 + len(armed)))
-        woken = next(replies) if self._asked_wakes else None
-        queued = [next(replies) for _ in range(1 + len(fetching))]
-        found = next(replies)
-        next(replies)  # WATCH
-        answers = list(replies)
-        self._fetching = None
-        if isinstance(woken, list):
-            self._take_wakes(woken)
-        self._check_owners(armed, answers)
-        if isinstance(found, list):
-            self._absorb(fetching, found)
-        elif any(isinstance(reply, BrokerOutOfMemory) for reply in queued):
-            self._watch_dirty = True
-            self._fetch_by_script(fetching)
-        elif isinstance(found, Exception):
-            # EXECABORT: what was queued was refused.
-            raise next((reply for reply in queued if isinstance(reply, Exception)), found)
-        else:
-            # EXEC refused: a guard changed. Who owns what has just been read anew.
-            for owned in fetching:
-                owned.full = True
-
-    def _fetch_by_script(self, fetching: list[Owned]) -> None:
-        """Above maxmemory, Redis before 8 refuses whatever is queued in a transaction; yet a full Redis must be drained."""
-        found: list[Any] = []
-        for owned in fetching:
-            try:
-                entries = owned.consumer.read_by_script(self._link)
-                found.append([[b"", entries]] if entries else None)
-            except LeaseLost:
-                self._suspect(owned)
-                found.append(None)
-            except ReplyError as exc:
-                found.append(exc)
-        self._absorb(fetching, found)
-
-    def _absorb(self, fetching: list[Owned], found: list[Any]) -> None:
+    def _absorb(self, read: list[tuple[ShardConsumer, list[Entry] | StreamTaskError]]) -> None:
         anything = False
-        for owned, reply in zip(fetching, found, strict=True):
-            if isinstance(reply, ReplyError):
-                self._refused(owned, reply)
+        for consumer, entries in read:
+            owned = self._of(consumer)
+            if owned is None:
                 continue
-            if isinstance(reply, Exception):
-                raise reply
-            entries = reply[0][1] if reply else []
-            owned.full = len(entries) >= self._settings.consumer.fetch_count
-            if entries:
-                anything = True
-                try:
-                    owned.consumer.absorb(self._link, entries)
-                except LeaseLost:
-                    self._suspect(owned)
+            if isinstance(entries, LeaseLost):
+                self._suspect(owned)
+            elif isinstance(entries, ReplyError):
+                self._refused(owned, entries)
+            elif isinstance(entries, StreamTaskError):
+                raise entries
+            else:
+                self._take_entries(owned, entries)
+                anything = anything or bool(entries)
         self._cold_s = COLD_FETCH_S[0] if anything else min(COLD_FETCH_S[1], self._cold_s * 2)
+
+    def _take_entries(self, owned: Owned, entries: list[Entry]) -> None:
+        owned.full = len(entries) >= self._settings.consumer.fetch_count
+        if entries:
+            try:
+                owned.consumer.absorb(self._link, entries)
+            except LeaseLost:
+                owned.consumer.needs_audit = True
+                self._suspect(owned)
 
     def _stream_gone(self, owned: Owned) -> None:
         log.critical(
@@ -562,25 +436,6 @@ class Control:
         owned.consumer.last_id = "0-0"
         owned.consumer.wake_id = "0-0"
         owned.full = True
-
-    def _take_wakes(self, woken: list[Any]) -> None:
-        streams = {o.consumer.keys.wake.encode(): o for o in self._owned.values()}
-        for stream, entries in woken:
-            owned = streams.get(stream)
-            if owned is not None:
-                owned.consumer.wake_id = entries[-1][0].decode()
-                # What the entry says is not looked at: it may stand for others before it.
-                owned.woken = True
-
-    def _unblock(self) -> bool:
-        """Ends a blocked XREAD, for what it waits on is no longer right. True if the next fetch can go out."""
-        if self._link.command("CLIENT", "UNBLOCK", self._fetch_id) == 1:
-            # The replies are on their way.
-            self._take_fetch()
-            return True
-        # Not blocked yet, or not any more: look again at once.
-        self._look_at = mono_s() + 0.001
-        return False
 
     # Working
 
@@ -621,7 +476,7 @@ class Control:
                 self._suspect(owned)
             except ReplyError as exc:
                 self._refused(owned, exc)
-        if self._hand_out() and self._fetching is None and not self._parallel:
+        if self._hand_out() and self._fetcher.asked is None and not self._parallel:
             # A few messages have come after a wait: they start before anything else is done.
             self._look_at = now
             return
@@ -653,7 +508,7 @@ class Control:
         if owned.quiet_until > now:
             return
         if owned.audit_due(now):
-            if owned in (self._fetching or ()):
+            if consumer in (self._fetcher.asked or ()):
                 return  # what its reply brings is pending already; the next fetch leaves this shard out
             self._audit(owned)
         if consumer.has_to_recover():
@@ -767,8 +622,9 @@ class Control:
             consumer.flush(self._link)
             self._look_at = mono_s()  # a lane may be open now
         if consumer.finished and not consumer.settling and (settle or self._settle_now(consumer)):
-            self._send_settle(owned)
-        if consumer.closing and consumer.idle() and (self._fetching is None or owned not in self._fetching):
+            self._settler.send(consumer)
+            self._listen(self._settler.link, self._take_settled)
+        if consumer.closing and consumer.idle() and consumer not in (self._fetcher.asked or ()):
             self._handed_over(owned)
 
     def _settle_now(self, consumer: ShardConsumer) -> bool:
@@ -779,40 +635,13 @@ class Control:
             return True  # nothing runs that could be acknowledged with it
         return mono_s() >= consumer.finished_since + self._settings.ack_interval_s
 
-    def _send_settle(self, owned: Owned) -> None:
-        packed = owned.consumer.begin_settle()
-        self._settling.append(owned)
-        self._settle.send(packed)
-        if self._settle_fd != self._settle.fileno():
-            if self._settle_fd != -1:
-                self._poll.unregister(self._settle_fd)
-            self._settle_fd = self._settle.fileno()
-            self._poll.register(self._settle_fd, select.POLLIN)
-
     def _take_settled(self) -> None:
-        """Takes the answers that have come; waits for one."""
-        if not self._settling:
-            raise BrokerUnavailable(f"Redis at {self._settings.broker.safe_url} closed the connection")
-        while self._settling:
-            answer = self._settle.read_quietly()
-            owned = self._settling.popleft()
-            consumer = owned.consumer
-            try:
-                if isinstance(answer, StreamTaskError):
-                    consumer.settle_lost()
-                    if isinstance(answer, ReplyError) and answer.code == "NOSCRIPT":
-                        self._link.call(script("settle").pack_load())
-                    elif isinstance(answer, ReplyError):
-                        self._refused(owned, answer)
-                    else:
-                        raise answer
-                else:
-                    consumer.end_settle(answer)
-            except LeaseLost:
-                consumer.settle_lost()
+        for consumer, exc in self._settler.take(self._link):
+            owned = self._of(consumer)
+            if owned is not None and isinstance(exc, LeaseLost):
                 self._suspect(owned)
-            if not self._settle.buffered():
-                return
+            elif owned is not None and isinstance(exc, ReplyError):
+                self._refused(owned, exc)
 
     def _handed_over(self, owned: Owned) -> None:
         self._forget(owned)
