@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .clock import mono_s, wall_ms
-from .errors import BrokerUnavailable, ConfigError, DecodeError, ReplyError, StreamTaskError
+from .errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, DecodeError, ReplyError, StreamTaskError
 from .queue.consumer import OWNER
 from .queue.lanes import id_order
 from .redis import wire
 from .redis.connection import MIN_VERSION
-from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, is_shared
+from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, expiring, is_shared
 from .redis.link import Link, pack
 from .redis.scripts import by_sha, script
 
@@ -131,9 +131,13 @@ class Inspector:
     def _ask_at_once(self, blocks: Sequence[tuple[str, list[bytes]]]) -> list[list[Any]]:
         """The replies to blocks of commands, each block of one slot and in one transaction. Errors of single commands,
         as of a stream that is not there, stay in the lists."""
-        return [replies[-1] for replies in self._send([(key, [_MULTI, *block, _EXEC]) for key, block in blocks])]
+        try:
+            return [replies[-1] for replies in self._send([(key, [_MULTI, *block, _EXEC]) for key, block in blocks])]
+        except BrokerOutOfMemory:
+            # Above maxmemory, Redis before 8 refuses whatever is queued in a transaction.
+            return self._send(blocks, raising=False)
 
-    def _send(self, blocks: Sequence[tuple[str, list[bytes]]]) -> list[list[Any]]:
+    def _send(self, blocks: Sequence[tuple[str, list[bytes]]], raising: bool = True) -> list[list[Any]]:
         by_node: dict[str, list[int]] = {}
         for index, (key, _) in enumerate(blocks):
             by_node.setdefault(self.app.broker.node(key), []).append(index)
@@ -144,18 +148,17 @@ class Inspector:
                 replies = iter(self._pipeline(link, [packed for i in chunk for packed in blocks[i][1]]))
                 for i in chunk:
                     answers[i] = [next(replies) for _ in blocks[i][1]]
+                    if raising:
+                        for reply in answers[i]:
+                            _raised(reply, blocks[i][0])
         return answers
 
     def _pipeline(self, link: Link, packed: list[bytes]) -> list[Any]:
         try:
-            replies = link.pipeline(packed)
+            return link.pipeline(packed)
         except BaseException:
             link.close()  # a reply may be under way, and must not answer the next question
             raise
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return replies
 
     # Queues
 
@@ -441,10 +444,19 @@ class Inspector:
         unreachable Redis is a failed check, and the only one. Shards without an owner and stale consumers are looked at
         twice, a lease time apart, since both come and go while workers start and stop. Raises nothing of its own.
         """
+        checks: list[Row] = []
         try:
-            link, checks = self._check_reachable()
+            self._check_all(checks)
         except (BrokerUnavailable, ConfigError) as exc:
-            return [_check("redis", False, str(exc), "nothing else can be checked before Redis answers")]
+            checks.append(_check("redis", False, str(exc), "nothing else can be checked before Redis answers"))
+        except ReplyError as exc:
+            advice = "a key of a wrong type? Its shard rests until that is mended; no other is the worse for it"
+            checks.append(_check("queues", False, f"a queue can't be looked at: {exc}", advice))
+        return checks
+
+    def _check_all(self, checks: list[Row]) -> None:
+        link, row = self._check_reachable()
+        checks.append(row)
         try:
             info = _info(link.command("INFO"))
         except (ReplyError, ConfigError) as exc:
@@ -454,11 +466,11 @@ class Inspector:
             checks += [_check_version(info), _check_role(info), *_check_memory(info), *_check_persistence(info, link)]
         checks.append(_check_clock(link))
         checks.append(_check_scripts(link))
+        checks.append(self._check_writes(link))
         checks.append(_check_id_sets(link))
         checks += self._check_queues()
-        return checks
 
-    def _check_reachable(self) -> tuple[Link, list[Row]]:
+    def _check_reachable(self) -> tuple[Link, Row]:
         key = app_queues(self.app.settings.namespace, self.app.name)
         link = self._link(self.app.broker.node(key), key)
         link.command("PING")
@@ -470,10 +482,19 @@ class Inspector:
         best, slow = min(rounds) * 1000, max(rounds) * 1000
         message = f"{self.app.broker.safe_url} answers in {best:.2f} ms (the slowest of 5: {slow:.2f} ms)"
         if best > 50:
-            return link, [
-                _check("redis", None, message, "workers need a Redis nearby: every batch waits for round trips")
-            ]
-        return link, [_check("redis", True, message)]
+            advice = "workers need a Redis nearby: every batch waits for round trips"
+            return link, _check("redis", None, message, advice)
+        return link, _check("redis", True, message)
+
+    def _check_writes(self, link: Link) -> Row:
+        """By a script that writes nothing, which Redis refuses as any that does (above maxmemory it allows that one)."""
+        try:
+            link.run("touch_queues", [expiring(self.app.settings.namespace, self.app.name)], [])
+        except (BrokerUnavailable, ReplyError) as exc:
+            return _check(
+                "writes", False, str(exc), "until then nothing is stored and nothing runs: see docs/operations.md"
+            )
+        return _check("writes", True, "Redis lets scripts write")
 
     def _check_queues(self) -> list[Row]:
         names = self.queues()
@@ -529,6 +550,15 @@ class Inspector:
         return _check("shard-counts", True, "as configured: " + ", ".join(f"{n} {s.shards}" for n, s in shapes.items()))
 
 
+def _raised(reply: Any, key: str) -> Any:
+    """A reply, where an error is to raise; of one that is of a key alone Redis does not say which key that is."""
+    if isinstance(reply, ReplyError) and not isinstance(reply, ConfigError):
+        raise ReplyError(f"{reply} (a call for {key})", reply.code)
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
 # One queue's state
 
 
@@ -572,6 +602,8 @@ def _pack_shard(keys: ShardKeys, shard: int | str, shape: Shape, consumers: bool
 
 def _read_shard(shape: Shape, shard: int | str, replies: list[Any]) -> ShardState:
     length, delayed, dead, raw_state, groups, *rest = replies
+    for reply in (length, delayed, dead, raw_state):
+        _raised(reply, shape.shard(shard).prefix)
     fields = _texts(raw_state)
     state = ShardState(int(length), int(delayed), int(dead), int(fields.get("purged", 0)))
     # An error stands for a stream or a group that is not there yet.

@@ -32,6 +32,8 @@ import redis
 
 from tests.helpers import free_port, popen, session_processes
 
+READY = (b"+PONG", b"-NOAUTH")  # a password that a test has set is an answer, too
+
 # --- the server --------------------------------------------------------------------------------------------------
 
 
@@ -68,6 +70,11 @@ class RedisServer:
 
     @property
     def url(self) -> str:
+        """What an app names as its broker."""
+        return self.plain_url
+
+    @property
+    def plain_url(self) -> str:
         return f"unix://{self.socket_path}?db=0" if self.unix else f"redis://127.0.0.1:{self.port}/0"
 
     @property
@@ -108,8 +115,8 @@ class RedisServer:
         options.update(self.config)
         return [self.binary, *(part for name, value in options.items() for part in (f"--{name}", value))]
 
-    def start(self, timeout: float = 20) -> RedisServer:
-        """Starts it and waits until it answers."""
+    def start(self, timeout: float = 20, *, loading: bool = False) -> RedisServer:
+        """Starts it and waits until it answers; ``loading``: until it answers that it reads its data."""
         assert not self.running, "the server runs already"
         for attempt in range(5):
             with open(self.dir / "output", "ab") as output:
@@ -118,7 +125,7 @@ class RedisServer:
                 )
             if self.shared:
                 session_processes.add(self.process.pid)
-            if self._wait_ready(time.monotonic() + timeout):
+            if self._wait_ready(time.monotonic() + timeout, b"-LOADING" if loading else READY):
                 break
             # Somebody took the port between our look and the server's bind.
             if not (self._any_port and attempt < 4 and "Address already in use" in self.log[-2000:]):
@@ -130,15 +137,15 @@ class RedisServer:
             self._defaults = self.config_get()
         return self
 
-    def _wait_ready(self, deadline: float) -> bool:
+    def _wait_ready(self, deadline: float, words: bytes | tuple[bytes, ...]) -> bool:
         while time.monotonic() < deadline and self.running:
-            if self.answers() and self._is_ours():
+            if self.answers(words=words) and self._is_ours():
                 return True
             time.sleep(0.003)
         return False
 
-    def answers(self, timeout: float = 1) -> bool:
-        """Whether it answers PING (not while it loads its data)."""
+    def answers(self, timeout: float = 1, words: bytes | tuple[bytes, ...] = READY) -> bool:
+        """Whether it answers PING (by default not while it loads its data)."""
         family, address = (
             (socket.AF_UNIX, self.socket_path) if self.unix else (socket.AF_INET, ("127.0.0.1", self.port))
         )
@@ -147,9 +154,7 @@ class RedisServer:
                 probe.settimeout(timeout)
                 probe.connect(address)
                 probe.sendall(b"PING\r\n")
-                # A password that a test has set is an answer too.
-                reply = probe.recv(100)
-                return reply.startswith((b"+PONG", b"-NOAUTH"))
+                return probe.recv(100).startswith(words)
         except OSError:
             return False
 
@@ -219,12 +224,12 @@ class RedisServer:
 
     def client(self, **options: Any) -> redis.Redis:
         """A redis-py client, closed at the end of the test. ``decode_responses`` is False unless you ask for it."""
-        client: redis.Redis = redis.Redis.from_url(self.url, **options)
+        client: redis.Redis = redis.Redis.from_url(self.plain_url, **options)
         self._clients.append(client)
         return client
 
     def _admin(self, *command: str) -> Any:
-        admin: Any = redis.Redis.from_url(self.url, socket_timeout=5, decode_responses=True, protocol=2)
+        admin: Any = redis.Redis.from_url(self.plain_url, socket_timeout=5, decode_responses=True, protocol=2)
         with contextlib.closing(admin):
             return admin.execute_command(*command)
 

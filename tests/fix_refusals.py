@@ -70,6 +70,41 @@ def _misconf(server: RedisServer) -> Callable[[], None]:
     return lift
 
 
+def _loading(server: RedisServer) -> Callable[[], None]:
+    """It is killed, starts anew and reads its data slowly."""
+    filler = server.client().pipeline(transaction=False)
+    for _ in range(100_000):
+        filler.incr("filler")
+    filler.execute()
+    server.kill()
+    server.config["key-load-delay"] = "200"  # microseconds for each command of its file
+    server.start(loading=True)
+    del server.config["key-load-delay"]
+
+    def lift() -> None:
+        server.restart(kill=True)
+        server.client().delete("filler")
+
+    return lift
+
+
+def _cluster_down(server: RedisServer) -> Callable[[], None]:
+    """One slot, in which nothing lies, is served by nobody."""
+    admin = server.client()
+    held: list[bytes] = admin.keys("*")
+    taken = {admin.execute_command("CLUSTER", "KEYSLOT", key) for key in held}
+    slot = next(slot for slot in range(16384) if slot not in taken)
+    admin.execute_command("CLUSTER", "DELSLOTS", slot)
+    state = "CLUSTER INFO"
+    wait_until(lambda: admin.execute_command(state)["cluster_state"] == "fail", 15)
+
+    def lift() -> None:
+        admin.execute_command("CLUSTER", "ADDSLOTS", slot)
+        wait_until(lambda: admin.execute_command(state)["cluster_state"] == "ok", 15)
+
+    return lift
+
+
 def _full(server: RedisServer) -> Callable[[], None]:
     server.config_set({"maxmemory": 1})
     return lambda: server.config_set({"maxmemory": 0})
@@ -87,11 +122,40 @@ FAULTS: dict[str, Callable[[RedisServer], Callable[[], object]]] = {
     "READONLY": lambda server: _replica(server, "yes"),
     "MASTERDOWN": lambda server: _replica(server, "no"),
     "MISCONF": _misconf,
+    "LOADING": _loading,
+    "CLUSTERDOWN": _cluster_down,  # of a server that is a Cluster of one node
     "OOM": _full,
     "NOPERM": _no_permission,
 }
-PASSING = ["BUSY", "NOREPLICAS", "READONLY", "MASTERDOWN", "MISCONF"]
+PASSING = ["BUSY", "NOREPLICAS", "READONLY", "MASTERDOWN", "MISCONF", "LOADING", "CLUSTERDOWN"]
 """Those for which a call waits."""
+
+
+class OneNodeCluster(RedisServer):
+    """A server that is a Cluster by itself."""
+
+    def __init__(self, binary: str) -> None:
+        super().__init__(binary, aof=True, config={"cluster-enabled": "yes"})
+        while self.port > 55_000:  # nodes talk on a port 10,000 above
+            self.port = free_port()
+        self._any_port = False
+
+    @property
+    def url(self) -> str:
+        return f"redis+cluster://127.0.0.1:{self.port}"
+
+    def start(self, timeout: float = 20, *, loading: bool = False) -> RedisServer:
+        super().start(timeout, loading=loading)
+        admin = self.client()
+        for first in range(0, 16384, 4096):
+            admin.execute_command("CLUSTER", "ADDSLOTS", *range(first, first + 4096))
+        wait_until(lambda: admin.execute_command("CLUSTER INFO")["cluster_state"] == "ok", 15)
+        return self
+
+
+def server_for(code: str, server: RedisServer) -> contextlib.AbstractContextManager[RedisServer]:
+    """The server that can refuse with a code: the one given, or a Cluster of one node of its version."""
+    return OneNodeCluster(server.binary) if code == "CLUSTERDOWN" else contextlib.nullcontext(server)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ Exit status:
   0  fine
   1  what was asked about is wrong: Redis can't be reached, a check of doctor
      fails, a dead letter, queue or task of that name does not exist, ...
-  2  the command was given wrongly: options, app or broker URL
+  2  the command was given wrongly: options, app or broker URL, or a user of
+     Redis who may not do it
 
 \b
 Environment:

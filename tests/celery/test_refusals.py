@@ -6,17 +6,33 @@ import threading
 
 import pytest
 
-from tests.celery.rig import LEASE
-from tests.fix_refusals import FAULTS, PASSING, refusing
+from tests.celery import app as sut
+from tests.celery.rig import LEASE, close_app
+from tests.fix_refusals import FAULTS, PASSING, refusing, server_for
+
+
+@pytest.fixture
+def refuser(own_server_all, site, request):
+    """A server that can refuse with the test's code, a site there, and what its workers have to know."""
+    code = request.node.callspec.params["code"]
+    with server_for(code, own_server_all) as server:
+        on = site(server)
+        if code != "CLUSTERDOWN":
+            yield server, on, {}
+            return
+        url = f"streamtask+cluster://127.0.0.1:{server.port}"
+        on.app = sut.make(url, on.options)
+        yield server, on, {"broker_url": url}
+        close_app(on.app)
 
 
 @pytest.mark.parametrize("code", FAULTS)
-def test_a_celery_worker_outlives_it(own_server_all, site, code):
-    site = site(own_server_all)
-    worker = site.worker("threads", 2)
+def test_a_celery_worker_outlives_it(refuser, code):
+    server, site, conf = refuser
+    worker = site.worker("threads", 2, **conf)
     running = site.send("gated", "running")
     site.wait("S", running)
-    idle = site.worker("solo", 1)
+    idle = site.worker("solo", 1, **conf)
     failures: list[BaseException] = []
 
     def publish() -> None:
@@ -27,7 +43,7 @@ def test_a_celery_worker_outlives_it(own_server_all, site, code):
             failures.append(exc)
 
     late = threading.Thread(target=publish)
-    with refusing(own_server_all, code):
+    with refusing(server, code):
         if code in PASSING:
             late.start()
         for one in (worker, idle):
