@@ -221,6 +221,8 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         ttl = self._time_to_live.get(queue)
         if ttl is not None:
             message["properties"]["expiration"] = str(min(ttl, int(message["properties"].get("expiration") or ttl)))
+        if queue in self.session.touched:
+            routing.keep(self.session, queue)
         batch: publish.PublishBatch | None = kwargs.get("_publish_batch")
         if batch is not None:
             batch.add(self.session, queue, message)
@@ -282,8 +284,13 @@ class Channel(virtual.Channel):  # type: ignore[misc]
             self.poller.listener.subscribe(queue, *fanout)
             self.session.listened.add(queue)
         else:
-            self.session.consume(queue, self, no_ack=no_ack)
+            self._consume(queue, no_ack)
             self._no_ack[queue] = no_ack
+
+    def _consume(self, queue: str, no_ack: bool) -> None:
+        if not self.session.uses(queue):
+            routing.drop_expired(self.session, queue)
+        self.session.consume(queue, self, no_ack=no_ack)
 
     def basic_cancel(self, consumer_tag: str) -> None:
         if consumer_tag not in self._consumers:
@@ -314,7 +321,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         session.take_orders()
         if queue not in self._got and queue not in self._no_ack:
             self._got.add(queue)
-            session.consume(queue, self, no_ack=no_ack)
+            self._consume(queue, no_ack)
         if session.has_to_flush():
             session.flush()
         found = session.fetch(queue, 1)

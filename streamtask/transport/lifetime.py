@@ -11,6 +11,19 @@ if TYPE_CHECKING:
     from .session import Session
 
 
+class Touched:
+    """A queue with ``x-expires`` that this process has declared, and when its end has to be put off again."""
+
+    __slots__ = ("again_at", "expires_ms")
+
+    def __init__(self, expires_ms: int, at: float) -> None:
+        self.expires_ms = expires_ms
+        self.put_off(at)
+
+    def put_off(self, at: float) -> None:
+        self.again_at = at + self.expires_ms / 3000
+
+
 def is_declared(session: Session, name: str) -> bool:
     """Whether a queue is declared, and has not expired."""
     options = session.options

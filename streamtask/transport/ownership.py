@@ -91,7 +91,8 @@ class Ownership:
     def _tell(self, consumed: Consumed, owned: Iterable[dict[str, Any]] = ()) -> None:
         name = consumed.queue.name
         self.keeper().consume(name, self._session.options.shards, owned)
-        self.keeper().touch(name, self._session.touched.get(name, 0))
+        touched = self._session.touched.get(name)
+        self.keeper().touch(name, touched.expires_ms if touched else 0)
 
     def receives(self, lease: Lease, entry_id: bytes) -> None:
         """From now on the death of this process is counted of one message, by the keeper, until ``received``."""

@@ -1,5 +1,5 @@
 """What is declared: queues, their bindings to exchanges, and when an unused queue expires. Nothing here has a time to live of
-its own, so no binding can vanish; a queue that expires is removed by whoever declares one after its time."""
+its own, so no binding can vanish; a queue whose time is over is removed by whoever uses it next, or declares any."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _swept_at: dict[int, float] = {}
 
 def declare(session: Session, queue: str, expires_ms: int | None) -> None:
     """Records a queue. ``expires_ms``: how long it is kept unused, None for ever."""
-    _bind(session, queue, "", "", expires_ms or 0)
+    now = mono_s()
+    while not _bind(session, queue, "", "", expires_ms or 0):
+        drop_expired(session, queue)
     session.declared(queue)
     if expires_ms:
-        session.touched[queue] = expires_ms
+        session.touched_at(queue, expires_ms, now)
     else:
         session.touched.pop(queue, None)
-    now = mono_s()
     if now - _swept_at.get(id(session), 0.0) > SWEEP_S:
         _swept_at[id(session)] = now
         sweep(session)
@@ -46,14 +47,30 @@ def bind(session: Session, exchange: str, binding: Sequence[str | None]) -> None
     _bind(session, text[2], exchange, SEP.join(text), "")
 
 
-def _bind(session: Session, queue: str, exchange: str, member: str, expires_ms: int | str) -> None:
+def keep(session: Session, queue: str) -> None:
+    """Who has declared a queue with ``x-expires`` uses it by publishing to it, too."""
+    touched = session.touched[queue]
+    if mono_s() >= touched.again_at:
+        declare(session, queue, touched.expires_ms)
+
+
+def drop_expired(session: Session, queue: str) -> None:
+    """Removes a queue with all that is in it, if its time is over."""
+    if _unbind(session, queue, "expired"):
+        log.info("queue %s has expired, unused", queue)
+        _delete_streams(session, queue)
+
+
+def _bind(session: Session, queue: str, exchange: str, member: str, expires_ms: int | str) -> bool:
+    """False where the queue has expired."""
     namespace, app = session.options.namespace, session.options.app
     names = [
         keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue),
         keys.bindings(namespace, app, exchange), keys.born(namespace, app),
     ]  # fmt: skip
     born = session.connections.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP, uuid.uuid4().hex])
-    session.born = session.born or born
+    session.born = session.born or born or b""
+    return bool(born)
 
 
 def flushed(session: Session) -> bool:
@@ -104,10 +121,7 @@ def sweep(session: Session) -> None:
         return found
 
     for member in session.connections.once_more(overdue, name):
-        queue = member.decode()
-        if _unbind(session, queue, "expired"):
-            log.info("queue %s has expired, unused", queue)
-            _delete_streams(session, queue)
+        drop_expired(session, member.decode())
 
 
 def _delete_streams(session: Session, queue: str) -> None:

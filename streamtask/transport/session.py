@@ -56,8 +56,8 @@ class Session:
         self.queues: dict[str, KombuQueue] = {}
         self.fanout_queues: dict[str, tuple[str, str]] = {}
         """Queues that are bound to a fanout exchange: the exchange and the routing key."""
-        self.touched: dict[str, int] = {}
-        """Queues with ``x-expires``, ms."""
+        self.touched: dict[str, lifetime.Touched] = {}
+        """Queues with ``x-expires``."""
         self.born = b""
         """What stands in Redis since the first binding: another value means that all was flushed."""
         # Pollers that may sleep while there is something for them.
@@ -77,7 +77,6 @@ class Session:
         """Grows when leases were lost: what was delivered before is others' now."""
         self.listened: set[str] = set()
         """Queues of fanout exchanges that somebody here listens to."""
-        self._touch_at: dict[str, float] = {}
         self._upkeep_at = 0.0
         self.produce_ids = ProduceIds()
         self.connections = Connections(self.broker)
@@ -327,10 +326,17 @@ class Session:
         return consumed is None or consumed.ready()
 
     def next_wake(self, names: Iterable[str]) -> float | None:
-        """When (monotonic) the next message of these queues falls due, as far as is known here."""
+        """When (monotonic) the next message of these queues falls due, as far as is known here, or ``upkeep`` is due."""
         with self.lock:
             found = [self.consumed[name] for name in names if name in self.consumed]
-            return min((at for consumed in found for at in consumed.due_times()), default=None)
+            times = [at for consumed in found for at in consumed.due_times()]
+            times += [touched.again_at for _, touched in self._touched_here()]
+            return min(times, default=None)
+
+    def uses(self, name: str) -> bool:
+        """Whether a channel of this process consumes a queue."""
+        consumed = self.consumed.get(name)
+        return (consumed is not None and bool(consumed.users)) or name in self.listened
 
     def bell(self, names: Iterable[str]) -> dict[bytes, tuple[str, str]]:
         """The streams to wait for, as {key: (queue, id after which something is new)}."""
@@ -399,10 +405,20 @@ class Session:
         for name in gone:
             if lifetime.is_declared(self, name):
                 self.declared(name)
-        for name, expires_ms in list(self.touched.items()):
-            if now >= self._touch_at.get(name, 0.0) and (name in self.consumed or name in self.listened):
-                self._touch_at[name] = now + expires_ms / 3000
-                lifetime.touch(self, name, expires_ms)
+        for name, touched in self._touched_here():
+            if now >= touched.again_at:
+                touched.put_off(now)
+                lifetime.touch(self, name, touched.expires_ms)
+            self._upkeep_at = min(self._upkeep_at, touched.again_at)
+
+    def touched_at(self, name: str, expires_ms: int, now: float) -> None:
+        """A queue with ``x-expires`` was declared."""
+        self.touched[name] = touched = lifetime.Touched(expires_ms, now)
+        self._upkeep_at = min(self._upkeep_at, touched.again_at)
+
+    def _touched_here(self) -> list[tuple[str, lifetime.Touched]]:
+        """Queues that this process uses, and that would expire else. The keeper does not know all of them."""
+        return [(name, touched) for name, touched in list(self.touched.items()) if self.uses(name)]
 
     def wake(self) -> None:
         for waker in list(self.wakers):

@@ -180,6 +180,40 @@ def test_an_expired_queue_is_missing_at_once(kit: Kit) -> None:
     assert code_of(kit.connect(), "short") == "404"
 
 
+@pytest.mark.parametrize("how", ["get", "consume", "declare", "consume without acknowledging"])
+def test_an_expired_queue_hands_out_nothing(kit_all: Kit, how: str) -> None:
+    """Also where nobody has looked for such queues since, and no process of its own lives."""
+    channel = kit_all.channel()
+    kit_all.queue(channel, "short", expires=0.3)
+    publish(channel, 1, to="short")
+    publish(channel, 2, to="short", headers={"shard_key": "u1"})
+    time.sleep(0.5)  # on purpose: it expires by the clock
+    taking = kit_all.channel()
+    if how == "get":
+        assert taking.basic_get("short") is None
+        return
+    if how == "declare":
+        kit_all.queue(taking, "short", expires=60)
+    inbox = Inbox(taking, "short", no_ack=how.endswith("acknowledging"))
+    assert inbox.drain_all() == []
+    kit_all.queue(taking, "short", expires=60)
+    publish(channel, "new", to="short")
+    assert inbox.take()[0].payload == "new"
+
+
+def test_who_publishes_uses_a_queue(kit: Kit) -> None:
+    """If it has declared it, as with kombu's redis transport."""
+    channel = kit.channel()
+    kit.queue(channel, "short", expires=1)
+    until = time.monotonic() + 2
+    count = 0
+    while time.monotonic() < until:
+        publish(channel, count, to="short")
+        count += 1
+        time.sleep(0.05)
+    assert Inbox(kit.channel(), "short").drain_all() == list(range(count))
+
+
 def test_a_consumed_queue_does_not_expire(kit: Kit) -> None:
     channel = kit.channel()
     kit.queue(channel, "short", expires=0.6)
@@ -198,6 +232,14 @@ def test_an_idle_consumers_queue_does_not_expire(kit: Kit) -> None:
     kit.queue(channel, "short", expires=1)
     Inbox(channel, "short")
     time.sleep(2.5)  # on purpose: nobody drains
+    assert code_of(kit.connect(), "short") is None
+
+
+@pytest.mark.parametrize("no_ack", [False, True])
+def test_a_waiting_consumers_queue_does_not_expire(kit: Kit, no_ack: bool) -> None:
+    channel = kit.channel()
+    kit.queue(channel, "short", expires=0.9)
+    assert not Inbox(channel, "short", no_ack=no_ack).drain(2)
     assert code_of(kit.connect(), "short") is None
 
 

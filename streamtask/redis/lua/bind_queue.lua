@@ -1,4 +1,5 @@
--- Declares a queue of the kombu transport, or binds it to an exchange. Nothing here ever expires by itself.
+-- Declares a queue of the kombu transport, or binds it to an exchange. Nothing here ever expires by itself. A queue whose time
+-- is over is not declared again before it was removed, with what is in it.
 -- KEYS[1] queues    set of the queues' names
 -- KEYS[2] expiring  sorted set queue -> when it expires unless it is used (ms)
 -- KEYS[3] bound     set of the queue's bindings: exchange SEP routing key SEP pattern SEP queue
@@ -10,8 +11,11 @@
 -- ARGV[4] the binding: routing key SEP pattern SEP queue
 -- ARGV[5] SEP
 -- ARGV[6] what to write as born where nothing is
--- Returns: what is born
+-- Returns: what is born, or 0 where the queue that is to be declared has expired
 --- @include now
+if ARGV[2] ~= '' and tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or 'inf') <= now_ms() then
+  return 0
+end
 -- A write that Redis allows above maxmemory lets the next ones through: a consumer declares its queue before it drains it.
 redis.call('ZREM', KEYS[2], '')
 redis.call('SADD', KEYS[1], ARGV[1])
