@@ -56,7 +56,7 @@ def _guarded(consumer: Any, late: bool) -> Any:
     def apply_async(target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
         tag = (args[2].get("properties") or {}).get("delivery_tag") if prefork else None
         ours = tag is None or hooks.begin is None or hooks.begin(tag, False, False)
-        seen = (ours, os.getpid(), *given_back, late, hold)
+        seen = (ours, os.getpid(), *given_back, late, hold, _trusted_until(tag))
         return pool.apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
 
     return _Overlaid(consumer, pool=_Overlaid(pool, apply_async=apply_async))
@@ -98,8 +98,17 @@ def _settle_now(settle: Callable[..., Any], *args: Any) -> None:
     settle(*args)
 
 
+Seen = tuple[bool, int, int, int, bool, bool, float]
+"""What the worker knew when it gave a message to the pool: whether it was its own, its pid, ``given_back``, whether the message
+is acknowledged late and stays its own when the connection is lost, and until when its shard was vouched for."""
+
+
+def _trusted_until(tag: str | None) -> float:
+    return 0.0 if tag is None or hooks.trusted_until is None else hooks.trusted_until(tag)
+
+
 def run_if_ours(
-    seen: tuple[bool, int, int, int, bool, bool],
+    seen: Seen,
     trace: Callable[..., Any],
     name: str,
     task_id: str,
@@ -118,15 +127,15 @@ def run_if_ours(
             if os.getpid() != seen[1]:
                 raise
             return 1, ExceptionInfo(internal=True), 0.0  # a pool in its worker's process tells nobody
-    log.info("Task %s[%s] is not started: its message has been given back, and runs elsewhere", name, task_id)
+    log.info("Task %s[%s] is not started: its message was or is given back, and comes again", name, task_id)
     try:
         raise Reject("the message has been given back", requeue=True)
     except Reject:
         return 1, ExceptionInfo(internal=True), 0.0
 
 
-def _may_start(seen: tuple[bool, int, int, int, bool, bool], request: Mapping[str, Any]) -> bool:
-    ours, receiver, returned, mark, late, hold = seen
+def _may_start(seen: Seen, request: Mapping[str, Any]) -> bool:
+    ours, receiver, returned, mark, late, hold, until = seen
     if not ours:
         return False
     delivery = request.get(DELIVERY) or (request.get("headers") or {}).get(DELIVERY)
@@ -137,12 +146,14 @@ def _may_start(seen: tuple[bool, int, int, int, bool, bool], request: Mapping[st
             return tag is None or getattr(_refused, "tag", None) != tag
         if hooks.begin is not None and tag is not None and not hooks.begin(tag, hold, True):
             return False
+        until = _trusted_until(tag)
     elif given_back[1] == mark and given_back[0] != returned:
         # A pool process says that it begins before it comes here: either its worker has heard that, or it stops here.
         return False
-    if delivery is None or hooks.still_owned is None or mono_s() < delivery["trusted"]:
+    if delivery is None or mono_s() < until:
         return True
-    return hooks.still_owned(delivery)  # the worker may have been paused beyond its lease
+    # The worker was paused or cut off beyond its lease, its keeper is away, or it hands the shard over.
+    return hooks.still_owned is not None and hooks.still_owned(delivery)
 
 
 def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -60,6 +60,11 @@ class Deliveries:
     def __getitem__(self, tag: str) -> Handed:
         return self._handed[tag]
 
+    def trusted_until(self, tag: str) -> float:
+        """Until when (monotonic) a body of a shard may start though Redis can't be asked; takes no lock."""
+        handed = self._handed.get(tag)
+        return 0.0 if handed is None else self._session.ownership.trusted_until(handed.consumer)
+
     def ack(self, tag: str) -> bool:
         """A message has ended; False where this process does not hold it (any more)."""
         with self._session.lock:

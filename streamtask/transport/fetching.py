@@ -165,7 +165,7 @@ def _handed(
             "token": consumer.lease.token,
             "generation": consumer.generation(delivery.entry_id),
             "tag": tag,
-            "trusted": mono_s() + session.options.lease_ms / 2000,
+            "broker": session.address,
         }
     session.deliveries.add(tag, consumer, batch)
     return payload, tag

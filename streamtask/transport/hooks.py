@@ -19,7 +19,11 @@ worked_on: list[Callable[[Collection[str]], Collection[str]]] = []
 has acknowledged it, is delivered again."""
 
 still_owned: Callable[[dict[str, Any]], bool] | None = None
-"""Asks Redis whether the shard of a keyed delivery is still the receiver's. Set by the transport, also for forked children."""
+"""Asks Redis whether the shard of a keyed delivery is still the receiver's; False where there is no answer. Set by the
+transport, also for forked children."""
+
+trusted_until: Callable[[str], float] | None = None
+"""By its tag, until when (monotonic) the keeper vouches that a delivery's shard is the receiver's. Set as ``begin``."""
 
 not_begun: list[Callable[[Collection[str]], Collection[str]]] = []
 """Asked which of these deliveries wait to begin, and say so with ``begin`` when they do: their shard can go to another process

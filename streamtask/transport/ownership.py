@@ -65,6 +65,7 @@ class Ownership:
                 incarnation=self._session.incarnation,
                 lease_ms=options.lease_ms,
                 handover_timeout_s=options.handover_timeout_s,
+                last=max(self._numbers, default=0),
             )
         return self._keeper
 
@@ -102,6 +103,11 @@ class Ownership:
     def received(self) -> None:
         if self._keeper is not None:
             self._keeper.receives.clear()
+
+    def trusted_until(self, consumer: StreamConsumer) -> float:
+        """Until when (monotonic) the keeper vouches for a shard, also one that is cut off or dead since. From any thread."""
+        keeper = self._keeper
+        return 0.0 if keeper is None or consumer.number < 0 else keeper.trusted[consumer.number]
 
     def close(self) -> None:
         if self._keeper is not None:
@@ -157,10 +163,12 @@ class Ownership:
         held = consumed.shards.get(shard)
         if held is not None and held.lease.token == lease.token:
             held.closing = False  # told again by a new keeper
+            held.number = number
             return
         if held is not None:
             session.deliveries.forget(held)
         consumer = StreamConsumer(lease, consumed.queue.name, shard, session.consumer_settings)
+        consumer.number = number
         consumer.needs_audit = True  # the pending entries come first
         consumer.taken_over = True
         consumed.shards[shard] = consumer

@@ -50,6 +50,7 @@ class Session:
 
     def __init__(self, broker: Broker, options: Options) -> None:
         self.broker = broker
+        self.address = broker.safe_url
         self.options = options
         self.consumer_settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ, max_crashes=options.max_crashes)
         self.producer = Producer(options.producer_settings())
@@ -355,13 +356,15 @@ class Session:
     # What has ended
 
     def still_owned(self, delivery: dict[str, Any]) -> bool:
-        """Whether Redis says that the shard of a keyed delivery is still its receiver's; True where Redis can't be asked."""
+        """Whether Redis says that the shard of a keyed delivery is still its receiver's. False where Redis can't be asked: this
+        is for those that the keeper does not vouch for (any more)."""
         names = self.queue(delivery["queue"]).keys.shard(delivery["epoch"], delivery["shard"])
         lease = names.lease(GROUP)
         try:
             token = self.connections.once_more(lambda link: link.command("HGET", lease, "token"), lease)
-        except StreamTaskError:
-            return True
+        except StreamTaskError as exc:
+            log.info("who owns a shard can't be asked: %s", exc)
+            return False
         return token is None or int(token) == delivery["token"]
 
     def has_to_flush(self) -> bool:
@@ -472,6 +475,7 @@ def session_of(broker: Broker, options: Options) -> Session:
         hooks.begin = _begin
         hooks.withdraw = _withdraw
         hooks.spare = _spare
+        hooks.trusted_until = _trusted_until
         hooks.still_owned = _still_owned
         return found
 
@@ -490,14 +494,19 @@ def _spare() -> None:
         session.deliveries.spare()
 
 
+def _trusted_until(tag: str) -> float:
+    return max((session.deliveries.trusted_until(tag) for session in list(_sessions.values())), default=0.0)
+
+
 def _still_owned(delivery: dict[str, Any]) -> bool:
-    return all(session.still_owned(delivery) for session in list(_sessions.values()))
+    asked = [session for session in list(_sessions.values()) if session.address == delivery["broker"]]
+    return bool(asked) and all(session.still_owned(delivery) for session in asked)
 
 
 def _after_fork() -> None:
     global _sessions_lock
     _sessions_lock = threading.Lock()
-    hooks.begin = hooks.withdraw = hooks.spare = None
+    hooks.begin = hooks.withdraw = hooks.spare = hooks.trusted_until = None
     for key, session in list(_sessions.items()):
         # Connections that the child has inherited go on with it.
         del _sessions[key]

@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from itertools import count
 from typing import Any
 
 from ..coordination.lease import Lease
@@ -30,12 +29,13 @@ ENV_KEEPER = "STREAMTASK_KEEPER"
 CLOSE_S = 2.0
 """How long ``close`` waits for the keeper to do what it was told before."""
 
-_numbers = count(0, 1_000_000)
-"""Where the numbers begin that a keeper gives to shards: none is that of another keeper's shard."""
+LEASES = 1 << 16
+"""So many shards have a place in the memory that a keeper shares with its client: their numbers are below."""
 
 
 class Keeper:
-    """Starts a keeper for this process and gives it orders. ``incarnation``: the client's name as an owner of shards.
+    """Starts a keeper for this process and gives it orders. ``incarnation``: the client's name as an owner of shards;
+    ``last``: the highest number of a shard that the keeper before it has given.
 
     No method waits for the keeper but ``close``; to be used by one thread at a time, and by no forked child. A lease that
     is told is renewed until it is forgotten, as long as this process is alive and not stopped; when it dies, all are
@@ -52,6 +52,7 @@ class Keeper:
         incarnation: str,
         lease_ms: int,
         handover_timeout_s: float,
+        last: int = 0,
     ) -> None:
         if broker.scheme == "memory":
             raise ConfigError("a memory:// broker can't be shared with the process that keeps leases: use redis://")
@@ -68,12 +69,15 @@ class Keeper:
             "incarnation": incarnation,
             "lease_ms": lease_ms,
             "handover_timeout_s": handover_timeout_s,
-            "numbers": next(_numbers),
+            "last": last,
         }
         self._sock, theirs = socket.socketpair()
-        memory = create_file(1)
+        memory = create_file(1, LEASES)
         try:
-            self.receives = SharedMemory(memory, 1).slot(0)
+            shared = SharedMemory(memory, 1, LEASES)
+            self.trusted = shared.trusted
+            """By the number of a shard, until when (monotonic) the keeper vouches for it: a body may start until then."""
+            self.receives = shared.slot(0)
             """Says, by the token of its lease, of which entry it is to be counted if the client dies now."""
             self._sock.setblocking(False)
             self._process = subprocess.Popen(

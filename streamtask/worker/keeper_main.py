@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from ..backoff import delays
@@ -37,7 +38,7 @@ from ..redis.keys import QueueKeys, ShardKeys, expiring
 from ..redis.link import pack
 from ..version import installed
 from .coordinator import Coordinator, Held, Member, QueueWatch
-from .keeper import ENV_KEEPER, unpack_broker
+from .keeper import ENV_KEEPER, LEASES, unpack_broker
 from .shared import SharedMemory
 from .wire import Closed, PatientWire
 
@@ -86,8 +87,9 @@ class Client(Member):
     """The process that leases are kept for."""
 
     wire: PatientWire
+    memory: SharedMemory
     about: Mapping[str, Any]
-    most: int = 1 << 53
+    most: int = LEASES
     stopped: bool = False
 
     @property
@@ -103,6 +105,7 @@ class Client(Member):
 
     def own(self, held: Held) -> None:
         lease = held.lease
+        self.trust(held, lease.trusted_until)
         self.wire.send(
             "own",
             number=held.number,
@@ -121,13 +124,16 @@ class Client(Member):
 
     def lost(self, held: Held) -> None:
         token = held.lease.token
+        self.trust(held, 0.0)
         if held.lease.shared:
             self.wire.send("lost_shared", prefix=held.lease.keys.prefix, token=token)
         else:
             self.wire.send("lost", number=held.number, queue=held.watch.name, shard=held.shard, token=token)
 
     def trust(self, held: Held, until: float) -> None:
-        """It has no need of that: whether it owns what it hands out is asked with each call to Redis."""
+        """It asks for that before a body of a shard; of what is nobody's by order, Redis alone says whose it is."""
+        if not held.lease.shared:
+            self.memory.trusted[held.number] = until
 
     def revoked(self, watch: QueueWatch) -> None:
         """Celery's workers tell each other what is revoked."""
@@ -177,7 +183,10 @@ class KeeperProcess:
             "pid": process.pid,
             "keeper": os.getpid(),
         }
-        self._client = Client(incarnation=start["incarnation"], wire=wire, about=about, numbers=start["numbers"])
+        self._client = Client(
+            incarnation=start["incarnation"], wire=wire, memory=memory, about=about, numbers=start["last"]
+        )
+        self._below = count(-1, -1)  # the numbers of leases that have no place in the memory
         self._watches: list[QueueWatch] = []
         self._shared = self._watch("(shared streams)")  # of all leases that the client has itself joined
         self._contacts: dict[ShardKeys, Contact] = {}
@@ -336,7 +345,7 @@ class KeeperProcess:
         lease = Lease(
             keys, order["group"], order["incarnation"], order["lease_ms"], shared=True, token=order["token"], trusted_until=0.0
         )  # fmt: skip
-        number = self._client.next_number()
+        number = next(self._below)
         self._client.held[number] = Held(number, self._shared, keys.prefix, lease)
 
     def _forget(self, prefix: str, token: int) -> None:
@@ -433,7 +442,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="[%(asctime)s: %(levelname)s/%(name)s] %(message)s")
     fd, pid, shared = (int(part) for part in os.environ[ENV_KEEPER].split(","))
-    memory = SharedMemory(shared, 1)
+    memory = SharedMemory(shared, 1, LEASES)
     os.close(shared)
     process = Process(pid)
     selector = selectors.DefaultSelector()

@@ -1,9 +1,9 @@
-"""Memory that a supervisor shares with one child.
+"""Memory that a supervisor shares with one child, and a keeper with its client.
 
 The supervisor writes until when the child may trust each of its leases; the child writes which entries it runs. So the
 check before a body and the record of a crash cost a store or a load each, no system call.
 
-Layout: ``MAX_LEASES`` floats ``trusted_until``; then for each executor slot five 8-byte cells ``[index, count, deadline,
+Layout: a float ``trusted_until`` for each lease; then for each executor slot five 8-byte cells ``[index, count, deadline,
 lease, length]`` and the batch's entry ids as text, parted by spaces. A slot runs entry ``index`` while ``index < count``.
 """
 
@@ -22,29 +22,29 @@ _TEXT = MAX_BATCH * 42  # two 64-bit numbers, a hyphen and a space
 _SLOT = 8 * _HEAD + _TEXT
 
 
-def _size(slots: int) -> int:
-    return 8 * MAX_LEASES + slots * _SLOT
+def _size(slots: int, leases: int) -> int:
+    return 8 * leases + slots * _SLOT
 
 
-def create_file(slots: int) -> int:
+def create_file(slots: int, leases: int = MAX_LEASES) -> int:
     """A file descriptor of zeroed memory, to be inherited by the child."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("streamtask")
     else:
         fd, path = tempfile.mkstemp(prefix="streamtask-")
         os.unlink(path)
-    os.ftruncate(fd, _size(slots))
+    os.ftruncate(fd, _size(slots, leases))
     return fd
 
 
 class SharedMemory:
     """Both sides' view of the memory."""
 
-    def __init__(self, fd: int, slots: int) -> None:
-        self._map = mmap.mmap(fd, _size(slots))
+    def __init__(self, fd: int, slots: int, leases: int = MAX_LEASES) -> None:
+        self._map = mmap.mmap(fd, _size(slots, leases))
         view = memoryview(self._map)
-        self.trusted = view[: 8 * MAX_LEASES].cast("d")
-        self._slots = [_slot(view[8 * MAX_LEASES + n * _SLOT :][:_SLOT]) for n in range(slots)]
+        self.trusted = view[: 8 * leases].cast("d")
+        self._slots = [_slot(view[8 * leases + n * _SLOT :][:_SLOT]) for n in range(slots)]
 
     def slot(self, number: int) -> Slot:
         return self._slots[number]

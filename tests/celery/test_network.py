@@ -186,6 +186,35 @@ def test_silence_and_a_second_worker(own_server, site, proxy):
     s.nothing_left()
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_that_is_cut_off_starts_nothing_that_it_had_prefetched(own_server, site, proxy, pool):
+    """Once its lease is over, also before it finds out: another worker has taken over, and goes on alone."""
+    s, line = site(own_server, socket_timeout=1, shards=1), proxy(own_server)
+    held = s.send("gated", "a")
+    prefetched = [s.send("put", key) for key in ("b", "c")]
+    lonely = s.worker(pool, c=1, port=line.port, words=("--without-mingle", "--without-heartbeat"))
+    s.wait("S", held)
+    wait_until(lambda: lonely.log.count("] received") == 3, 10, lambda: lonely.log)
+    s.paused[lonely.pid] = time.monotonic()
+    line.blackhole()
+    other = s.worker("threads", c=4)
+    behind = [s.send("put", key) for key in ("b", "c", "b")]
+    s.wait("S", held, main=other.pid)
+    for n in (*prefetched, *behind):
+        s.wait("E", n, main=other.pid)
+    s.gate(held)  # ends in both, and leaves room for what was prefetched
+    s.wait("E", held, main=lonely.pid)
+    told = ("is not started", "broker lost")
+    wait_until(lambda: any(words in lonely.log for words in told) or len(s.of("S", main=lonely.pid)) > 1, 20)
+    other.stop()
+    line.blackhole(False)
+    s.mix(keys=4, each=2, late=2)
+    s.wait_done(timeout=30)
+    assert all(len(s.of("S", n=n)) == 1 for n in (*prefetched, *behind)), s.of("S")
+    s.check()
+    s.nothing_left()
+
+
 def test_the_connection_is_cut_under_long_keyed_bodies(own_server, site, proxy):
     """With -c 8 and bodies of 10 s, many leases: each runs once, in order, though its ack goes over another connection."""
     s, line = site(own_server), proxy(own_server)

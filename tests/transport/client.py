@@ -64,6 +64,7 @@ class Client:
             incarnation=self.name,
             lease_ms=self.lease_ms,
             handover_timeout_s=self.handover_timeout_s,
+            last=max(self.owned, default=0),
         )
 
     def consume(self, owned: Iterable[Mapping[str, Any]] = ()) -> Client:
@@ -108,6 +109,10 @@ class Client:
     @property
     def shards(self) -> list[int]:
         return sorted(order["shard"] for order in self.owned.values())
+
+    def trusted(self) -> dict[int, float]:
+        """Until when the keeper vouches for each shard."""
+        return {order["shard"]: self.keeper.trusted[number] for number, order in self.owned.items()}
 
     @property
     def tokens(self) -> dict[int, int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from streamtask.clock import mono_s
 from streamtask.errors import ConfigError, StreamTaskError
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED, expiring
@@ -469,6 +470,47 @@ def _move_slots(target: RedisServer, source: RedisServer) -> None:
             server.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[0])
 
 
+# Until when it vouches for a shard
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed", "cut off"])
+def test_what_a_keeper_vouches_for_is_nobody_elses(rig, proxy, how):
+    """As long as it renews it does; when it can't, that ends before another client may have the shard."""
+    make_keyed(rig.broker)
+    line = proxy(rig.server)
+    one, two = rig.client("one", broker=Broker(line.url)).consume(), rig.client("two").consume()
+    rig.until(lambda: len(one.shards) == len(two.shards) == 4)
+    first = one.trusted()
+    rig.until(lambda: all(one.trusted()[shard] > mono_s() > at - 0.8 for shard, at in first.items()))
+    rig.until(lambda: min(one.trusted().values()) > max(first.values()))
+    rig.clients.remove(one)
+    if how == "cut off":
+        line.blackhole()
+    else:
+        os.kill(one.keeper.pid, signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+    try:
+        before = one.trusted()
+        rig.until(lambda: len(two.shards) == 8)
+        now = mono_s()
+        assert one.trusted() == before or how == "cut off"
+        assert all(at + 0.1 * one.lease_ms / 1000 <= now for at in one.trusted().values())
+    finally:
+        one.keeper.close()
+
+
+def test_a_shard_that_is_handed_over_is_not_vouched_for(rig):
+    make_keyed(rig.broker)
+    one = rig.client("one", lease_ms=10_000).consume()
+    one.busy = True
+    rig.until(lambda: len(one.shards) == 8)
+    rig.until(lambda: min(one.trusted().values()) > mono_s())
+    one.keeper.cancel("q")
+    rig.until(lambda: len(one.asked) == 8)
+    assert set(one.trusted().values()) == {0.0}
+    one.consume()
+    rig.until(lambda: not one.asked and min(one.trusted().values()) > mono_s())
+
+
 # The keeper dies, or is ended
 
 
@@ -516,7 +558,10 @@ def test_a_new_keeper_can_be_told_of_shards(rig):
     one.start()
     rig.clients.append(one)
     one.consume(before.values())
+    numbers = {order["shard"]: number for number, order in before.items()}
     rig.until(lambda: one.lost == [3])
+    assert one.keeper.trusted[numbers[3]] == 0.0
+    rig.until(lambda: min(one.trusted().values()) > mono_s())
     rig.pass_time(1.0)
     assert {**one.owned} == {number: order for number, order in before.items() if order["shard"] != 3}
     assert rig.owners() == ["one" if shard != 3 else "two" for shard in range(8)]
