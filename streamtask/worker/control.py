@@ -24,7 +24,8 @@ from ..queue.lanes import Delivery, Entry
 from ..queue.settler import Settler
 from ..redis import wire
 from ..redis.link import Link
-from .outage import Outage
+from .outage import Outage, Rarely
+from .outbox import Outbox
 from .owned import Owned
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory
@@ -91,10 +92,10 @@ class Control:
         self._link = broker.link()
         self._fetcher = Fetcher(broker)
         self._settler = Settler(broker)
-        self._results: Link | None = settings.result_broker.link() if settings.result_broker else None
-        self._pending_results: list[bytes] = []
+        self._outbox = Outbox(settings.result_broker)
         self._down_until = 0.0
         self._outage = Outage(log, 0.02, 1.0)
+        self._full = Rarely()
         self._progress_at: float | None = None
         self._look_at: float | None = None
         self._cold_at = 0.0
@@ -182,7 +183,7 @@ class Control:
                 wake = min(wake, owned.quiet_until)
                 continue
             if consumer.finished:
-                wake = min(wake, consumer.finished_since + self._settings.ack_interval_s)
+                wake = min(wake, max(consumer.finished_since + self._settings.ack_interval_s, self._outbox.again_at))
             if consumer.halted and not consumer.closing:
                 wake = min(wake, now + 0.02)
             if consumer.next_due is not None and not consumer.closing:
@@ -213,7 +214,8 @@ class Control:
             # Also an answer that is of no one shard, and not known to pass: nothing that runs is the worse for it.
             self._lost_connection(exc)
         except QueueFull as exc:
-            log.error("%s", exc)
+            if self._full.worth_saying(str(exc)):
+                log.error("%s", exc)
             self._down_until = mono_s() + 0.2
 
     def _lost_connection(self, exc: StreamTaskError) -> None:
@@ -447,7 +449,7 @@ class Control:
             batch = executor.ended.popleft()
             executor.out.remove(batch)
             if batch.results:
-                self._pending_results += [result for _, result in batch.results]
+                self._outbox.add(batch.results)
                 batch.results = []
             if self._parallel:
                 batch.consumer.complete_free(batch)
@@ -461,7 +463,7 @@ class Control:
             if position > batch.collected and not executor.ended:
                 if batch.results:
                     results, batch.results = batch.results, []
-                    self._pending_results += [result for _, result in results]
+                    self._outbox.add(results)
                 batch.consumer.collect(batch, position)
                 self._progress_at = mono_s() + self._settings.ack_interval_s
             elif self._progress_at is not None and mono_s() >= self._progress_at:
@@ -481,7 +483,7 @@ class Control:
             self._look_at = now
             return
         self._send_fetch()
-        for owned in [o for o in self._owned.values() if o.consumer.has_to_write() or self._pending_results]:
+        for owned in [o for o in self._owned.values() if o.consumer.has_to_write() or self._outbox]:
             self._write_guarded(owned)
 
     def _write_guarded(self, owned: Owned, settle: bool = False) -> None:
@@ -499,7 +501,8 @@ class Control:
                 return
             except ReplyError as why:
                 exc = why
-        log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, exc)
+        if owned.refusals.worth_saying(exc.code):
+            log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, exc)
         owned.quiet_until = mono_s() + 1.0
 
     def _prepare(self, owned: Owned) -> None:
@@ -613,15 +616,14 @@ class Control:
             if consumer.closing and owned.takeover:
                 self._handed_over(owned)
             return
-        if self._pending_results:
-            self._store_results()
+        stored = self._outbox.send()
         if consumer.has_writes():
             while consumer.settling:
                 # A dead letter must not overtake the acknowledgement of what ran before it.
                 self._take_settled()
             consumer.flush(self._link)
             self._look_at = mono_s()  # a lane may be open now
-        if consumer.finished and not consumer.settling and (settle or self._settle_now(consumer)):
+        if stored and consumer.finished and not consumer.settling and (settle or self._settle_now(consumer)):
             self._settler.send(consumer)
             self._listen(self._settler.link, self._take_settled)
         if consumer.closing and consumer.idle() and consumer not in (self._fetcher.asked or ()):
@@ -649,26 +651,16 @@ class Control:
 
     # Results
 
-    def _store_results(self) -> None:
-        """Before the ack: a crash in between runs the task again and overwrites."""
-        if self._results is None:
-            self._pending_results = []
-            return
-        for reply in self._results.pipeline(self._pending_results):
-            if isinstance(reply, Exception):
-                raise reply  # they are stored again, all of them, before anything is acknowledged
-        self._pending_results = []
-
     def _store_revoked(self, delivery: Delivery) -> None:
         result = self._runner.revoked(delivery)
         if result is not None:
-            self._pending_results.append(result)
+            self._outbox.add([(delivery, result)])
 
     def _store_dead(self, consumer: ShardConsumer, delivery: Delivery, outcome: Outcome) -> None:
         place = Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
         result = self._runner.dead(delivery, place, outcome)
         if result is not None:
-            self._pending_results.append(result)
+            self._outbox.add([(delivery, result)])
 
     def idle(self) -> bool:
         """Whether nothing is buffered, running or unwritten; for the supervisor's display."""

@@ -6,7 +6,25 @@ import logging
 from collections.abc import Iterator
 
 from ..backoff import delays
+from ..clock import mono_s
 from ..errors import AccessRefused, BrokerUnavailable, StreamTaskError
+
+AGAIN_S = 60.0
+
+
+class Rarely:
+    """What is met again and again is said when it changes, and every ``AGAIN_S`` seconds."""
+
+    def __init__(self) -> None:
+        self._said = ""
+        self._at = 0.0
+
+    def worth_saying(self, what: str) -> bool:
+        now = mono_s()
+        if what == self._said and now < self._at + AGAIN_S:
+            return False
+        self._said, self._at = what, now
+        return True
 
 
 class Outage:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from ..queue.consumer import ShardConsumer
 from ..queue.declare import Queue
+from .outage import Rarely
 
 
 class Owned:
     """See the module."""
 
-    __slots__ = ("consumer", "full", "next_audit", "number", "queue", "quiet_until", "read_at", "takeover", "woken")
+    __slots__ = (
+        "consumer", "full", "next_audit", "number", "queue", "quiet_until", "read_at", "refusals", "takeover", "woken",
+    )  # fmt: skip
 
     def __init__(self, number: int, consumer: ShardConsumer, queue: Queue, next_audit: float) -> None:
         self.number = number
@@ -19,6 +22,7 @@ class Owned:
         self.full = True  # the last fetch brought as much as it could, or there was none
         self.read_at = 0.0
         self.quiet_until = 0.0  # no calls before then: the lease's record is missing, or something failed
+        self.refusals = Rarely()
         self.next_audit = next_audit
         self.woken = True  # something else than a message has come, and was not looked at yet
 

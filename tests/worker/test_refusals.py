@@ -11,7 +11,7 @@ import pytest
 from streamtask import BrokerUnavailable, ConfigError, ReplyError
 from tests.fix_refusals import FAULTS, PASSING, refusing, server_for
 from tests.helpers import wait_until
-from tests.worker.rig import keys_on
+from tests.worker.rig import TASKS, keys_on
 
 LEASE = 1.0
 
@@ -23,7 +23,7 @@ def server(own_server_all, request):
         yield server
 
 
-@pytest.mark.parametrize("code", FAULTS)
+@pytest.mark.parametrize("code", [code for code in FAULTS if code != "CLUSTERDOWN"])  # workers run on no Cluster
 def test_a_worker_and_its_bodies_outlive_it(server, site, code):
     site = site(server, lease=LEASE, backend=True, send_timeout=30)
     pod = site.pod(2)
@@ -117,8 +117,53 @@ def test_a_broken_key_holds_up_its_shard_alone(own_server_all, site):
     wait_until(lambda: "WRONGTYPE" in pod.log, 20, lambda: pod.log)
     site.send(keys_on(1, 1)[0], range(10))
     site.wait_ended()
+
+    def met() -> int:
+        return int(site.redis.info("errorstats").get("errorstat_WRONGTYPE", {"count": 0})["count"])
+
+    wait_until(lambda: met() >= 4, 20)  # it is tried, and said once
     site.redis.delete(site.stream(0))
     wait_until(lambda: site.redis.exists(site.stream(0)), 20, lambda: pod.log)
     site.send(keys_on(0, 1)[0], range(10, 20))
     site.wait_ended()
     assert pod.children() == children
+    assert pod.log.count("WRONGTYPE") == 1
+
+
+GIVES_UP = (
+    TASKS
+    + """
+from streamtask.worker import outbox
+outbox.GIVE_UP_S = 2.0
+"""
+)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_results_that_are_refused_for_good_hold_nothing_up(own_server_all, site, concurrency):
+    site = site(own_server_all, GIVES_UP, lease=LEASE, backend=True)
+    pod = site.pod(1, concurrency)
+    site.ready(1)
+    put = site.task("put")
+    first = put.delay(k="a", n=0)
+    assert first.get(timeout=20) is None
+    site.produced["a"].append(0)
+    # Redis lets the user do all but touch what is outside of the queues.
+    acl = site.redis.execute_command
+    acl("ACL", "SETUSER", "default", "resetkeys", "~streamtask:{*")
+    lost = put.delay(k="a", n=1)
+    site.produced["a"].append(1)
+    site.send("a", range(2, 30))
+    site.send("b", range(30))
+    site.wait_ended()
+    site.wait_empty()
+    assert pod.log.count("Redis refuses results") == 1
+    assert f"result is given up, Redis refuses it task=put id={lost.id}" in pod.log
+    site.send("b", range(30, 40))
+    site.wait_ended()
+    site.wait_empty(timeout=10)  # at once: it is known by now
+    acl("ACL", "SETUSER", "default", "allkeys")
+    assert lost.state == "PENDING"
+    assert put.delay(k="a", n=30).get(timeout=20) is None
+    site.produced["a"].append(30)
+    assert site.check().repeated == 0
