@@ -157,7 +157,7 @@ def reap(
                 keys.lease(group, incarnation),
                 keys.consumers(group),
                 keys.stream,
-                keys.requeued,
+                keys.requeued(group),
                 keys.wake,
             ],
             [group, incarnation, 1 if gone else 0, since_ms, lease_ms, 1000],

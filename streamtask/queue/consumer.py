@@ -424,7 +424,9 @@ class ShardConsumer:
         group = self.settings.group
         if self.lease.shared:
             last, ids = link.run(
-                "pending_shared", [self.keys.stream, self.keys.requeued], [group, self.consumer_name, start, count]
+                "pending_shared",
+                [self.keys.stream, self.keys.requeued(group)],
+                [group, self.consumer_name, start, count],
             )
             return last or b"", ids
         ids = [row[0] for row in link.command("XPENDING", self.keys.stream, group, start, "+", count)]
@@ -562,7 +564,7 @@ class ShardConsumer:
         if self.on_offer or not self.lease.shared:
             return 0
         # In this order: whoever puts entries on offer tells of them in the same step.
-        left = int(link.command("ZCARD", self.keys.requeued))
+        left = int(link.command("ZCARD", self.keys.requeued(self.settings.group)))
         return left if self._newest_wake(link) == self.wake_id else 0
 
     def redis_ms(self) -> int:
@@ -1049,7 +1051,7 @@ class ShardConsumer:
         more, entries = self._run(
             link,
             "take_requeued",
-            [self.lease.key, self.keys.requeued, self.keys.stream],
+            [self.lease.key, self.keys.requeued(self.settings.group), self.keys.stream],
             [*self._head, self.settings.fetch_count],
         )
         self.on_offer = bool(more)

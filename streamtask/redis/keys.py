@@ -55,11 +55,6 @@ class ShardKeys:
     def dlq(self) -> str:
         return self.prefix + "dlq"
 
-    @property
-    def requeued(self) -> str:
-        """Shared streams: entries of a consumer that is gone, by entry id; every fetch takes from here first."""
-        return self.prefix + "requeued"
-
     def lease(self, group: str, incarnation: str | None = None) -> str:
         """The lease record: of the shard's owner, or of one consumer of a shared stream."""
         base = f"{self.prefix}lease:{segment(group)}"
@@ -71,6 +66,10 @@ class ShardKeys:
 
     def token(self, group: str) -> str:
         return f"{self.prefix}token:{segment(group)}"
+
+    def requeued(self, group: str) -> str:
+        """Shared streams: entries of a consumer that is gone, by entry id; every fetch takes from here first."""
+        return f"{self.prefix}requeued:{segment(group)}"
 
     def notes(self, group: str) -> str:
         """Attempts, due times and crash counts of pending entries that have any."""

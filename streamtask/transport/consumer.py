@@ -247,7 +247,10 @@ class StreamConsumer(ShardConsumer):
             self._returned.sort(key=id_order)
             keys = self.keys
             self._run(
-                link, "requeue", [self.lease.key, keys.stream, keys.requeued, keys.wake], [*self._head, *self._returned]
+                link,
+                "requeue",
+                [self.lease.key, keys.stream, keys.requeued(self.settings.group), keys.wake],
+                [*self._head, *self._returned],
             )
             self._returned = []
 

@@ -86,7 +86,7 @@ def _pack_shared(session: Session, streams: Sequence[StreamConsumer], room: int)
     names: list[str] = []
     for consumer in streams:
         keys_of = consumer.keys
-        names += [consumer.lease.key, keys_of.stream, keys_of.requeued, keys_of.delayed, keys_of.wake]
+        names += [consumer.lease.key, keys_of.stream, keys_of.requeued(GROUP), keys_of.delayed, keys_of.wake]
     tokens = [consumer.lease.token for consumer in streams]
     return script("fetch_shared").pack(tuple(names), (session.incarnation, GROUP, room, *tokens))
 

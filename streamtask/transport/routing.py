@@ -131,7 +131,7 @@ def _delete_streams(session: Session, queue: str) -> None:
     for shard in streams:
         prefix = found.shard_keys(shard)
         names = [
-            prefix.stream, prefix.state, prefix.delayed, prefix.wake, prefix.requeued, prefix.consumers(GROUP),
+            prefix.stream, prefix.state, prefix.delayed, prefix.wake, prefix.requeued(GROUP), prefix.consumers(GROUP),
             prefix.token(GROUP), prefix.notes(GROUP), prefix.replaced(GROUP), prefix.lease(GROUP), prefix.dlq,
         ]  # fmt: skip
         with session.connections.borrow(prefix.stream) as link:
@@ -150,7 +150,7 @@ def size(session: Session, queue: str) -> int:
     total = 0
     for shard in found.recorded():
         prefix = found.shard_keys(shard)
-        total += int(session.connections.run("ready", [prefix.stream, prefix.requeued, prefix.delayed], [GROUP]))
+        total += int(session.connections.run("ready", [prefix.stream, prefix.requeued(GROUP), prefix.delayed], [GROUP]))
     return total
 
 
@@ -177,7 +177,7 @@ def purge(session: Session, queue: str) -> int:
         while looked_at == PURGE_REQUEUED:
             looked_at, gone = session.connections.run(
                 "purge_requeued",
-                [prefix.stream, prefix.requeued, prefix.state, prefix.notes(GROUP)],
+                [prefix.stream, prefix.requeued(GROUP), prefix.state, prefix.notes(GROUP)],
                 [GROUP, PURGE_REQUEUED],
             )
             removed += int(gone)

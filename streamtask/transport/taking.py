@@ -34,7 +34,7 @@ def take(session: Session, consumed: Consumed, most: int) -> list[tuple[dict[str
         while len(out) < most:
             now_ms, last, rung, next_ms, again, fresh = link.run(
                 "take",
-                [names.stream, names.requeued, names.delayed, names.state, names.wake, names.notes(GROUP)],
+                [names.stream, names.requeued(GROUP), names.delayed, names.state, names.wake, names.notes(GROUP)],
                 [GROUP, most - len(out)],
             )
             if consumed.moved(names.prefix, last, rung):

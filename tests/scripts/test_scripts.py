@@ -519,7 +519,7 @@ def fenced_calls(shard, ids, due_key):
         "dead_letter": ([lease, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, ids[0], "{}", ""]),
         "release": ([lease], []),
         "claim_ids": ([lease, k.state, k.seen("r1.0")], ["run", 1000, "", 100, b"i" * 16, 1]),
-        "take_requeued": ([lease, k.requeued, k.stream], [GROUP, 10]),
+        "take_requeued": ([lease, k.requeued(GROUP), k.stream], [GROUP, 10]),
         "lift_last_id": ([lease, k.stream], ["9999999999999-0"]),
         "renew": ([lease, k.token(GROUP)], [1000]),
     }
@@ -546,7 +546,7 @@ def world(shard, count=3):
     shard.read()
     member = f"{1:016}mx"
     shard.client.zadd(shard.keys.delayed, {member: 1})
-    shard.client.zadd(shard.keys.requeued, {ids[0]: 1000})
+    shard.client.zadd(shard.keys.requeued(GROUP), {ids[0]: 1000})
     return ids
 
 
@@ -903,14 +903,14 @@ def test_what_is_on_offer_is_purged_by_pages(shard):
     ids = shard.add(1200)
     shard.read()
     k = shard.keys
-    shard.client.zadd(k.requeued, {entry_id: n for n, entry_id in enumerate(ids)})
+    shard.client.zadd(k.requeued(GROUP), {entry_id: n for n, entry_id in enumerate(ids)})
     shard.client.hset(k.notes(GROUP), ids[3], NOTE)
-    call = ("purge_requeued", [k.stream, k.requeued, k.state, k.notes(GROUP)], [GROUP, 500])
+    call = ("purge_requeued", [k.stream, k.requeued(GROUP), k.state, k.notes(GROUP)], [GROUP, 500])
 
     assert [shard.link.run(*call) for _ in range(4)] == [[500, 500], [500, 500], [200, 200], [0, 0]]
 
     assert shard.client.xlen(k.stream) == 0
-    assert not shard.client.exists(k.requeued, k.notes(GROUP))
+    assert not shard.client.exists(k.requeued(GROUP), k.notes(GROUP))
     assert not shard.pending()
 
 
@@ -918,10 +918,10 @@ def test_what_is_taken_for_good_leaves_no_note(shard):
     ids = shard.add(3)
     shard.read()
     k = shard.keys
-    shard.client.zadd(k.requeued, {ids[0]: 1, "77-0": 2})
+    shard.client.zadd(k.requeued(GROUP), {ids[0]: 1, "77-0": 2})
     shard.client.hset(k.notes(GROUP), mapping={ids[0]: NOTE, "77-0": NOTE, ids[1]: NOTE})
 
-    shard.link.run("take", [k.stream, k.requeued, k.delayed, k.state, k.wake, k.notes(GROUP)], [GROUP, 10])
+    shard.link.run("take", [k.stream, k.requeued(GROUP), k.delayed, k.state, k.wake, k.notes(GROUP)], [GROUP, 10])
 
     assert shard.client.hkeys(k.notes(GROUP)) == [ids[1].encode()]
 
@@ -975,10 +975,10 @@ def test_a_consumer_whose_lease_expired_is_removed_and_its_entries_are_offered(s
 def take(shard, lease, count):
     more, entries = shard.link.run(
         "take_requeued",
-        [lease.key, shard.keys.requeued, shard.keys.stream],
+        [lease.key, shard.keys.requeued(GROUP), shard.keys.stream],
         [lease.token, lease.incarnation, GROUP, count],
     )
-    assert more == shard.client.exists(shard.keys.requeued)
+    assert more == shard.client.exists(shard.keys.requeued(GROUP))
     return [entry_id.decode() for entry_id, _ in entries]
 
 

@@ -151,7 +151,7 @@ def test_a_killed_client_leaves_nothing_though_its_child_holds_the_socket(rig_al
     assert watch.spent < 0.5
     assert all(lease["owner"] == "" for lease in map(rig_all.lease, range(8)))
     assert rig_all.consumers() == ["heir"]
-    assert rig_all.redis.zrange(keys.requeued, 0, -1) == [entry]
+    assert rig_all.redis.zrange(keys.requeued(GROUP), 0, -1) == [entry]
     wait_until(lambda: not is_alive(keeper), timeout=3)
 
 

@@ -26,7 +26,7 @@ def hash_tag(key):
 def shard_keys(app, queue, epoch, shard, group="workers", namespace="streamtask"):
     k = QueueKeys(namespace, app, queue).shard(epoch, shard)
     return [
-        k.stream, k.state, k.delayed, k.wake, k.dlq, k.requeued, k.lease(group), k.lease(group, "incarnation"),
+        k.stream, k.state, k.delayed, k.wake, k.dlq, k.requeued(group), k.lease(group), k.lease(group, "incarnation"),
         k.consumers(group), k.token(group), k.notes(group), k.seen("p1.0"),
     ]  # fmt: skip
 

@@ -300,7 +300,7 @@ class Site:
         for shard in self.all_shards():
             keys = self.keys.shard(0, shard)
             length, delayed = self.redis.xlen(keys.stream), self.redis.zcard(keys.delayed)
-            notes, requeued = self.redis.hlen(keys.notes("workers")), self.redis.zcard(keys.requeued)
+            notes, requeued = self.redis.hlen(keys.notes("workers")), self.redis.zcard(keys.requeued("workers"))
             if length or delayed or notes or requeued:
                 found[shard] = f"{length} entries, {delayed} delayed, {notes} notes, {requeued} requeued"
         return found
