@@ -22,6 +22,7 @@ Sources: C. Gray, D. Cheriton, "Leases" (SOSP 1989); M. Kleppmann on fencing tok
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..clock import mono_s
@@ -81,17 +82,15 @@ class Lease:
         """Gives a shard's lease back. False if it was lost before."""
         return bool(link.run("release", [self.key], [self.token, self.incarnation]) == 1)
 
-    def charge(self, link: Link, entry_ids: list[str]) -> int:
-        """Counts one crash for each of the entries whose body ran when the process died; answers how many."""
-        if not entry_ids:
+    def charge(self, link: Link, ran: Mapping[str, bool]) -> int:
+        """Counts one crash for each of the entries whose body ran when the process died and that are at fault (true); the
+        others' starts are forgotten. Answers how many were charged."""
+        if not ran:
             return 0
-        return int(
-            link.run(
-                "charge",
-                [self.key, self.keys.stream, self.keys.notes(self.group)],
-                [self.token, self.incarnation, self.group, *entry_ids],
-            )
-        )
+        args: list[str | int] = [self.token, self.incarnation, self.group]
+        for entry_id, at_fault in ran.items():
+            args += [entry_id, int(at_fault)]
+        return int(link.run("charge", [self.key, self.keys.stream, self.keys.notes(self.group)], args))
 
 
 @dataclass(frozen=True, slots=True)

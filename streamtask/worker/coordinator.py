@@ -322,8 +322,9 @@ class Coordinator:
             self._log.error("a lease was not given back; it runs out: %s", exc)
         held.watch.look_at = 0.0
 
-    def bury(self, member: Member, ran: Mapping[int, list[str]]) -> None:
-        """What a dead member leaves: the entries that ``ran``, by lease, are charged; then the leases are freed."""
+    def bury(self, member: Member, ran: Mapping[int, Mapping[str, bool]]) -> None:
+        """What a dead member leaves: the entries that ``ran``, by lease, are charged where they are at fault, else spared;
+        then the leases are freed."""
         for held in list(member.held.values()):
             if held.number in ran:
                 held.lease.charge(self.links.at(held.lease.key), ran[held.number])

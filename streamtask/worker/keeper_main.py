@@ -276,7 +276,7 @@ class KeeperProcess:
         for _, token, entry_id in self._memory.running():
             for held in self._client.held.values():
                 if held.lease.token == token:
-                    marked.setdefault(held.number, []).append(entry_id)
+                    marked.setdefault(held.number, {})[entry_id] = True
         for wait in delays(0.05, 0.5):
             try:
                 self._coordinator.bury(self._client, marked)
@@ -288,7 +288,7 @@ class KeeperProcess:
                 return
             time.sleep(wait)
 
-    def _marked(self) -> dict[int, list[str]]:
+    def _marked(self) -> dict[int, dict[str, bool]]:
         """By lease of a shard, the entries of which the client has written down that their bodies start in it. Who takes over
         what it had of a shared stream sees that there."""
         owned = [held for held in self._client.held.values() if not held.lease.shared]
@@ -299,9 +299,8 @@ class KeeperProcess:
             if isinstance(flat, Exception):
                 raise flat
             marks = zip(flat[::2], flat[1::2], strict=True)
-            found[held.number] = [
-                entry_id.decode() for entry_id, text in marks if Note.parse(text).mark == held.lease.token
-            ]
+            started = [entry_id.decode() for entry_id, text in marks if Note.parse(text).mark == held.lease.token]
+            found[held.number] = dict.fromkeys(started, True)
         return found
 
     # Orders of the client

@@ -380,14 +380,12 @@ class Supervisor:
             self._estates.pop(0)
 
     def _settle_estate(self, child: Child, running: list[tuple[int, int, str]]) -> None:
-        """What a dead child leaves: bodies that ran are charged, then the leases are freed."""
-        if child.killed_for == "time limit":
-            running = [entry for entry in running if entry[0] in child.overran]
-        elif child.killed_for:
-            running = []  # we ended it: no body's fault
-        ran: dict[int, list[str]] = {}
-        for _, number, entry_id in running:
-            ran.setdefault(number, []).append(entry_id)
+        """What a dead child leaves: bodies that ran are charged, or spared, then the leases are freed."""
+        ran: dict[int, dict[str, bool]] = {}
+        for slot, number, entry_id in running:
+            # Where we ended it, that is no body's fault, but of those that overran.
+            at_fault = slot in child.overran if child.killed_for == "time limit" else not child.killed_for
+            ran.setdefault(number, {})[entry_id] = at_fault
         self._coordinator.bury(child, ran)
 
     def _end_overdue(self, now: float) -> None:
@@ -429,7 +427,7 @@ class Supervisor:
             child.kill("stopped")
             child.process.wait()
             self._children.remove(child)
-            self._estates.append((child, []))
+            self._estates.append((child, child.memory.running()))
         for estate in self._estates:
             try:
                 self._settle_estate(*estate)

@@ -274,7 +274,7 @@ class ShardMachine(RuleBasedStateMachine):
         ):
             with pytest.raises(LeaseLost):
                 step()
-        assert owner.lease.charge(self.link, [e.decode() for e in pending] or ["1-1"]) == -1
+        assert owner.lease.charge(self.link, dict.fromkeys([e.decode() for e in pending] or ["1-1"], True)) == -1
         assert not owner.lease.release(self.link)
         assert self.group_state() == before
 

@@ -513,7 +513,7 @@ def fenced_calls(shard, ids, due_key):
     return {
         "settle": ([lease, k.stream, k.state, k.notes(GROUP)], [GROUP, *ids]),
         "note": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0], NOTE]),
-        "charge": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0]]),
+        "charge": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0], 1]),
         "unmark": ([lease, k.notes(GROUP)], [ids[0]]),
         "move_due": ([lease, due_key, k.stream, k.state], [100]),
         "dead_letter": ([lease, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, ids[0], "{}", ""]),
@@ -742,13 +742,25 @@ def test_a_crash_is_counted_once_per_token(shard):
     shard.read()
     notes = shard.keys.notes(GROUP)
     lease = shard.acquire("a")
-    assert [lease.charge(shard.link, ids[:1]) for _ in range(3)] == [1, 0, 0]
+    assert [lease.charge(shard.link, {ids[0]: True}) for _ in range(3)] == [1, 0, 0]
     assert Note.parse(shard.client.hget(notes, ids[0])).crashes == 1
     lease.release(shard.link)
     lease = shard.acquire("b")
-    assert lease.charge(shard.link, ids) == 2
+    assert lease.charge(shard.link, dict.fromkeys(ids, True)) == 2
     assert [Note.parse(shard.client.hget(notes, one)).crashes for one in ids] == [2, 1]
-    assert lease.charge(shard.link, ["5-5"]) == 0, "it is not pending"
+    assert lease.charge(shard.link, {"5-5": True}) == 0, "it is not pending"
+
+
+def test_who_is_not_at_fault_is_spared(shard):
+    ids = shard.add(2)
+    shard.read()
+    notes = shard.keys.notes(GROUP)
+    lease = shard.acquire("a")
+    shard.client.hset(notes, ids[0], Note(attempt=1, due_ms=9, crashes=1, mark=lease.token, held=1).format())
+    for _ in range(2):
+        assert lease.charge(shard.link, dict.fromkeys(ids, False)) == 0
+        assert shard.client.hkeys(notes) == [ids[0].encode()]
+        assert Note.parse(shard.client.hget(notes, ids[0])) == Note(attempt=1, due_ms=9, crashes=1, held=1)
 
 
 def test_a_charge_keeps_attempts_and_due_time(shard):
@@ -758,7 +770,7 @@ def test_a_charge_keeps_attempts_and_due_time(shard):
     notes = shard.keys.notes(GROUP)
     shard.client.hset(notes, entry_id, Note(attempt=3, due_ms=99, crashes=1, mark=7).format())
 
-    lease.charge(shard.link, [entry_id])
+    lease.charge(shard.link, {entry_id: True})
 
     note = Note.parse(shard.client.hget(notes, entry_id))
     assert (note.attempt, note.due_ms, note.crashes, note.mark) == (3, 99, 2, 0)
@@ -848,7 +860,7 @@ def test_ten_thousand_processes_are_gone_or_leave_at_once(shard):
 MANY = {
     # What the callers send at most: a settled batch is 200, a page of the inspector 100, a bulk call 250.
     "bury": (lambda k, ids: ([k.state, k.dlq], ["e", "", "entry", "", "group", "", "held", "0", *range(40_000)])),
-    "charge": (lambda k, ids: ([k.lease(GROUP), k.stream, k.notes(GROUP)], [GROUP, *ids])),
+    "charge": (lambda k, ids: ([k.lease(GROUP), k.stream, k.notes(GROUP)], [GROUP, *[x for i in ids for x in (i, 1)]])),
     "claim_ids": (
         lambda k, ids: (
             [k.lease(GROUP), k.state, *[k.seen("r1.0")] * 100],

@@ -95,7 +95,7 @@ def test_two_shards_have_no_key_in_common(one, other):
         assert not set(shard_keys(*one)) & set(shard_keys(*other))
     elif one[4] != other[4]:
         # one shard, two groups: what belongs to a group differs
-        assert len(set(shard_keys(*one)) & set(shard_keys(*other))) == 7
+        assert len(set(shard_keys(*one)) & set(shard_keys(*other))) == 6
 
 
 @given(any_name, any_name, any_name, any_name, any_name)

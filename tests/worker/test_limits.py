@@ -176,6 +176,40 @@ def test_a_time_limit_ends_the_process_and_charges_the_overrunning_message_only(
     assert len(pod.children()) == 1
 
 
+KEYLESS = """
+app = make_app()
+
+@app.task(name="long")
+def long(n):
+    note("S", "long", n)
+    while not os.path.exists("gate"):
+        time.sleep(0.01)
+    note("E", "long", n)
+
+@app.task(name="over", time_limit=0.2)
+def over(n):
+    note("S", "over", n)
+    time.sleep(1000)
+"""
+
+
+def test_a_keyless_body_is_charged_for_no_other_ones_time_limit(redis_server_all, site):
+    """Its process is ended time and again for those that overrun beside it; what ends it once more is no crash of its own."""
+    site = site(redis_server_all, KEYLESS, shards=1, max_crashes=1)
+    pod = site.pod(1, 2)
+    site.ready(1)
+    site.task("long").delay(n=0)
+    wait_until(lambda: site.of("S", "long"))
+    for n in range(2):
+        site.task("over").delay(n=n)
+    overran = lambda: sorted(row["kwargs"]["n"] for row in site.dead() if row["task"] == "over")  # noqa: E731
+    wait_until(lambda: overran() == [0, 1], 30, lambda: f"{site}\n{pod.log}", progress=lambda: len(site.of("S")))
+    assert len(site.of("S", "long")) >= 4
+    (site.folder / "gate").touch()
+    wait_until(lambda: site.of("E", "long"), 30, lambda: f"{site}\n{pod.log}")
+    assert [row["task"] for row in site.dead()] == ["over", "over"]
+
+
 def test_a_body_that_holds_the_gil_keeps_its_shard(redis_server, site):
     site = site(redis_server, LIMITS, lease=1.0)
     pods = [site.pod(1), site.pod(1)]
