@@ -73,20 +73,22 @@ class Bell:
         self.link = link
         self.asked: dict[bytes, tuple[str, str]] = {}
         self.overdue_at = 0.0
-        self.rang_at = mono_s()
+        self._armed_at = mono_s()
 
     def arm(self, streams: dict[bytes, tuple[str, str]], block_s: float, grace_s: float) -> None:
         ids = [at for _, at in streams.values()]
         block_ms = max(1, int(block_s * 1000))
-        if mono_s() - self.rang_at > IDLE_S:
-            self.link.drop_if_ended()
+        now = mono_s()
+        if now - self._armed_at > IDLE_S:
+            self.link.drop_if_ended()  # also if it rang just now: who does not look for long hears that late
         self.link.send(pack("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *streams, *ids))
         self.asked = streams
-        self.overdue_at = mono_s() + block_s + grace_s
+        self._armed_at = now
+        self.overdue_at = now + block_s + grace_s
 
     def rang(self) -> dict[bytes, tuple[str, str]]:
         """What it was asked for; it rests now."""
-        asked, self.asked, self.rang_at = self.asked, {}, mono_s()
+        asked, self.asked = self.asked, {}
         return asked
 
     def drop(self) -> None:
@@ -113,6 +115,7 @@ class Poller:
         self._bells: dict[str, Bell] = {}
         self._waiting: deque[Fetched] = deque()  # for ``drain``, which delivers one a call
         self._epoch = self.session.epoch
+        self._checked_at = mono_s()
         self._turn = 0
         self._fds: dict[int, object] = {}
         self._wakers: tuple[socket.socket, socket.socket] | None = None  # made when somebody waits: most only publish
@@ -195,10 +198,19 @@ class Poller:
         # Who did not look for a while has to look before judging.
         if self.listener.overdue() and not self._look(self.listener.fileno()):
             self.listener.fail()
-        for bell in self._bells.values():
-            if bell.asked and mono_s() > bell.overdue_at and not self._look(bell.link.fileno()):
+        now = mono_s()
+        rested = now - self._checked_at > BLOCK_S + session.broker.timeout_s + IDLE_S
+        self._checked_at = now
+        for bell in [bell for bell in self._bells.values() if bell.asked and now > bell.overdue_at]:
+            try:
+                if self._look(bell.link.fileno()):
+                    continue
                 self._forget(bell)
                 raise BrokerUnavailable(f"Redis at {session.broker.safe_url} does not answer")
+            except BrokerUnavailable:
+                # Where nobody has looked for so long, its end says nothing of now: another is armed, and tells.
+                if not rested:
+                    raise
 
     def _look(self, fd: int) -> bool:
         """Reads from a socket if there is something to read."""

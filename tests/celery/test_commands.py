@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 
 from tests.helpers import free_port, wait_until
+from tests.transport.kit import wait_until_closed
 
 
 def run(site, *words, timeout=30, status=0):
@@ -33,6 +35,26 @@ def test_inspect_status_and_control(own_server, site):
     s.gate(n)
     s.wait_done()
     assert not any("Traceback" in worker.log for worker in s.workers)
+
+
+def test_ping_goes_on_where_redis_closes_idle_connections(own_server, site, monkeypatch):
+    """Over connections of the pool that waited for an answer before, and were not looked at since."""
+    monkeypatch.setattr("streamtask.transport.poller.BLOCK_S", 0.5)
+    own_server.config_set(timeout=1)
+    s = site(own_server)
+    s.worker("solo", c=1)
+    app = s.producer(own_server.port, socket_timeout=1)
+    with app.connection_for_write() as own:
+        for _ in range(2):
+            for options in ({}, {"connection": own}):
+                (found,) = app.control.ping(timeout=10, limit=1, **options)
+                assert [*found] == ["w1@test"]
+                # When its time is over a wait for what else may come is still under way.
+                assert not app.control.ping(timeout=0.2, destination=["nobody@test"], **options)
+            s.send("early", app=app)
+            wait_until_closed(own_server.client(), own_server.port)
+            time.sleep(1)  # on purpose: until that wait should have been answered
+    s.wait_done()
 
 
 def test_events_and_a_cancelled_queue(own_server, site):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -148,6 +150,32 @@ def publish(channel: Any, *bodies: Any, to: str = "q", **options: Any) -> None:
     producer = Producer(channel)
     for body in bodies:
         producer.publish(body, routing_key=to, **options)
+
+
+def own_addresses(port: int) -> set[str]:
+    """This process' ends of its connections to a server."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(fd))) as sock:
+                if sock.family == socket.AF_INET and sock.getpeername()[1] == port:
+                    found.add("{}:{}".format(*sock.getsockname()))
+    return found
+
+
+def wait_until_closed(client: redis.Redis, port: int) -> None:
+    """Waits until a server, as its ``timeout`` says, has closed all connections that this process has to it now, but for those
+    that listen."""
+    client.ping()
+    ours = own_addresses(port)
+
+    def left() -> set[str]:
+        return ours & {row["addr"] for row in client.client_list(_type="normal") if row["cmd"] != "client|list"}
+
+    assert left()
+    wait_until(lambda: not left(), 15, lambda: str(client.client_list()), poll=0.1)
 
 
 @contextlib.contextmanager
