@@ -17,9 +17,10 @@ What it does, and where:
 - worker (``Task.start_strategy``): a message that came out of a shard is acknowledged after its body, and goes back when
   its pool process dies, whatever the configuration says: its lane opens with the acknowledgement. This depends on the
   message, not on the task, because any task may be called with ``shard_key=``; with another broker nothing changes.
-- worker (``Request.on_failure``): such a message, and one of a task with ``reject_on_worker_lost``, that has taken its pool
-  process down more than ``max_crashes`` times fails for good, and goes to the dead letters. Where the body runs in the worker
-  itself, the transport writes down that one starts again, and whoever takes the message next counts.
+- worker (``Request.on_failure``, ``on_timeout``): such a message, and one of a task with ``reject_on_worker_lost``, that has
+  taken its pool process down more than ``max_crashes`` times fails for good, and goes to the dead letters; so does one that
+  overruns its time limit as often, where that does not acknowledge it. Where the body runs in the worker itself, the transport
+  writes down that one starts again, and whoever takes the message next counts.
 - worker (``Consumer.create_task_handler``): what breaks the worker at receipt, before any body, goes to the dead letters at
   once where it is no message of Celery's, and else after ``max_crashes`` deaths.
 - worker (``run_if_ours``): no body starts whose message another worker has been given meanwhile.
@@ -48,6 +49,7 @@ from .worker import (
     with_crash_count,
     with_hearing,
     with_keyed_strategy,
+    with_overruns_counted,
 )
 
 
@@ -56,6 +58,7 @@ def _install() -> None:
     Task.retry = with_retry_kept(Task.retry)
     Task.start_strategy = with_keyed_strategy(Task.start_strategy)
     Request.on_failure = with_crash_count(Request.on_failure)
+    Request.on_timeout = with_overruns_counted(Request.on_timeout)
     Consumer.on_close = with_hearing(Consumer.on_close)
     Consumer.create_task_handler = with_guard(Consumer.create_task_handler)
     hooks.before_publish.append(stamp_missed)

@@ -12,7 +12,7 @@ from typing import Any
 from billiard.einfo import ExceptionWithTraceback
 from celery.app.trace import ExceptionInfo
 from celery.concurrency.prefork import TaskPool as PreforkPool
-from celery.exceptions import Reject, WorkerLostError
+from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
 from celery.local import Proxy
 from celery.worker import state
 
@@ -215,45 +215,72 @@ def _tags_of(requests: Callable[[], Iterable[Any]], which: Callable[[Any], bool]
 
 
 class _GivenUpTask(Proxy):  # type: ignore[misc]
-    """A task as the request of a message sees it that has taken its pool process down too often."""
+    """A task as the request of a message sees it that has taken its pool process down too often: it fails, and the message,
+    which lies among the dead letters by then, is not asked for again."""
 
     acks_late = True
     reject_on_worker_lost = retry_on_worker_lost = False
-    acks_on_failure = acks_on_failure_or_timeout = False
+    acks_on_failure = acks_on_timeout = acks_on_failure_or_timeout = True
 
 
 def with_crash_count(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``Request.on_failure``: a message that takes its pool process down again and again fails for good, and goes to the
-    dead letters. Celery would deliver it for ever."""
+    """``Request.on_failure``: a message that takes its pool process down again and again, or whose body has to be ended with
+    it, fails for good, and goes to the dead letters. Celery would deliver it for ever."""
 
     @functools.wraps(original)
     def on_failure(request: Any, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
         exc = exc_info.exception
         if isinstance(exc, ExceptionWithTraceback):
             exc = exc.exc
-        if _took_its_process_down(request, exc):
-            given_up = request.message.channel.charge(request.message.delivery_tag)
-            if isinstance(exc, MemoryError):
-                # Celery ends the worker, or does not hear of it in a thread, and leaves the message as it is.
-                request.reject(requeue=not given_up)
-            elif given_up:
-                task = request.task
-                request._task = _GivenUpTask(lambda: task)
+        if _comes_again(request, exc):
+            _charge(request, exc)
         return original(request, exc_info, *args, **kwargs)
 
     return on_failure
 
 
-def _took_its_process_down(request: Any, exc: Any) -> bool:
+def with_overruns_counted(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Request.on_timeout``, which is all that is called in a pool without processes."""
+
+    @functools.wraps(original)
+    def on_timeout(request: Any, soft: bool, timeout: float) -> Any:
+        exc = TimeLimitExceeded(timeout)
+        if not soft and _comes_again(request, exc):
+            _charge(request, exc)
+        return original(request, soft, timeout)
+
+    return on_timeout
+
+
+def _charge(request: Any, exc: BaseException) -> None:
+    channel, tag = request.message.channel, request.message.delivery_tag
+    given_up = channel.charge(tag)
+    if given_up:
+        overran = isinstance(exc, TimeLimitExceeded)
+        channel.refuse(tag, f"its body overran its time limit of {exc.args[0]} s" if overran else "")
+        task = request.task
+        request._task = _GivenUpTask(lambda: task)
+    if given_up or isinstance(exc, MemoryError):
+        # For what is given up this only tells Celery. For a MemoryError it ends the worker, or does not hear of it in a thread,
+        # and leaves the message as it is.
+        request.reject(requeue=not given_up)
+
+
+def _comes_again(request: Any, exc: Any) -> bool:
+    """Whether Celery is about to have a message delivered again because of what it did to its process."""
+    if request.acknowledged or not hasattr(request.message.channel, "charge"):
+        return False
+    task = request.task
+    if not task.acks_late:
+        return False
+    if isinstance(exc, TimeLimitExceeded):
+        return not (state.should_terminate or getattr(task, "acks_on_timeout", task.acks_on_failure_or_timeout))
     if not isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt | MemoryError):
         return False
     if state.should_stop is not None or state.should_terminate is not None:
         return False  # the worker ends, and takes its pool with it
     if request._already_cancelled or request._already_revoked:
         return False
-    task = request.task
     if isinstance(exc, MemoryError):
-        comes_again = task.acks_late
-    else:
-        comes_again = task.acks_late and task.reject_on_worker_lost and not getattr(task, "retry_on_worker_lost", False)
-    return comes_again and hasattr(request.message.channel, "charge")
+        return True
+    return task.reject_on_worker_lost and not getattr(task, "retry_on_worker_lost", False)

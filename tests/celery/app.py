@@ -199,10 +199,15 @@ def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = T
             kill_worker()
         raise self.retry(countdown=countdown)
 
-    @task(name="overrun", time_limit=1, **keyed)
-    def overrun(self: Any, k: str, n: int) -> None:
+    def overrun(self: Any, k: str | None = None, n: int = 0) -> None:
         note("S", k, n)
         time.sleep(60)
+
+    task(name="overrun", time_limit=1, **keyed)(overrun)
+    task(name="overrun_again", time_limit=0.2, acks_on_failure_or_timeout=False, **keyed)(overrun)
+    task(
+        name="overrun_late", time_limit=0.2, acks_late=True, acks_on_failure_or_timeout=False, bind=True,
+    )(overrun)  # fmt: skip
 
     @task(name="early", bind=True, max_retries=3)
     def early(self: Any, n: int, ms: float = 0, fail: int = 0, countdown: float = 0.1, gated: bool = False) -> None:

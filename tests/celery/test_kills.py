@@ -184,6 +184,27 @@ def test_a_message_that_raises_memory_error_each_time(own_server, site, pool, na
     s.nothing_left()
 
 
+@pytest.mark.parametrize(
+    "pool, name, key, most",
+    [("prefork", "overrun_again", "a", 1), ("prefork", "overrun_late", None, 0), ("gevent", "overrun_again", "a", 1)],
+)
+def test_a_message_that_overruns_its_time_limit_each_time(own_server, site, pool, name, key, most):
+    """Where that is not to acknowledge it, it comes again; ``max_crashes`` times, and its key goes on."""
+    s = site(own_server, max_crashes=most)
+    s.worker(pool, c=1)
+    n = s.send(name, key)
+    others = [s.send("put", "a"), s.send("late")]
+    for other in others:
+        s.wait("E", other, timeout=30)
+    wait_until(lambda: dead(s), 20, lambda: f"a dead letter; {s}")
+    ((_, fields),) = dead(s)
+    error = json.loads(fields[b"error"])
+    assert error["reason"] == "crashed"
+    assert "time limit of 0.2 s" in error["message"]
+    assert len(s.of("S", n=n)) == most + 1
+    s.nothing_left()
+
+
 def dead(s):
     return [letter for key in s.redis.scan_iter("*:dlq") for letter in s.redis.xrange(key)]
 
