@@ -22,6 +22,7 @@ from ..errors import DecodeError, LeaseLost, ReplyError
 from ..redis import wire
 from ..redis.link import Link, pack
 from ..redis.scripts import Code, script
+from .fetcher import pack_fetch
 from .lanes import (
     KEEP_BODIES,
     MAX_WAITING,
@@ -161,6 +162,10 @@ class ShardConsumer:
         self._head = (lease.token, lease.incarnation, settings.group)
         self._group = settings.group.encode()
         keys = self.keys
+        self.fetch_keys = (
+            lease.key, keys.stream, keys.state, keys.notes(settings.group), keys.delayed, keys.wake,
+            keys.requeued(settings.group),
+        )  # fmt: skip
         self.read_command = pack(
             "XREADGROUP", "GROUP", settings.group, self.consumer_name, "COUNT", settings.fetch_count,
             "STREAMS", keys.stream, ">",
@@ -176,11 +181,28 @@ class ShardConsumer:
 
     # Reading
 
-    def read_by_script(self, link: Link) -> list[Any]:
-        """As ``read_command``, where Redis is too full for a transaction."""
-        args = [*self._head, self.consumer_name, self.settings.fetch_count]
-        entries: list[Any] = self._run(link, "fetch", [self.lease.key, self.keys.stream], args)
-        return entries
+    def fetch(self, link: Link, most: int, *, new: bool = True) -> list[Entry]:
+        """Moves what is due, learns when the next is, and takes up to ``most`` of the
+        entries that were given back or whose consumers are gone (shared streams). Answers the ``new`` ones, of which
+        there may be as many as are left of ``most``: to be absorbed."""
+        now_ms, found = self._owned(link.call(pack_fetch([self], most, new)))
+        return self.take_found(link, int(now_ms), found)
+
+    def look(self, link: Link) -> None:
+        """Looks at all that a wake may tell of."""
+        self.fetch(link, self.settings.fetch_count if self.lease.shared and self.has_room() else 0, new=False)
+        self.reread_notes(link)
+
+    def take_found(self, link: Link, now_ms: int, found: Sequence[Any]) -> list[Entry]:
+        """Takes what ``lua/fetch.lua`` answers for this stream, but for the new entries."""
+        _, wake_id, due_ms, more, again, fresh = found
+        self.clock_ms = now_ms - wall_ms()
+        self.wake_id = wake_id.decode()
+        self.next_due = None if due_ms < 0 else mono_s() + max(0, int(due_ms) - now_ms) / 1000
+        self.on_offer = bool(more)
+        if again:
+            self.absorb_again(link, again)
+        return fresh  # type: ignore[no-any-return]
 
     def owns(self, answer: Sequence[bytes | None]) -> bool:
         """Whether that is the answer to ``guard_command`` that an owner gets."""
@@ -211,6 +233,21 @@ class ShardConsumer:
             self.buffer.extend(self._decode(entries))
         else:
             self.buffer.extend(self._first_of_their_ids(link, deliveries_of(self._decode(entries))))
+
+    def absorb_again(self, link: Link, entries: Iterable[tuple[bytes, list[bytes], bytes]]) -> None:
+        """Takes entries, with their notes, that were given back, or whose consumers are gone."""
+        notes: dict[bytes, bytes] = {}
+        plain: list[Entry] = []
+        for entry_id, fields, note in entries:
+            plain.append([entry_id, fields])
+            notes[entry_id] = note
+        found: list[Delivery | tuple[Hashable, bytes]] = []
+        for delivery in self._first_of_their_ids(link, deliveries_of(self._decode(plain))):
+            delivery.fresh = False
+            if text := notes[delivery.entry_id]:
+                self._take_note(delivery, Note.parse(text))
+            found.append(delivery)
+        self._place_recovered(found, False)
 
     def _decode(self, entries: Iterable[Entry]) -> list[Delivery | Entry]:
         """Decodes entries ``[id, fields]``. What can't be decoded is left to be a dead letter."""
@@ -348,7 +385,7 @@ class ShardConsumer:
         """Brings Redis, which may have lost its last second, to where this process is. What was read is pending again then,
         as far as it is there; what was acknowledged is so again; and no attempt is forgotten."""
         while id_order(self.last_id.encode()) < self._read_to:
-            entries = self.read_by_script(link)
+            entries = self.fetch(link, self.settings.fetch_count)
             if not entries:
                 break
             # Those that are held are to be settled as ever, and the others are about to be found among the pending ones.
@@ -1029,48 +1066,6 @@ class ShardConsumer:
             self.lanes.close(delivery.lane_key, delivery, None)
         elif lane is not None:
             self.lanes.open(lane)
-
-    def move_due(self, link: Link, limit: int = 500) -> None:
-        """Moves delayed messages that are due into the stream, and learns when the next is."""
-        if self.lease.shared and self.closing:
-            return
-        while True:
-            moved, now_ms, next_ms = self._run(
-                link,
-                "move_due",
-                [self.lease.key, self.keys.delayed, self.keys.stream, self.keys.state],
-                [self.lease.token, self.lease.incarnation, limit],
-            )
-            self.clock_ms = int(now_ms) - wall_ms()
-            if moved < limit:
-                break
-        self.next_due = None if next_ms < 0 else mono_s() + max(0, int(next_ms) - int(now_ms)) / 1000
-
-    def take_requeued(self, link: Link) -> int:
-        """Shared streams: takes entries that were given back, or whose consumers are gone, the oldest first."""
-        more, entries = self._run(
-            link,
-            "take_requeued",
-            [self.lease.key, self.keys.requeued(self.settings.group), self.keys.stream],
-            [*self._head, self.settings.fetch_count],
-        )
-        self.on_offer = bool(more)
-        if not entries:
-            return 0
-        arrived = self._first_of_their_ids(link, deliveries_of(self._decode(entries)))
-        notes = (
-            link.command("HMGET", self.keys.notes(self.settings.group), *[d.entry_id for d in arrived])
-            if arrived
-            else []
-        )
-        found: list[Delivery | tuple[Hashable, bytes]] = []
-        for delivery, text in zip(arrived, notes, strict=True):
-            delivery.fresh = False
-            if text:
-                self._take_note(delivery, Note.parse(text))
-            found.append(delivery)
-        self._place_recovered(found, False)
-        return len(entries)
 
     def idle(self) -> bool:
         """Nothing is handed out and nothing is left to write."""

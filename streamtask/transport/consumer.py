@@ -4,7 +4,7 @@ next message is handed out only when Redis has answered that the one before is f
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from ..clock import mono_s
@@ -267,24 +267,9 @@ class StreamConsumer(ShardConsumer):
         self.put_on_offer(link)
         self.settle(link)
 
-    def absorb_again(self, link: Link, entries: Sequence[Entry]) -> None:
-        """Takes requeued entries: before what is new, and marked as delivered before."""
-        notes = link.command("HMGET", self.keys.notes(self.settings.group), *[entry[0] for entry in entries])
-        known = {entry[0]: Note.parse(text) for entry, text in zip(entries, notes, strict=True) if text}
-        found = []
-        for item in self._decode(entries):
-            delivery = Delivery(*item) if isinstance(item, list) else item
-            delivery.fresh = False
-            if delivery.entry_id in known:
-                self._take_note(delivery, known[delivery.entry_id])
-            found.append(delivery)
-        self.buffer.extendleft(reversed(found))
-        if known:
-            self._suspects_first()
-
-    def pack_read(self, count: int) -> bytes:
-        """Reads new entries of a shard, fenced."""
-        return script("fetch").pack((self.lease.key, self.keys.stream), (*self._head, self.consumer_name, count))
+    def absorb_again(self, link: Link, entries: Iterable[tuple[bytes, list[bytes], bytes]]) -> None:
+        super().absorb_again(link, entries)
+        self._suspects_first()
 
 
 def _parse(text: bytes) -> tuple[int, int, bytes]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..clock import mono_s, wall_ms
+from ..clock import mono_s
 from ..errors import LeaseLost
 from ..queue.consumer import Batch
-from ..redis.scripts import Code, script
+from ..queue.fetcher import pack_fetch
+from ..redis.scripts import Code
 from .consumed import Consumed
 from .consumer import StreamConsumer
 from .message import DELIVERY, address, decode, expired
-from .queues import GROUP
 
 if TYPE_CHECKING:
     from .session import Session
@@ -39,12 +39,14 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
     consumed.look_at = now + LOOK_S
     streams = list(consumed.streams.values())
     shards = [c for c in consumed.shards.values() if not c.closing]
-    readable = [c for c in shards if now >= c.read_at and c.has_room()]
+    told = [c for c in shards if c.woken or (c.next_due is not None and now >= c.next_due)]
+    readable = [c for c in shards if (now >= c.read_at or c in told) and c.has_room()]
+    looked = readable + [c for c in told if c not in readable]
     settling = [c for c in consumed.consumers() if c.finished and not c.settling]
     calls = [(c.keys.stream, c.begin_settle()) for c in settling]
     room = max(0, most - sum(len(c.buffer) for c in streams))
-    calls.append((streams[0].keys.stream, _pack_shared(session, streams, room)))
-    calls += [(c.keys.stream, c.pack_read(SHARD_READ)) for c in readable]
+    calls.append((streams[0].keys.stream, pack_fetch(streams, room, True)))
+    calls += [(c.keys.stream, pack_fetch([c], SHARD_READ if c in readable else 0, True)) for c in looked]
     try:
         replies = session.connections.links.pipeline(calls)
     except BaseException:
@@ -57,19 +59,19 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
         if isinstance(reply, Exception):
             raise reply
     _take_shared(session, consumed, streams, replies[len(settling)])
-    for consumer, reply in zip(readable, replies[len(settling) + 1 :], strict=True):
+    for consumer, reply in zip(looked, replies[len(settling) + 1 :], strict=True):
         if reply == Code.LEASE_LOST:
             session.lost(consumer, "")
             continue
-        consumer.was_read(len(reply) >= SHARD_READ, bool(reply), now)
-        if reply:
-            consumer.absorb(session.link(consumer), reply)
-    for consumer in shards:
-        if consumer.woken or (consumer.next_due is not None and now >= consumer.next_due):
-            consumer.woken = False
-            consumer.move_due(session.link(consumer))
+        now_ms, found = reply
+        fresh = consumer.take_found(session.link(consumer), int(now_ms), found)
+        consumer.woken = False
+        if consumer in readable:
+            consumer.was_read(len(fresh) >= SHARD_READ, bool(fresh), now)
+            if fresh:
+                consumer.absorb(session.link(consumer), fresh)
+        else:
             consumer.read_at = 0.0
-            consumed.rung = True
 
 
 def _settled(session: Session, consumer: StreamConsumer, reply: Any) -> None:
@@ -82,31 +84,16 @@ def _settled(session: Session, consumer: StreamConsumer, reply: Any) -> None:
         session.lost(consumer, str(exc))
 
 
-def _pack_shared(session: Session, streams: Sequence[StreamConsumer], room: int) -> bytes:
-    names: list[str] = []
-    for consumer in streams:
-        keys_of = consumer.keys
-        names += [consumer.lease.key, keys_of.stream, keys_of.requeued(GROUP), keys_of.delayed, keys_of.wake]
-    tokens = [consumer.lease.token for consumer in streams]
-    return script("fetch_shared").pack(tuple(names), (session.incarnation, GROUP, room, *tokens))
-
-
 def _take_shared(session: Session, consumed: Consumed, streams: Sequence[StreamConsumer], reply: Any) -> None:
+    if reply == Code.LEASE_LOST:
+        raise LeaseLost(f"the lease of {streams[0].keys.prefix} ran out and is another's, or is gone")
     now_ms, *parts = reply
-    due_at: list[int] = []
     woken = False
-    for consumer, part in zip(streams, parts, strict=True):
-        if part == 0:
-            raise LeaseLost(f"the lease of {consumer.keys.prefix} ran out and is another's, or is gone")
-        last, rung, next_ms, again, fresh = part
-        woken |= consumed.moved(consumer.keys.prefix, last, rung)
-        consumer.clock_ms = int(now_ms) - wall_ms()
-        if next_ms >= 0:
-            due_at.append(int(next_ms))
+    for consumer, found in zip(streams, parts, strict=True):
+        woken |= consumed.moved(consumer.keys.prefix, *found[:2])
+        fresh = consumer.take_found(session.link(consumer), int(now_ms), found)
         if fresh:
             consumer.absorb(session.link(consumer), fresh)
-        if again:
-            consumer.absorb_again(session.link(consumer), again)
     if any(consumer.buffer for consumer in streams):
         consumed.rung = True
     if woken:
@@ -114,7 +101,7 @@ def _take_shared(session: Session, consumed: Consumed, streams: Sequence[StreamC
         consumed.queue.recorded()
         if set(consumed.queue.priorities) != set(consumed.streams):
             session.join(consumed)
-    consumed.next_due = None if not due_at else mono_s() + max(0, min(due_at) - int(now_ms)) / 1000
+    consumed.next_due = min((c.next_due for c in streams if c.next_due is not None), default=None)
 
 
 def hand_out(session: Session, consumed: Consumed, most: int, out: list[tuple[dict[str, Any], str]]) -> None:

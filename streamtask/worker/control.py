@@ -516,16 +516,11 @@ class Control:
             self._audit(owned)
         if consumer.has_to_recover():
             consumer.recover_more(self._link)
-        if owned.woken:
-            consumer.reread_notes(self._link)
-            consumer.next_due = 0.0
-            consumer.on_offer = consumer.lease.shared
+        due = consumer.next_due is not None and now >= consumer.next_due
+        if not consumer.closing and (owned.woken or due or (consumer.on_offer and consumer.has_room())):
+            consumer.next_due = now + 0.5  # unless the answer says
+            consumer.look(self._link)
             owned.woken = False
-        if consumer.next_due is not None and now >= consumer.next_due and not consumer.closing:
-            consumer.next_due = now + 0.5
-            consumer.move_due(self._link)
-        if consumer.on_offer and consumer.has_room():
-            consumer.take_requeued(self._link)
         consumer.lanes.open_due(now)
         back = consumer.halted and not consumer.closing and not consumer.handed
         if back and self._memory.trusted[owned.number] > now:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from typing import Any
 
 from ..clock import mono_s
 from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
@@ -102,13 +101,11 @@ def _own_all(settings: WorkerSettings, link: Link, lease_ms: int) -> list[ShardC
 
 def _turn(consumer: ShardConsumer, link: Link, results: Link | None, executor: SequentialExecutor) -> tuple[int, int]:
     """Reads, runs and settles once; answers how many bodies ran, and how many of them ended well."""
-    consumer.move_due(link)
     if consumer.has_to_recover():
         consumer.recover_more(link)
-    if consumer.has_room():
-        _read(consumer, link)
-    if consumer.lease.shared:
-        consumer.take_requeued(link)
+    entries = consumer.fetch(link, consumer.settings.fetch_count if consumer.has_room() else 0)
+    if entries:
+        consumer.absorb(link, entries)
     consumer.reread_notes(link)
     consumer.lanes.open_due(mono_s())
     ran = well = 0
@@ -126,18 +123,6 @@ def _turn(consumer: ShardConsumer, link: Link, results: Link | None, executor: S
     consumer.flush(link)
     consumer.settle(link)
     return ran, well
-
-
-def _read(consumer: ShardConsumer, link: Link) -> None:
-    link.command("WATCH", consumer.lease.guard)
-    if not consumer.owns(link.call(consumer.guard_command)):
-        link.command("UNWATCH")
-        return
-    link.command("MULTI")
-    link.call(consumer.read_command)
-    found: Any = link.command("EXEC")
-    if found and found[0]:
-        consumer.absorb(link, found[0][0][1])
 
 
 def _next_due(consumers: list[ShardConsumer]) -> float | None:

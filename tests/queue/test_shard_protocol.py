@@ -108,16 +108,10 @@ class ShardMachine(RuleBasedStateMachine):
             self.take_over()
 
     def fetch_raw(self, owner: Owner) -> list | None:
-        consumer, link = owner.consumer, self.link
-        link.command("WATCH", consumer.lease.guard)
-        owned = consumer.owns(link.call(consumer.guard_command))
-        link.command("MULTI")
-        link.call(consumer.read_command)
-        if not owned:
-            link.command("DISCARD")
+        try:
+            return owner.consumer.fetch(self.link, 5)
+        except LeaseLost:
             return None
-        found = link.command("EXEC")
-        return found[0][0][1] if found and found[0] else []
 
     @rule()
     def fetch(self) -> None:
@@ -269,7 +263,7 @@ class ShardMachine(RuleBasedStateMachine):
             lambda: consumer._owned(self.link.call(consumer.pack_settle(pending or [b"1-1"]))),
             lambda: consumer._write_notes(self.link, [(e, _note()) for e in pending or [b"1-1"]]),
             lambda: consumer._dead_letter(self.link, (pending or [b"1-1"])[0], Outcome("dead", reason="x")),
-            lambda: consumer.move_due(self.link),
+            lambda: consumer.fetch(self.link, 0),
             lambda: owner.lease.renewed(self.link.call(owner.lease.pack_renew()), 0.0),
         ):
             with pytest.raises(LeaseLost):

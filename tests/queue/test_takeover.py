@@ -50,7 +50,7 @@ class Rig:
         return ShardConsumer(lease, "q", self.shard, ConsumerSettings(group=GROUP, fetch_count=50, **more))
 
     def fetch(self, consumer):
-        entries = consumer.read_by_script(self.link)
+        entries = consumer.fetch(self.link, 50)
         if entries:
             consumer.absorb(self.link, entries)
         return len(entries)

@@ -515,11 +515,13 @@ def fenced_calls(shard, ids, due_key):
         "note": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0], NOTE]),
         "charge": ([lease, k.stream, k.notes(GROUP)], [GROUP, ids[0], 1]),
         "unmark": ([lease, k.notes(GROUP)], [ids[0]]),
-        "move_due": ([lease, due_key, k.stream, k.state], [100]),
+        "fetch": (
+            [lease, k.stream, k.state, k.notes(GROUP), due_key, k.wake, k.requeued(GROUP)],
+            [GROUP, "owner", 10, 1],
+        ),
         "dead_letter": ([lease, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, ids[0], "{}", ""]),
         "release": ([lease], []),
         "claim_ids": ([lease, k.state, k.seen("r1.0")], ["run", 1000, "", 100, b"i" * 16, 1]),
-        "take_requeued": ([lease, k.requeued(GROUP), k.stream], [GROUP, 10]),
         "lift_last_id": ([lease, k.stream], ["9999999999999-0"]),
         "renew": ([lease, k.token(GROUP)], [1000]),
     }
@@ -530,11 +532,10 @@ FENCED = [
     "note",
     "charge",
     "unmark",
-    "move_due",
+    "fetch",
     "dead_letter",
     "release",
     "claim_ids",
-    "take_requeued",
     "lift_last_id",
     "renew",
 ]
@@ -588,7 +589,7 @@ def test_the_owner_can(redis_server_all, name):
     shard.link.close()
 
 
-@pytest.mark.parametrize("name", ["settle", "note", "charge", "dead_letter", "move_due", "release"])
+@pytest.mark.parametrize("name", ["settle", "note", "charge", "dead_letter", "release"])
 def test_repeating_a_call_changes_nothing(redis_server_all, name):
     shard = Shard(redis_server_all)
     lease = shard.acquire("a")
@@ -882,7 +883,8 @@ MANY = {
     "open_shard": (lambda k, ids: ([k.state, k.stream], [0, *(f"g{n}" for n in range(50))])),
 }
 ELSEWHERE = {
-    "drop_dead": "tests/inspect", "replay": "tests/inspect", "fetch_shared": "tests/transport", "requeue": "tests/transport",
+    "drop_dead": "tests/inspect", "replay": "tests/inspect", "requeue": "tests/transport",
+    "fetch": "as many as there are priorities",
     "heartbeat": "ten thousand processes, above", "leave": "ten thousand processes, above",
     "open_queue": "as many as there are priorities", "touch_queues": "tests/transport",
     "produce_deduped": "as many as there are generations",
@@ -985,13 +987,59 @@ def test_a_consumer_whose_lease_expired_is_removed_and_its_entries_are_offered(s
 
 
 def take(shard, lease, count):
-    more, entries = shard.link.run(
-        "take_requeued",
-        [lease.key, shard.keys.requeued(GROUP), shard.keys.stream],
-        [lease.token, lease.incarnation, GROUP, count],
+    k = shard.keys
+    _, (_, _, _, more, entries, new) = shard.link.run(
+        "fetch",
+        [lease.key, k.stream, k.state, k.notes(GROUP), k.delayed, k.wake, k.requeued(GROUP)],
+        [lease.token, lease.incarnation, GROUP, lease.incarnation, count, 0],
     )
+    assert not new
     assert more == shard.client.exists(shard.keys.requeued(GROUP))
-    return [entry_id.decode() for entry_id, _ in entries]
+    return [entry_id.decode() for entry_id, _, _ in entries]
+
+
+def test_one_fetch_gives_what_is_due_on_offer_and_new_in_all_streams(redis_server_all):
+    """The first stream's before the second's, and no more than was asked for; a note comes with its entry, or goes."""
+    streams = [Shard(redis_server_all, "shared"), Shard(redis_server_all, "shared.5")]
+    streams[1].client.xgroup_create(streams[1].keys.stream, GROUP, "0", mkstream=True)
+    leases = [join_shared(one.link, one.keys, GROUP, "a", 60_000) for one in streams]
+    given = []
+    for one in streams:
+        given.append(one.add(2))
+        one.read()
+        one.client.zadd(one.keys.requeued(GROUP), {**{entry_id: n for n, entry_id in enumerate(given[-1])}, "77-0": 9})
+        one.client.hset(one.keys.notes(GROUP), mapping={given[-1][0]: NOTE, "77-0": NOTE})
+        one.client.zadd(one.keys.delayed, {f"{1:016}mx": 1, f"{2:016}my": 9e15})
+    woken = streams[0].client.xadd(streams[0].keys.wake, {"w": "due"})
+    keys = []
+    for one, lease in zip(streams, leases, strict=True):
+        k = one.keys
+        keys += [lease.key, k.stream, k.state, k.notes(GROUP), k.delayed, k.wake, k.requeued(GROUP)]
+
+    def fetch(most, new, token=leases[1].token):
+        return streams[0].link.run("fetch", keys, [leases[0].token, "a", GROUP, "a", most, new, token])
+
+    before = streams[0].everything()
+    assert fetch(9, 1, token=1) == Code.LEASE_LOST
+    assert streams[0].everything() == before
+
+    _, first, second = fetch(4, 1)
+    last, rung, due, more, again, fresh = first
+    assert [(entry_id.decode(), note.decode()) for entry_id, _, note in again] == [
+        (given[0][0], NOTE),
+        (given[0][1], ""),
+    ]
+    assert [fields for _, fields in fresh] == [[b"m", b"x"]]
+    assert (last, rung, due, more) == (fresh[0][0], woken, 9e15, 0)
+    assert [entry_id.decode() for entry_id, _, _ in second[4]] == [given[1][0]]
+    assert (second[1], second[3], second[5]) == (b"0-0", 1, [])
+    assert set(streams[0].pending().values()) == {"a"}
+
+    _, first, second = fetch(9, 0)
+    assert (first[4], first[5], second[5]) == ([], [], [])
+    assert [entry_id.decode() for entry_id, _, _ in second[4]] == given[1][1:]
+    assert [one.client.hkeys(one.keys.notes(GROUP)) for one in streams] == [[ids[0].encode()] for ids in given]
+    assert [len(part[5]) for part in fetch(9, 1)[1:]] == [0, 1]
 
 
 def test_entries_of_one_millisecond_are_offered_in_their_order(shard):

@@ -17,7 +17,7 @@ from tests.fix_redis import RedisServer
 from tests.helpers import wait_until
 from tests.transport.kit import Inbox, Kit, publish
 
-SCRIPTS = ["fetch_shared", "settle", "settle_kept", "fetch", "join_shared", "requeue", "move_due"]
+SCRIPTS = ["fetch", "settle", "settle_kept", "join_shared", "requeue"]
 
 
 @pytest.fixture
@@ -200,8 +200,8 @@ def test_lost(cut: tuple[Kit, Proxy, Kit], name: str, when: str) -> None:
     for n in range(10):
         first = list(dict.fromkeys(d for d in done if d // 10 == 10 + n))
         assert first == [100 + 10 * n + m for m in range(3)]
-    if name not in ("join_shared", "move_due", "requeue") or when == "reply":
-        assert proxy.cuts or name in ("move_due", "settle", "requeue", "settle_kept", "fetch")
+    if name not in ("join_shared", "requeue") or when == "reply":
+        assert proxy.cuts or name in ("settle", "requeue", "settle_kept")
 
 
 def test_lost_reply_of_a_get(cut: tuple[Kit, Proxy, Kit]) -> None:
@@ -213,7 +213,7 @@ def test_lost_reply_of_a_get(cut: tuple[Kit, Proxy, Kit]) -> None:
     getting = connection.channel()
     assert getting.basic_get("q").payload == 1
     publish(channel, 2)
-    proxy.cut_after_request(of("fetch_shared"))
+    proxy.cut_after_request(of("fetch"))
     try:
         message = getting.basic_get("q")
     except connection.connection_errors:

@@ -106,7 +106,7 @@ def test_it_says_so_though_the_reply_with_it_was_lost(kit: Kit, make_kit: Any, p
     assert other.basic_get("q") is None  # what it needs for its first fetch is done
     publish(kit.channel(), 1, 2)
     kit.channel().basic_get("q").requeue()
-    line.cut_after_request(script("fetch_shared").sha.encode())
+    line.cut_after_request(script("fetch").sha.encode())
     with contextlib.suppress(*other.connection.connection_errors):
         other.basic_get("q")
     assert line.cuts == 1

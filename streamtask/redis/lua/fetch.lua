@@ -1,19 +1,68 @@
--- Reads new entries for an owner where Redis refuses the watched transaction: above maxmemory, before Redis 8.
--- KEYS[1] lease    hash
--- KEYS[2] stream   stream
+-- Gives an owner what there is for it: what is due moves into the stream, then entries on offer come, the oldest first, then
+-- new ones. Of a queue's shared streams, one for each priority, all at once, the most urgent first.
+-- KEYS[1] lease     hash
+-- KEYS[2] stream    stream
+-- KEYS[3] state     hash
+-- KEYS[4] notes     hash
+-- KEYS[5] delayed   sorted set by due time, ms
+-- KEYS[6] wake      stream
+-- KEYS[7] requeued  sorted set of entry ids
+-- KEYS[8...] the same of each further stream
 -- ARGV[1] token
 -- ARGV[2] incarnation
 -- ARGV[3] group
 -- ARGV[4] consumer
--- ARGV[5] most entries to read
--- Returns: entries {{id, fields}, ...}, or LEASE_LOST
+-- ARGV[5] most entries to give
+-- ARGV[6] 1: new ones, too; 0: only those on offer
+-- ARGV[7...] token of the lease of each further stream
+-- Returns: {now (ms), {last delivered id, newest wake id, when the next is due (ms) or -1, 1 if more are on offer else 0, entries
+-- from there {{id, fields, note or ''}, ...}, new entries} for each stream ...}, or LEASE_LOST where any is another's
 --- @include codes
 --- @include fence
+--- @include delayed
+--- @include due
+--- @include last_delivered
+--- @include now
+--- @include pending
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
-local reply = redis.call('XREADGROUP', 'GROUP', ARGV[3], ARGV[4], 'COUNT', ARGV[5], 'STREAMS', KEYS[2], '>')
-if not reply then
-  return {}
+for i = 7, #ARGV do
+  if not owns(KEYS[7 * i - 41], ARGV[i], ARGV[2]) then
+    return LEASE_LOST
+  end
 end
-return reply[1][2]
+local now = now_ms()
+local left = tonumber(ARGV[5])
+
+local function look(stream, state, notes, delayed, wake, requeued)
+  move_due(delayed, stream, now, 500)
+  local again, fresh = {}, {}
+  local ids = left > 0 and redis.call('ZRANGE', requeued, 0, left - 1) or {}
+  for i = 1, #ids do
+    redis.call('ZREM', requeued, ids[i])
+    local entry = is_pending(stream, ARGV[3], ids[i]) and redis.call('XRANGE', stream, ids[i], ids[i])[1]
+    if entry then
+      redis.call('XCLAIM', stream, ARGV[3], ARGV[4], 0, ids[i], 'JUSTID')
+      again[#again + 1] = { entry[1], entry[2], redis.call('HGET', notes, ids[i]) or '' }
+    else
+      redis.call('XACK', stream, ARGV[3], ids[i])
+      redis.call('HDEL', notes, ids[i])
+    end
+  end
+  left = left - #again
+  if left > 0 and ARGV[6] == '1' then
+    local found = redis.call('XREADGROUP', 'GROUP', ARGV[3], ARGV[4], 'COUNT', left, 'STREAMS', stream, '>')
+    fresh = found and found[1][2] or {}
+    left = left - #fresh
+  end
+  local last = #fresh > 0 and fresh[#fresh][1] or last_delivered(stream, ARGV[3])
+  local rung = redis.call('XREVRANGE', wake, '+', '-', 'COUNT', 1)[1]
+  return { last, rung and rung[1] or '0-0', note_due(state, delayed), redis.call('EXISTS', requeued), again, fresh }
+end
+
+local reply = { now, look(KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]) }
+for i = 7, #ARGV do
+  reply[#reply + 1] = look(unpack(KEYS, 7 * i - 40, 7 * i - 35))
+end
+return reply

@@ -9,18 +9,14 @@
 -- ARGV[1] group
 -- ARGV[2] most entries to take
 -- Returns: {now (ms), last delivered id, newest wake id, when the next is due (ms) or -1, requeued entries, new entries}
+--- @include due
 --- @include last_delivered
 --- @include now
 --- @include slices
 --- @include remove
 local now = now_ms()
 local left = tonumber(ARGV[2])
-local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, 500)
-for i = 1, #due do
-  -- ZREM first: Redis allows it above maxmemory, and with it the append.
-  redis.call('ZREM', KEYS[3], due[i])
-  redis.call('XADD', KEYS[1], '*', due[i]:sub(17, 17), due[i]:sub(18))
-end
+move_due(KEYS[3], KEYS[1], now, 500)
 local again, fresh = {}, {}
 local ids = redis.call('ZRANGE', KEYS[2], 0, left - 1)
 for i = 1, #ids do
