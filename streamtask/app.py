@@ -18,9 +18,10 @@ from .errors import ConfigError, EncodeError, MessageTooLarge
 from .execution import Runner
 from .middleware import Dedupe, Middleware, Outgoing, overriding
 from .queue.aproducer import AsyncProducer
+from .queue.calls import Call, ProducerSettings
 from .queue.consumer import ConsumerSettings
 from .queue.declare import Queue
-from .queue.producer import Call, Producer, ProducerSettings, new_id, new_ids
+from .queue.producer import Producer, new_id, new_ids
 from .queue.seen import dedupe_hash
 from .redis import wire
 from .redis.connection import Broker

@@ -13,6 +13,7 @@
     │   └── QueueFull            the backlog limit, or Redis' memory limit, is reached
     │       └── BrokerOutOfMemory
     ├── BrokerUnavailable        Redis can't be reached
+    │   ├── InDoubt              a produce call that can't be repeated any more: it may be stored or not
     │   ├── AccessRefused        Redis refused the user or password (a ConfigError, too)
     │   └── EmbeddedServerError  the embedded redis-server is missing or did not start
     ├── ReplyError               Redis refused a call with an error that does not pass by itself
@@ -49,6 +50,7 @@ __all__ = [
     "EmbeddedServerError",
     "EncodeError",
     "Ignore",
+    "InDoubt",
     "LeaseLost",
     "MessageTooLarge",
     "Misconfigured",
@@ -118,6 +120,14 @@ class BrokerUnavailable(StreamTaskError, ConnectionError):
     """
 
     code = ""
+    in_doubt = True
+    """Whether what was asked for may have been done all the same; not where it was not sent, or where Redis refused it."""
+
+
+class InDoubt(BrokerUnavailable):
+    """The reply to a produce call was lost, and Redis could not be asked again for as long as it knows the call's id
+    (``produce_ttl``, or ``dedupe_ttl`` with a ``dedupe_id``). The message is stored or not; another repetition could store
+    it twice."""
 
 
 class AccessRefused(ConfigError, BrokerUnavailable):

@@ -14,8 +14,9 @@ from ..clock import mono_s
 from ..errors import BrokerUnavailable, QueueFull, ReplyError
 from ..redis.aio import Pipe
 from ..redis.connection import Broker
-from ..redis.scripts import Code, by_sha
-from .producer import Call, Producer
+from ..redis.scripts import by_sha
+from .calls import Call
+from .producer import Producer
 
 
 class AsyncProducer:
@@ -40,38 +41,30 @@ class AsyncProducer:
         """As ``Producer.send``."""
         producer = self._producer
         started = mono_s()
-        waiting = None
-        packed: bytes | None = None
         while True:
             try:
+                if not call.queue.declared:  # any more: after a flush, or a reshard
+                    await asyncio.to_thread(call.queue.shape)
                 target = producer.target(call.queue, call.shard)
-                if packed is None or call.dedupe is not None:
-                    packed = call.pack(target)
-                answer = await self._answer(packed)
-                if type(answer) is bytes or answer == 1:
-                    return True
-                if answer == Code.STORED_ALREADY:
-                    return call.dedupe is None
-                error = await asyncio.to_thread(producer.refusal, call.queue, call.shard, answer)
+                answer = await self._answer(call.next_try(target), producer.until(call))
+                stored = call.outcome(answer)
+                if stored is not None:
+                    return stored
+                error = await asyncio.to_thread(producer.refused, call, answer)
                 if error is None:
-                    if type(answer) is int:
-                        packed = None
                     continue
             except (BrokerUnavailable, QueueFull) as exc:
                 error = exc
-                call.repeated = True
-            if waiting is None:
-                waiting = producer.waiting(timeout_s, started)
-            await asyncio.sleep(waiting.pause(error))
+            await asyncio.sleep(producer.pause(call, error, timeout_s, started))
 
-    async def _answer(self, packed: bytes) -> Any:
+    async def _answer(self, packed: bytes, until: float | None) -> Any:
         pipe = self._pipe()
         try:
-            return await pipe.call(packed)
+            return await pipe.call(packed, until)
         except ReplyError as exc:
             if exc.code != "NOSCRIPT":
                 raise
         sha = packed.split(b"\r\n", 5)[4]
         source = by_sha()[sha].source.encode()
         await pipe.call(b"*3\r\n$6\r\nSCRIPT\r\n$4\r\nLOAD\r\n$%d\r\n%b\r\n" % (len(source), source))
-        return await pipe.call(packed)
+        return await pipe.call(packed, until)

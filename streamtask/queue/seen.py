@@ -19,23 +19,23 @@ PAGE = 512
 
 
 class Pages:
-    """Produce ids for one shard and one process; threads may share it."""
+    """Produce ids of one process; threads may share it. A copy of the process (a snapshot of its machine) draws the same ones,
+    and finds out when an id that it uses for the first time is known already."""
 
-    __slots__ = ("_keys", "_name", "number")
+    __slots__ = ("_name", "number")
 
-    def __init__(self, keys: ShardKeys, kind: str) -> None:
-        self._keys = keys
+    def __init__(self, kind: str) -> None:
         self._name = f"{kind}{secrets.token_urlsafe(9)}"
         # The number of the next call. One step, so that no two threads get one number.
         self.number = count().__next__
 
-    def key(self, page: int) -> str:
-        return self._keys.seen(f"{self._name}.{page:x}")
+    def name(self, page: int) -> str:
+        return f"{self._name}.{page:x}"
 
     def take(self) -> tuple[str, int]:
-        """A new id: the page's key and the number in it."""
+        """A new id: the page's name and the number in it."""
         page, number = divmod(self.number(), PAGE)
-        return self.key(page), number
+        return self.name(page), number
 
 
 def dedupe_hash(queue: str, key: bytes | None, dedupe_id: str) -> bytes:

@@ -7,9 +7,10 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from ..clock import mono_s
 from ..errors import BrokerUnavailable, StreamTaskError
 from .connection import Broker
-from .link import translate
+from .link import not_done, too_late, translate
 
 
 class Pipe:
@@ -20,15 +21,20 @@ class Pipe:
         self._client = broker.async_client()
         self._conn: Any = None
         self._outgoing: list[tuple[bytes, asyncio.Future[Any]]] = []
+        self._until: dict[asyncio.Future[Any], float] = {}
         self._wake = asyncio.Event()
         self._task = asyncio.ensure_future(self._run())
 
-    def call(self, packed: bytes) -> asyncio.Future[Any]:
+    def call(self, packed: bytes, until: float | None = None) -> asyncio.Future[Any]:
+        """The reply, some time. ``until``: not to be sent later than that."""
         if self._task.done():
             # Cancelled with other tasks of a loop that goes on: without this, calls would wait for ever.
             self._task = asyncio.ensure_future(self._run())
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._outgoing.append((packed, future))
+        if until is not None:
+            self._until[future] = until
+            future.add_done_callback(self._until.pop)
         self._wake.set()
         return future
 
@@ -53,6 +59,12 @@ class Pipe:
     async def _exchange(self, batch: list[tuple[bytes, asyncio.Future[Any]]]) -> None:
         if self._conn is None:
             self._conn = self._client.connection_pool.make_connection()
+            try:
+                await self._conn.connect()
+            except (RedisError, OSError) as exc:
+                raise not_done(self._error(exc)) from None
+        if self._until:
+            batch = self._in_time(batch)
         await self._conn.send_packed_command([b"".join(p for p, _ in batch)], check_health=False)
         for _, future in batch:
             try:
@@ -67,6 +79,13 @@ class Pipe:
                 future.set_exception(reply)
             else:
                 future.set_result(reply)
+
+    def _in_time(self, batch: list[tuple[bytes, asyncio.Future[Any]]]) -> list[tuple[bytes, asyncio.Future[Any]]]:
+        """Without those that are late, also for what it took to connect."""
+        now = mono_s()
+        late = {future for _, future in batch if self._until.get(future, now) < now}
+        self._fail([one for one in batch if one[1] in late], too_late())
+        return [one for one in batch if one[1] not in late]
 
     def _error(self, exc: Exception) -> StreamTaskError:
         return exc if isinstance(exc, StreamTaskError) else translate(exc, self._broker.safe_url)

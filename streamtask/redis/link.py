@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import hiredis
 import redis
@@ -71,6 +71,21 @@ def translate(exc: Exception, where: str) -> StreamTaskError:
     return translate_reply(text, where)
 
 
+E = TypeVar("E", bound=BaseException)
+
+
+def not_done(error: E) -> E:
+    """Says of an error that what was asked for was not done: it was not even sent, or was refused."""
+    if isinstance(error, BrokerUnavailable):
+        error.in_doubt = False
+    return error
+
+
+def too_late() -> BrokerUnavailable:
+    """Of a call that would have been repeated too late."""
+    return not_done(BrokerUnavailable("there was no connection to Redis in time to repeat the call"))
+
+
 class Link:
     """One connection to Redis for prepared commands; used by one thread at a time.
 
@@ -109,7 +124,7 @@ class Link:
             self._take_over(self._conn._sock)
         except BaseException as exc:
             # Also after an interruption: the answers of a broken handshake would be taken for others.
-            raise self._failed(exc) from None
+            raise not_done(self._failed(exc)) from None
         self.connects += 1
 
     def _take_over(self, sock: Any) -> None:
@@ -300,7 +315,7 @@ class ClusterLink(Link):
 
     def _translate_reply(self, text: str) -> StreamTaskError:
         if text.partition(" ")[0] in MOVED:
-            return BrokerUnavailable(f"the Redis Cluster at {self._where} has moved a slot: {text}")
+            return not_done(BrokerUnavailable(f"the Redis Cluster at {self._where} has moved a slot: {text}"))
         return super()._translate_reply(text)
 
     def _refused(self, error: Exception) -> Exception:

@@ -77,6 +77,7 @@ def translate_reply(text: str, where: str) -> StreamTaskError:
     if kind is Kind.AWAY:
         error = BrokerUnavailable(f"Redis at {where} does not serve now: {text.removeprefix('ERR ')}")
         error.code = code_of(text)
+        error.in_doubt = False
         return error
     if kind is Kind.FULL:
         return BrokerOutOfMemory(

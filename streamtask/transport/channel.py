@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from amqp.exceptions import ChannelError
+from kombu.exceptions import OperationalError
 from kombu.transport import virtual
 from kombu.transport.virtual.base import queue_declare_ok_t
 from kombu.utils.uuid import uuid
 
-from ..errors import BrokerUnavailable, ConfigError, StreamTaskError
+from ..errors import BrokerUnavailable, ConfigError, InDoubt, StreamTaskError
 from ..redis.link import pack
 from . import lifetime, publish, routing
 from .fanout import channel as fanout_channel
@@ -195,21 +196,32 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         # One dict for all attempts of a publish, so the id stays the same when kombu repeats it.
         self.session.check_process()
         properties = {} if properties is None else properties
-        properties.setdefault(PRODUCE_ID, self.session.produce_ids.take())
+        self._give_id(properties)
         message: dict[str, Any] = super().prepare_message(
             body, priority, content_type, content_encoding, headers, properties
         )
         return message
 
+    def _give_id(self, properties: dict[str, Any]) -> None:
+        if PRODUCE_ID not in properties:
+            page, number = self.session.producer.ids.take()
+            properties[PRODUCE_ID] = f"{page} {number}"
+
     def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **kwargs: Any) -> Any:
-        result = super().basic_publish(message, exchange, routing_key, **kwargs)
+        try:
+            result = super().basic_publish(message, exchange, routing_key, **kwargs)
+        except BaseException as exc:
+            publish.keep_id(message)
+            if isinstance(exc, InDoubt):
+                raise OperationalError(str(exc)) from exc  # which kombu does not try again
+            raise
         # It is stored: who publishes these properties again means another message.
         message["properties"].pop(PRODUCE_ID, None)
         return result
 
     def _inplace_augment_message(self, message: dict[str, Any], exchange: str, routing_key: str) -> None:
         properties = message["properties"]
-        properties.setdefault(PRODUCE_ID, self.session.produce_ids.take())
+        self._give_id(properties)
         if self.body_encoding and "body_encoding" not in properties:
             message["body"], properties["body_encoding"] = self.encode_body(message["body"], self.body_encoding)
         properties["delivery_tag"] = self._next_delivery_tag()

@@ -24,7 +24,10 @@ ORDERED = "shard_ordered"
 DELIVERY = "streamtask_delivery"
 REPLACES = "streamtask_replaces"
 PRODUCE_ID = "streamtask_produce_id"
-"""In the properties, which are one dict for all attempts of a publish; never stored."""
+"""In the properties, which are one dict for all attempts of a publish; never stored. ``PAGE NUMBER``, and a third word where
+an earlier attempt may have stored the message: since when (our monotonic clock), or ``inf`` for an id of the caller's own."""
+SENT = "streamtask_sent"
+"""In a message as kombu hands it around, of which each attempt makes one: those three, once something was sent."""
 
 
 def key_of(headers: dict[str, Any]) -> bytes | None:

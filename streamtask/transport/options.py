@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from kombu.utils.url import url_to_parts
 
 from ..errors import ConfigError
-from ..queue.producer import ProducerSettings
+from ..queue.calls import ProducerSettings
 from ..redis.connection import Broker
 
 log = logging.getLogger("streamtask.transport")

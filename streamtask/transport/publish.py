@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BrokerUnavailable, ReplyError, StreamTaskError
-from ..queue.producer import Call
+from ..errors import StreamTaskError
+from ..queue.calls import Call, Target
+from ..redis import wire
 from ..redis.keys import SHARED
+from ..redis.scripts import Code, script
 from . import hooks
-from .message import PRODUCE_ID, REPLACES, due_ms, encode, key_of
+from .message import PRODUCE_ID, REPLACES, SENT, due_ms, encode, key_of
 from .queues import GROUP, shared
 from .session import Session
 
+INF = float("inf")
+
 if TYPE_CHECKING:
     from .channel import Channel
+
+
+@dataclass(slots=True)
+class Retry(Call):
+    """A retry that is stored in the place of the entry that it repeats, as its message's ``replaces`` says; like any message
+    where its key has changed, or the queue's shards have."""
+
+    replaces: Mapping[str, Any] = field(default_factory=dict)
+
+    def pack(self, target: Target) -> bytes:
+        replaces, keys = self.replaces, target.keys
+        if self.produce_id is None or self.shard != replaces["shard"] or target.epoch != replaces["epoch"]:
+            return Call.pack(self, target)
+        page, number = self.produce_id
+        names = (
+            keys.state, keys.seen(page), keys.stream, keys.delayed, keys.wake, keys.lease(GROUP), keys.notes(GROUP),
+            keys.replaced(GROUP),
+        )  # fmt: skip
+        args = (
+            target.epoch, number, target.settings.produce_ttl_ms, wire.MSGPACK, self.envelope, self.due_ms or 0, GROUP,
+            replaces["entry"], replaces["token"], int(replaces.get("generation", 0)) + 1,
+        )  # fmt: skip
+        return script("produce_replacement").pack(names, args)
+
+    def outcome(self, answer: Any) -> bool | None:
+        # 0 also says that another owner has the entry, and runs it again.
+        return True if answer == Code.STORED_ALREADY else Call.outcome(self, answer)
 
 
 def _call(session: Session, queue_name: str, message: dict[str, Any]) -> Call:
@@ -33,41 +66,31 @@ def _call(session: Session, queue_name: str, message: dict[str, Any]) -> Call:
         shard = shared(steps[bisect(steps, priority) - 1]) if priority else SHARED
         due = due_ms(headers, session.options.eta_hold_s)
     queue.open(shard)
-    page, number = properties[PRODUCE_ID].split(" ")
-    return Call(queue, shard, encode(message, key), due_ms=due, produce_id=(page, int(number)))
+    page, number, *since = properties[PRODUCE_ID].split(" ")
+    replaces = headers.get(REPLACES)
+    call = Call(queue, shard, encode(message, key), due_ms=due, produce_id=(page, int(number)))
+    if isinstance(replaces, dict) and replaces.get("queue") == queue_name:
+        call = Retry(queue, shard, call.envelope, due_ms=due, produce_id=call.produce_id, replaces=replaces)
+    if since:
+        call.repeated, call.sent_at = True, float(since[0])
+    return call
 
 
 def put(session: Session, queue_name: str, message: dict[str, Any]) -> None:
     """Stores one message. Raises ``BrokerUnavailable``, ``QueueFull``."""
     call = _call(session, queue_name, message)
-    replaces = message["headers"].get(REPLACES)
-    if isinstance(replaces, dict) and replaces.get("queue") == queue_name:
-        _replace(session, call, replaces)
-    else:
+    try:
         session.producer.send(call)
+    finally:
+        since = call.sent_at or call.tried_at or (INF if call.repeated else None)
+        if since is not None and SENT not in message:
+            message[SENT] = (*(call.produce_id or ()), since)
 
 
-def _replace(session: Session, call: Call, replaces: dict[str, Any]) -> None:
-    """Stores a retry in the place of the entry that it repeats."""
-    assert call.produce_id is not None
-    queue = call.queue
-    shape = queue.shape()
-    if call.shard != replaces["shard"] or shape.epoch != replaces["epoch"]:
-        session.producer.send(call)  # its key has changed, or the queue's shards have
-        return
-    keys = queue.shard_keys(call.shard)
-    page, number = call.produce_id
-    names = [
-        keys.state, keys.seen(page), keys.stream, keys.delayed, keys.wake, keys.lease(GROUP), keys.notes(GROUP),
-        keys.replaced(GROUP),
-    ]  # fmt: skip
-    args = [
-        shape.epoch, number, session.options.produce_ttl_ms, "m", call.envelope, call.due_ms or 0, GROUP,
-        replaces["entry"], replaces["token"], int(replaces.get("generation", 0)) + 1,
-    ]  # fmt: skip
-    answer = session.producer.patiently(lambda: session.connections.run("produce_replacement", names, args))
-    if answer < 0:
-        session.producer.send(call)
+def keep_id(message: dict[str, Any]) -> None:
+    """After an attempt of a publish that failed: the next one has its id, and knows since when that may be stored."""
+    if SENT in message:
+        message["properties"][PRODUCE_ID] = " ".join(map(str, message[SENT]))
 
 
 class PublishBatch:
@@ -88,10 +111,11 @@ class PublishBatch:
         return result
 
     def add(self, session: Session, queue: str, message: dict[str, Any]) -> None:
-        if REPLACES in message["headers"]:
-            put(session, queue, message)
+        call = _call(session, queue, message)
+        if isinstance(call, Retry):
+            session.producer.send(call)
         else:
-            self._calls.append(_call(session, queue, message))
+            self._calls.append(call)
 
     def flush(self) -> None:
         """Sends what was collected. Raises kombu's ``BatchPublishError`` where some of it may not be stored."""
@@ -123,17 +147,8 @@ class PublishBatch:
 
 def send_all(session: Session, calls: list[Call]) -> None:
     """Stores messages in their order; those of one server in one write."""
-    producer = session.producer
-    packed = [call.pack(producer.target(call.queue, call.shard)) for call in calls]
     if session.broker.is_cluster:
         for call in calls:
-            producer.send(call)
-        return
-    # The same calls again after a lost reply: each carries its produce id.
-    replies = producer.patiently(lambda: session.connections.once_more(lambda link: link.pipeline(packed)))
-    for call, reply in zip(calls, replies, strict=True):
-        if type(reply) is bytes or reply in (0, 1):
-            continue
-        if isinstance(reply, BrokerUnavailable | ReplyError):
-            raise reply
-        producer.send(call)
+            session.producer.send(call)
+    else:
+        session.producer.send_together(calls)

@@ -35,7 +35,6 @@ from .consumed import Consumed
 from .consumer import StreamConsumer
 from .deliveries import Deliveries
 from .fetching import SHARD_READ
-from .ids import ProduceIds
 from .options import Options
 from .ownership import Ownership
 from .queues import GROUP, KombuQueue, shared
@@ -79,7 +78,6 @@ class Session:
         self.listened: set[str] = set()
         """Queues of fanout exchanges that somebody here listens to."""
         self._upkeep_at = 0.0
-        self.produce_ids = ProduceIds()
         self.connections = Connections(self.broker)
         self.new_tag: Callable[[], str] = _tags().__next__
 
@@ -87,6 +85,7 @@ class Session:
         """In the child: closes its copies of the parent's sockets (see ``Poller.after_fork``), and begins anew."""
         self.connections.close()
         self.ownership.close()
+        self.producer.after_fork()
         self.begin()
         for poller in list(self.wakers):
             poller.after_fork()  # after the epoch has grown: what its parent has lost or holds is nothing to it

@@ -26,7 +26,7 @@ from streamtask.errors import (
     ShardCountMismatch,
     UnsupportedServer,
 )
-from streamtask.queue.producer import ProducerSettings, Target
+from streamtask.queue.calls import ProducerSettings, Target
 from streamtask.redis import wire
 from streamtask.sharding import canonical, shard_of
 from tests.fix_redis import RedisServer, server_binaries
@@ -404,7 +404,7 @@ def test_two_calls_with_one_dedupe_id_and_by_chance_one_number_store_once_and_ar
 ):
     """The number that stands for a call has 15 bits: of many duplicates, some meet their own."""
     from streamtask.queue.aproducer import AsyncProducer
-    from streamtask.queue.producer import Call
+    from streamtask.queue.calls import Call
     from streamtask.queue.seen import dedupe_hash
 
     app = make(redis_server)

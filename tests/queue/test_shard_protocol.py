@@ -13,9 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from streamtask.coordination.lease import Lease, Refused, acquire
 from streamtask.errors import LeaseLost
+from streamtask.queue.calls import Call, ProducerSettings
 from streamtask.queue.consumer import Batch, ConsumerSettings, Outcome, ShardConsumer
 from streamtask.queue.declare import Queue
-from streamtask.queue.producer import Call, Producer, ProducerSettings, new_id
+from streamtask.queue.producer import Producer, new_id
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 

@@ -117,10 +117,10 @@ class Streams(Broker):
         payload["headers"] = payload.get("headers") or {}
         if identity is None:
             identity = f"{uuid.uuid4().hex} 0"
-        # As ids.py has them: a page, and a number in it.
+        # A page, and a number in it; "inf": a run of this command that was ended may have stored it, whenever that was.
         batch, _, number = identity.partition(" ")
         page, place = divmod(int(number), PAGE)
-        payload["properties"][self.names.PRODUCE_ID] = f"m{batch}.{page:x} {place}"
+        payload["properties"][self.names.PRODUCE_ID] = f"m{batch}.{page:x} {place} inf"
         try:
             self.channel._put(queue, payload)
         except QueueFull:

@@ -10,6 +10,7 @@
 -- ARGV[4] max_backlog, 0 for none
 -- ARGV[5...] field, envelope of each message
 -- Returns: how many of the first messages are stored, or a code where none is. Fewer than all: the shard is full.
+-- {STORED_ALREADY, how many}: an earlier call of this id has stored them.
 --- @include codes
 --- @include admit
 --- @include now
@@ -19,7 +20,7 @@ local count = (#ARGV - 4) / 2
 local max_backlog = tonumber(ARGV[4])
 local stored = redis.call('HGET', KEYS[2], ARGV[2])
 if stored then
-  return tonumber(stored)
+  return { STORED_ALREADY, tonumber(stored) }
 end
 local admitted, due = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], max_backlog)
 if admitted ~= 1 then
