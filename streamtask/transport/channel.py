@@ -233,8 +233,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         ttl = self._time_to_live.get(queue)
         if ttl is not None:
             message["properties"]["expiration"] = str(min(ttl, int(message["properties"].get("expiration") or ttl)))
-        if queue in self.session.touched:
-            routing.keep(self.session, queue)
+        routing.keep(self.session, queue)
         batch: publish.PublishBatch | None = kwargs.get("_publish_batch")
         if batch is not None:
             batch.add(self.session, queue, message)
@@ -315,6 +314,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self._callbacks.pop(queue, None)
         self.connection._callbacks.pop(queue, None)
         if self._no_ack.pop(queue, None) is not None:
+            self._auto_delete.discard(queue)
             self.poller.forget(self, queue)
             self.session.cancel(queue, self)
             self.session.let_go(LET_GO_S)

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 class Touched:
-    """A queue with ``x-expires`` that this process has declared, and when its end has to be put off again."""
+    """A queue with ``x-expires`` that this process has declared: when its end has to be put off again, and when it is over if
+    nobody else does that."""
 
-    __slots__ = ("again_at", "expires_ms")
+    __slots__ = ("again_at", "expires_ms", "over_at")
 
     def __init__(self, expires_ms: int, at: float) -> None:
         self.expires_ms = expires_ms
@@ -22,6 +23,7 @@ class Touched:
 
     def put_off(self, at: float) -> None:
         self.again_at = at + self.expires_ms / 3000
+        self.over_at = at + self.expires_ms / 1000
 
 
 def is_declared(session: Session, name: str) -> bool:

@@ -529,6 +529,10 @@ class Poller:
                 self.session.deliveries.reject(item[3], requeue=True)
             else:
                 self._waiting.append(item)
+        if self.session.broker.is_cluster:
+            # One for each slot: that of this queue may never be waited for again, and the others are made again.
+            for bell in list(self._bells.values()):
+                self._forget(bell)
 
     def close(self) -> None:
         self.session.check_process()

@@ -49,8 +49,8 @@ def bind(session: Session, exchange: str, binding: Sequence[str | None]) -> None
 
 def keep(session: Session, queue: str) -> None:
     """Who has declared a queue with ``x-expires`` uses it by publishing to it, too."""
-    touched = session.touched[queue]
-    if mono_s() >= touched.again_at:
+    touched = session.touched.get(queue)
+    if touched is not None and mono_s() >= touched.again_at:
         declare(session, queue, touched.expires_ms)
 
 

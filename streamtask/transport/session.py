@@ -43,6 +43,10 @@ log = logging.getLogger("streamtask.transport")
 
 UPKEEP_S = 1.0
 
+MOST_UNUSED = 500
+"""Queues of which something is remembered though nobody here consumes them. Each process that asks workers for something has a
+new one for the answers."""
+
 
 class Session:
     """See the module."""
@@ -114,12 +118,32 @@ class Session:
     def queue(self, name: str) -> KombuQueue:
         found = self.queues.get(name)
         if found is None:
+            if len(self.queues) >= MOST_UNUSED:
+                self._forget_unused()
             options = self.options
             found = self.queues.setdefault(
                 name,
                 KombuQueue(self.broker, options.namespace, options.app, name, options.shards, self._call),
             )
         return found
+
+    def _forget_unused(self) -> None:
+        """Forgets the half that was not seen for longest, where too many are not consumed: what Redis knows of them is read
+        again when they are used. A number of shards that was declared may be recorded nowhere else yet."""
+        unused = [
+            name
+            for name, queue in list(self.queues.items())
+            if name not in self.consumed and name not in self.listened and queue.shards == self.options.shards
+        ]
+        if len(unused) < MOST_UNUSED:
+            return
+        for name in unused[: (len(unused) + 1) // 2]:
+            self.queues.pop(name, None)
+        now = mono_s()
+        for name, touched in list(self.touched.items()):
+            if name not in self.queues and now > touched.over_at:
+                self.touched.pop(name, None)
+                self.fanout_queues.pop(name, None)
 
     def _call(self, call: Callable[[Link], Any], key: str = "") -> Any:
         """For what outlives a fork: a child has connections of its own."""
@@ -210,6 +234,9 @@ class Session:
         """The queue was deleted: what was read of it is no longer there. Who consumes it goes on when it is declared again."""
         with self.lock:
             self.queues.pop(name, None)
+            if not self.uses(name):
+                self.touched.pop(name, None)
+                self.fanout_queues.pop(name, None)
             consumed = self.consumed.pop(name, None)
             if consumed is None:
                 return
