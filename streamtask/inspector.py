@@ -32,7 +32,6 @@ BATCH = 100
 """Dead letters that one call reads, replays or drops."""
 
 PURGE_BATCH = 1000
-COUNT_PAGE = 1000
 PIPELINE = 2000
 """Commands that are sent in one write."""
 
@@ -65,7 +64,6 @@ class GroupState:
     pending: int = 0
     done: int = 0
     dead: int = 0
-    last_id: str = "0-0"
     owner: str = ""
     token: int | None = None
     expires_at: int = 0
@@ -242,31 +240,7 @@ class Inspector:
             _read_members(shot, next(replies))
             for shard in shape.all_shards():
                 shot.shards[shard] = _read_shard(shape, shard, next(replies))
-        self._count_lags(shots)
         return shots
-
-    def _count_lags(self, shots: dict[str, Snapshot]) -> None:
-        """Sets the lags. Where one group reads a shard, what is not pending waits: entries are removed when they are
-        acknowledged. Of several groups' entries those behind the group's last-delivered id are counted."""
-        left: list[tuple[ShardKeys, GroupState, str]] = []
-        for shot in shots.values():
-            for shard, state in shot.shards.items():
-                for group in state.groups.values():
-                    if len(state.groups) == 1:
-                        group.lag = max(0, state.length - group.pending)
-                    elif state.length:
-                        left.append((shot.shape.shard(shard), group, group.last_id))
-        while left:
-            count = script("count_after")
-            answers = self._ask(
-                [(keys.stream, count.pack((keys.stream,), (last_id, COUNT_PAGE))) for keys, _, last_id in left]
-            )
-            following = []
-            for (keys, group, _), (found, last_id) in zip(left, answers, strict=True):
-                group.lag += int(found)
-                if found == COUNT_PAGE:
-                    following.append((keys, group, last_id.decode()))
-            left = following
 
     # Dead letters
 
@@ -616,8 +590,9 @@ def _read_shard(shape: Shape, shard: int | str, replies: list[Any]) -> ShardStat
             pending=int(info.get("pending", 0)),
             done=int(fields.get(f"done:{name}", 0)),
             dead=int(fields.get(f"dead:{name}", 0)),
-            last_id=info.get("last-delivered-id", "0-0"),
         )
+        # What the group has finished is gone, or kept for another group: what is not pending waits.
+        group.lag = max(0, state.length - group.pending - int(fields.get(f"kept:{name}", 0)))
         lease = next(each)
         if is_shared(shard):
             group.leases = {member: int(float(expires_at)) for member, expires_at in _texts(lease).items()}

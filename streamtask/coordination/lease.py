@@ -158,6 +158,7 @@ def reap(
                 keys.stream,
                 keys.requeued(group),
                 keys.wake,
+                keys.notes(group),
             ],
             [group, incarnation, 1 if gone else 0, since_ms, lease_ms, 1000],
         )

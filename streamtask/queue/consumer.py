@@ -18,7 +18,7 @@ from zlib import crc32
 
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease
-from ..errors import DecodeError, LeaseLost, ReplyError
+from ..errors import BrokerUnavailable, DecodeError, LeaseLost, ReplyError
 from ..redis import wire
 from ..redis.link import Link, pack
 from ..redis.scripts import Code, script
@@ -117,6 +117,7 @@ class Outcome:
     reason: str = ""
     message: str = ""
     traceback: str | None = None
+    in_doubt: bool = False  # its dead letter may be stored: the reply was lost
 
 
 class ShardConsumer:
@@ -356,6 +357,7 @@ class ShardConsumer:
         lost = self.needs_audit and not takeover
         set_back = self._read_clock(link)
         if lost:
+            self._void_fetches(link)
             self._lift_last_id(link)
         self._read_positions(link, takeover)
         if lost:
@@ -566,6 +568,12 @@ class ShardConsumer:
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         self.clock_ms = now_ms - wall_ms()
         return now_ms - asked_ms + 2 < before
+
+    def _void_fetches(self, link: Link) -> None:
+        """A fetch may still be on its way, or blocked, over a connection that broke for this process and not yet for Redis: it
+        reads nothing any more. Its entries would be pending, and here unknown."""
+        args = [self.lease.token, self.lease.incarnation]
+        self._run(link, "void_fetches", [self.lease.key, self.lease.guard], args)
 
     def _lift_last_id(self, link: Link) -> None:
         """Redis may have lost that it gave the last entries (a failover, the end of its append-only file), and its clock may be
@@ -994,7 +1002,11 @@ class ShardConsumer:
         self.write_notes(link)
         while self._dead:
             item, _, outcome = self._dead[0]
-            self._dead_letter(link, item, outcome)
+            try:
+                self._dead_letter(link, item, outcome)
+            except BrokerUnavailable:
+                outcome.in_doubt = True
+                raise
             self._dead.pop(0)
 
     def write_notes(self, link: Link) -> None:
@@ -1044,8 +1056,8 @@ class ShardConsumer:
             [self.lease.key, self.keys.stream, self.keys.state, self.keys.notes(self.settings.group), self.keys.dlq],
             [*self._head, entry_id, json.dumps(error), held],
         )
-        if not died:
-            # A repeated call, whose first reply was lost, or a message that is held already: it is said once at most.
+        if not died and not (outcome.in_doubt and self._lies_dead(link, entry_id)):
+            # It is no longer pending, or held already: what is no dead letter now is not said to be one.
             self._after_death(delivery, held)
             return
         log.error(
@@ -1056,6 +1068,12 @@ class ShardConsumer:
         if delivery is not None:
             self.on_dead(self, delivery, outcome)
         self._after_death(delivery, held)
+
+    def _lies_dead(self, link: Link, entry_id: bytes) -> bool:
+        """Whether a call whose reply was lost has stored a dead letter, which is one of the last."""
+        mine = [entry_id, self._group]
+        newest = link.command("XREVRANGE", self.keys.dlq, "+", "-", "COUNT", 10)
+        return any([fields[3], fields[5]] == mine for _, fields in newest)
 
     def _after_death(self, delivery: Delivery | None, held: str) -> None:
         if delivery is None:

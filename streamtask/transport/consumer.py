@@ -4,7 +4,7 @@ next message is handed out only when Redis has answered that the one before is f
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..clock import mono_s
@@ -245,20 +245,17 @@ class StreamConsumer(ShardConsumer):
         """Sends what was given back to the entries that every consumer takes first."""
         if self._returned:
             self._returned.sort(key=id_order)
-            keys = self.keys
-            self._run(
-                link,
-                "requeue",
-                [self.lease.key, keys.stream, keys.requeued(self.settings.group), keys.wake],
-                [*self._head, *self._returned],
-            )
+            keys = [self.lease.key, self.keys.stream, self.keys.requeued(self.settings.group), self.keys.wake]
+            for some in _slices(self._returned):
+                self._run(link, "requeue", keys, [*self._head, *some])
             self._returned = []
 
     def _take_marks_back(self, link: Link) -> None:
         # Not with the rest of a note, beside which a retry may have been stored meanwhile.
         if self._unmarked:
             keys = [self.lease.key, self.keys.notes(self.settings.group)]
-            self._run(link, "unmark", keys, [*self._head[:2], *self._unmarked])
+            for some in _slices(self._unmarked):
+                self._run(link, "unmark", keys, [*self._head[:2], *some])
             self._unmarked = []
 
     def flush(self, link: Link) -> None:
@@ -270,6 +267,12 @@ class StreamConsumer(ShardConsumer):
     def absorb_again(self, link: Link, entries: Iterable[tuple[bytes, list[bytes], bytes]]) -> None:
         super().absorb_again(link, entries)
         self._suspects_first()
+
+
+def _slices(ids: list[bytes]) -> Iterator[list[bytes]]:
+    """So many as one call of a script is to look at."""
+    for i in range(0, len(ids), 500):
+        yield ids[i : i + 500]
 
 
 def _parse(text: bytes) -> tuple[int, int, bytes]:

@@ -90,7 +90,10 @@ def unbind(session: Session, queue: str, exchange: str, binding: Sequence[str | 
 def _unbind(session: Session, queue: str, what: str) -> bool:
     namespace, app = session.options.namespace, session.options.app
     names = [keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue)]
-    return bool(session.connections.run("unbind_queue", names, [queue, keys.bindings(namespace, app, ""), SEP, what]))
+    args = [queue, keys.bindings(namespace, app, ""), SEP, what]
+    while (done := session.connections.run("unbind_queue", names, args)) == 2:
+        pass  # it has very many bindings
+    return bool(done)
 
 
 def table(session: Session, exchange: str) -> list[Binding]:
@@ -150,7 +153,8 @@ def size(session: Session, queue: str) -> int:
     total = 0
     for shard in found.recorded():
         prefix = found.shard_keys(shard)
-        total += int(session.connections.run("ready", [prefix.stream, prefix.requeued(GROUP), prefix.delayed], [GROUP]))
+        names = [prefix.stream, prefix.requeued(GROUP), prefix.delayed, prefix.state]
+        total += int(session.connections.run("ready", names, [GROUP]))
     return total
 
 

@@ -177,9 +177,8 @@ def test_an_expired_or_released_lease_has_no_owner(rig: Rig) -> None:
 
 
 def test_lag_of_several_groups_counts_what_each_was_not_given(
-    redis_server_all: RedisServer, make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+    redis_server_all: RedisServer, make_rig: Callable[..., Rig]
 ) -> None:
-    monkeypatch.setattr("streamtask.inspector.COUNT_PAGE", 3)
     rig = make_rig(redis_server_all.url)
     rig.send(0, 6)
     rig.queue.declare(("workers", "sink"))

@@ -14,11 +14,13 @@ import streamtask.redis
 from streamtask.coordination.lease import Lease, Refused, acquire, join_shared, reap
 from streamtask.coordination.membership import Membership
 from streamtask.errors import BrokerUnavailable, LeaseLost
+from streamtask.queue.consumer import ConsumerSettings
 from streamtask.queue.declare import Queue
 from streamtask.queue.lanes import Note
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.scripts import Code, by_sha, script
+from streamtask.transport.consumer import StreamConsumer
 from tests.helpers import wait_until
 
 LUA = Path(streamtask.redis.__file__).parent / "lua"
@@ -940,6 +942,259 @@ def test_what_is_taken_for_good_leaves_no_note(shard):
     assert shard.client.hkeys(k.notes(GROUP)) == [ids[1].encode()]
 
 
+@pytest.mark.parametrize("kind", ["a shard", "the shared stream"])
+def test_a_fetch_that_was_sent_before_can_be_made_void(shard, kind):
+    if kind == "a shard":
+        lease = shard.acquire("a")
+    else:
+        lease = join_shared(shard.link, shard.keys, GROUP, "a", 60_000)
+    before, call = shard.everything(), ("void_fetches", [lease.key, lease.guard])
+    with shard.client.pipeline() as pipe:
+        pipe.watch(lease.guard)
+        pipe.multi()
+        pipe.ping()
+        assert shard.link.run(*call, [lease.token, "b"]) == Code.LEASE_LOST
+        assert shard.link.run(*call, [lease.token + 1, "a"]) == Code.LEASE_LOST
+        assert pipe.execute() == [True]
+        pipe.watch(lease.guard)
+        pipe.multi()
+        pipe.ping()
+        shard.client.config_set("maxmemory", 1)
+        assert shard.link.run(*call, [lease.token, "a"]) == 1
+        shard.client.config_set("maxmemory", 0)
+        with pytest.raises(redis.WatchError):
+            pipe.execute()
+    assert shard.everything() == before
+
+
+# --- how much one call does --------------------------------------------------------------------------------------
+
+UNBOUNDED = r"'(HGETALL|HKEYS|HVALS|SMEMBERS|ZUNIONSTORE|ZINTERSTORE|SUNIONSTORE|SORT|LRANGE|SINTER|SUNION)'"
+RANGES = r"'(XRANGE|XREVRANGE|ZRANGEBYSCORE|ZREVRANGEBYSCORE|ZRANGE|ZREMRANGEBYSCORE)', ([^\n]*)"
+FEW = {
+    # Of these there are as many as groups, priorities or processes, whatever waits in a queue.
+    "HKEYS', state", "HGETALL', state", "HKEYS', KEYS[1]", "ZRANGE', KEYS[1], 0, -1",
+    "ZRANGEBYSCORE', KEYS[1], '(' .. now + lease_ms, '+inf'", "ZRANGEBYSCORE', KEYS[1], '-inf', now",
+    "ZRANGEBYSCORE', KEYS[2], '(' .. expires_at, '+inf'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_script_reads_all_that_there_is(name):
+    """Redis serves nobody else meanwhile. What may be very many is read with a bound, and the caller repeats the call."""
+    source = script(name).source
+    found = list(re.finditer(UNBOUNDED, source))
+    for match in re.finditer(RANGES, source):
+        rest = match[2]
+        first, last = [*re.findall(r"[^,()]+(?:\([^)]*\))?", rest), "", "", ""][1:3]
+        bounded = "COUNT" in rest or "LIMIT" in rest or first.strip() == last.strip(" )")
+        if match[1] == "ZRANGE":
+            bounded = not re.search(r", 0, -1\)", rest)
+        if not bounded:
+            found.append(match)
+    for match in found:
+        there = source[match.start() + 1 :]
+        assert any(there.startswith(few) for few in FEW), source[match.start() : match.end() + 60]
+
+
+@pytest.fixture(params=[10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def much(request):
+    return request.param
+
+
+def fill(shard, count):
+    """So many entries, all of them pending with one consumer and on offer."""
+    ids = shard.add(count)
+    assert shard.read(count) == ids
+    for start in range(0, count, 1000):
+        shard.client.zadd(shard.keys.requeued(GROUP), {one: float(one[:-2]) for one in ids[start : start + 1000]})
+        shard.client.hset(shard.keys.notes(GROUP), mapping=dict.fromkeys(ids[start : start + 1000], NOTE))
+    return ids
+
+
+def delay_many(shard, count):
+    for start in range(0, count, 1000):
+        members = {f"{n:016d}mx": 10.0**13 - n for n in range(start, start + 1000)}
+        shard.client.zadd(shard.keys.delayed, members)
+
+
+def until(shard, size, name, keys, args):
+    """As the callers do it."""
+    done = size
+    while (done[0] if isinstance(done, list) else done) == size:
+        done = shard.link.run(name, keys, args)
+
+
+def purge_waiting(shard, much):
+    shard.add(much)
+    k, last, removed = shard.keys, "", 1
+    while removed:
+        removed, _, last = shard.link.run("purge_shard", [k.stream, k.state, k.delayed], [1000, last, 1000])
+    assert shard.client.xlen(k.stream) == 0
+
+
+def purge_delayed(shard, much):
+    delay_many(shard, much)
+    k, removed = shard.keys, 1
+    while removed:
+        _, removed, _ = shard.link.run("purge_shard", [k.stream, k.state, k.delayed], [1000, "", 1000])
+    assert shard.client.zcard(k.delayed) == 0
+
+
+def purge_requeued(shard, much):
+    fill(shard, much)
+    k = shard.keys
+    until(shard, 500, "purge_requeued", [k.stream, k.requeued(GROUP), k.state, k.notes(GROUP)], [GROUP, 500])
+    assert shard.client.xlen(k.stream) == 0
+
+
+def make_due(shard, much):
+    delay_many(shard, much)
+    k = shard.keys
+    until(shard, 500, "make_due", [k.state, k.delayed], [500])
+    assert [int(one[:16]) for one in shard.client.zrange(k.delayed, 0, -1)] == list(range(much))
+    assert shard.client.zcount(k.delayed, "(0", "+inf") == 0
+
+
+def move_due(shard, much):
+    delay_many(shard, much)
+    k, lease = shard.keys, shard.acquire("a")
+    shard.client.zadd(k.delayed, dict.fromkeys(shard.client.zrange(k.delayed, 0, -1), 1))
+    while shard.client.exists(k.delayed):
+        take(shard, lease, 0)
+    assert shard.client.xlen(k.stream) == much
+
+
+def take_over(shard, much):
+    join_shared(shard.link, shard.keys, GROUP, "c", LEASE)
+    join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    fill(shard, much)
+    assert reap(shard.link, shard.keys, GROUP, "c", LEASE, gone=True)
+    assert shard.client.zcard(shard.keys.requeued(GROUP)) == much
+
+
+def take_all(shard, much):
+    ids = fill(shard, much)
+    lease, taken = join_shared(shard.link, shard.keys, GROUP, "b", 60_000), 0
+    while found := take(shard, lease, 200):
+        taken += len(found)
+    assert taken == len(ids)
+
+
+def given_back(shard, much):
+    lease = join_shared(shard.link, shard.keys, GROUP, "c", 60_000)
+    ids = fill(shard, much)
+    shard.client.delete(shard.keys.requeued(GROUP))
+    consumer = StreamConsumer(lease, "q", "shared", ConsumerSettings(group=GROUP))
+    consumer._returned = [one.encode() for one in ids]
+    consumer._unmarked = [one.encode() for one in ids]
+    consumer.flush(shard.link)
+    assert shard.client.zcard(shard.keys.requeued(GROUP)) == much
+
+
+def unbound(shard, much):
+    queues, expiring, bound = "{t}:queues", "{t}:expiring", "{t}:bound"
+    shard.client.sadd(queues, "q")
+    for start in range(0, much, 1000):
+        shard.client.sadd(bound, *(f"ex|{n}|p|q" for n in range(start, start + 1000)))
+    done = 2
+    while done == 2:
+        done = shard.link.run("unbind_queue", [queues, expiring, bound], ["q", "{t}:bindings:", "|", "all"])
+    assert done == 1
+    assert not shard.client.exists(queues, bound)
+
+
+WHOLE = [
+    purge_waiting, purge_delayed, purge_requeued, make_due, move_due, take_over, take_all, given_back, unbound,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WHOLE, ids=lambda what: what.__name__)
+def test_what_is_much_is_done_by_many_calls(shard, much, what):
+    shard.client.config_resetstat()
+
+    what(shard, much)
+
+    calls = int(shard.client.info("commandstats")["cmdstat_evalsha"]["calls"])
+    assert calls >= much / 1000, f"{calls} calls"
+
+
+# --- several groups ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(redis_server_all):
+    one = Shard(redis_server_all, groups=(GROUP, "audit"))
+    yield one
+    one.link.close()
+    one.broker.close()
+
+
+def produce(shard, number, limit):
+    k = shard.keys
+    return shard.link.run("produce", [k.state, k.seen("p"), k.stream, k.delayed], [0, number, 1000, limit, "m", "x"])
+
+
+def test_a_backlog_is_that_of_the_group_which_has_most_of_it(two):
+    leases = {group: acquire(two.link, two.keys, group, group, 60_000) for group in (GROUP, "audit")}
+    ids = two.add(10)
+    for group in leases:
+        assert two.read(group=group) == ids
+    assert produce(two, 0, 10) == Code.FULL
+
+    assert two.settle(leases[GROUP], ids[:5]) == 5
+    assert produce(two, 1, 10) == Code.FULL, "the other group has finished none"
+
+    assert two.settle(leases["audit"], ids[5:], "audit") == 5
+    assert two.client.xlen(two.keys.stream) == 10, "each is needed by one of them"
+    k = two.keys
+    ready = ("ready", [k.stream, k.requeued(GROUP), k.delayed, k.state], [GROUP])
+    assert two.link.run(*ready) == 0
+    bulk = ("produce_many", [k.state, k.seen("b"), k.stream, k.delayed], [0, 0, 1000, 10, *["m", "x"] * 8])
+    assert two.link.run(*bulk) == 5, "five of ten are unfinished in each group"
+    assert produce(two, 2, 10) == Code.FULL
+    assert two.link.run(*ready) == 5
+
+    # What was finished once is not counted again, nor what is gone.
+    two.settle(leases[GROUP], ids[:7])
+    two.settle(leases["audit"], ids[:5], "audit")
+    dead = [leases["audit"].key, k.stream, k.state, k.notes("audit"), k.dlq]
+    new = two.read(group="audit")
+    assert two.link.run("dead_letter", dead, [leases["audit"].token, "audit", "audit", new[0], "{}", ""]) == 1
+    state = {name.decode(): value for name, value in two.client.hgetall(k.state).items()}
+    entries = {one.decode() for one, _ in two.client.xrange(k.stream)}
+    last = [*ids, *new]
+    pending = {group: set(two.pending(group)) for group in leases}
+    pending[GROUP] |= set(new)  # which it was not given
+    for group in leases:
+        assert int(state[f"kept:{group}"]) == len(entries - pending[group]), (group, last)
+    rest = two.read()
+    for group, one in leases.items():
+        two.settle(one, sorted({*ids, *rest, *new}, key=lambda one: tuple(map(int, one.split("-")))), group)
+    assert two.client.xlen(k.stream) == 0
+    assert two.client.hmget(k.state, "kept:workers", "kept:audit") == [b"0", b"0"]
+
+
+# --- notes -------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_that_is_gone_leaves_no_note(shard):
+    k = shard.keys
+    join_shared(shard.link, k, GROUP, "a", 60_000)
+    live = join_shared(shard.link, k, GROUP, "b", 60_000)
+    ids = shard.add(6)
+    shard.read(consumer="a")
+    shard.client.zadd(k.requeued(GROUP), {"77-0": 1, ids[0]: 2, ids[1]: 3})
+    shard.client.hset(k.notes(GROUP), mapping=dict.fromkeys(["77-0", *ids], NOTE))
+    shard.client.xdel(k.stream, ids[0], ids[2], ids[4])
+    assert take(shard, live, 2) == []
+    assert reap(shard.link, k, GROUP, "a", 60_000, gone=True)
+    # Redis 6.2 lets also what is gone be claimed, and so be offered.
+    assert set(take(shard, live, 10)) >= {ids[3], ids[5]}
+    left = {one.decode() for one in shard.client.hkeys(k.notes(GROUP))}
+    assert left == {ids[1], ids[3], ids[5]}
+
+
 # --- shared streams ----------------------------------------------------------------------------------------------
 
 
@@ -1214,7 +1469,7 @@ def test_the_state_says_when_the_first_delayed_message_falls_due(shard):
 
     assert shard.link.run("purge_shard", [k.stream, k.state, k.delayed], [1000, "", 1])[1] == 1
     assert state_of(shard) == b"0 %d" % (later + 5), "of those that are left"
-    assert shard.link.run("make_due", [k.state, k.delayed], []) == 2
+    assert shard.link.run("make_due", [k.state, k.delayed], [500]) == 2
     assert state_of(shard) == b"0 0"
     assert shard.link.run("purge_shard", [k.stream, k.state, k.delayed], [1000, "", 1000])[1] == 2
     assert state_of(shard) == b"0", "nothing is delayed any more"

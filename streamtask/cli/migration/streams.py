@@ -17,6 +17,9 @@ from ...queue.seen import PAGE
 from .broker import Broker, Outcome
 from .messages import NotMoved
 
+DUE = 500
+"""Delayed messages that one call makes due."""
+
 WAIT_S = 15.0
 """How long a queue of streams is waited for that holds messages and gives none: longer than a lease."""
 
@@ -56,7 +59,8 @@ class Streams(Broker):
     def make_due(self, queue: str) -> None:
         """What waits in the broker for its eta is to be had now; its eta stays in its headers, for the worker."""
         for keys in self.keys(queue):
-            self.channel.session.connections.run("make_due", [keys.state, keys.delayed], [])
+            while self.channel.session.connections.run("make_due", [keys.state, keys.delayed], [DUE]) == DUE:
+                pass
 
     def command(self, name: str, key: str, *args: Any) -> Any:
         return self.channel.session.connections.once_more(lambda link: link.command(name, key, *args), key)

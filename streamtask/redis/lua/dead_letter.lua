@@ -37,7 +37,7 @@ if redis.call('XACK', KEYS[2], ARGV[3], ARGV[4]) == 0 then
   return 0
 end
 redis.call('XADD', KEYS[5], '*', 'error', ARGV[5], 'entry', ARGV[4], 'group', ARGV[3], 'held', '0', unpack(fields))
-remove_finished(KEYS[2], KEYS[3], ARGV[3], { ARGV[4] }, true)
+remove_finished(KEYS[2], KEYS[3], ARGV[3], { ARGV[4] }, 1)
 redis.call('HDEL', KEYS[4], ARGV[4])
 redis.call('HINCRBY', KEYS[3], 'dead:' .. ARGV[3], 1)
 return 1

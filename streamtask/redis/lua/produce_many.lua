@@ -22,12 +22,12 @@ local stored = redis.call('HGET', KEYS[2], ARGV[2])
 if stored then
   return { STORED_ALREADY, tonumber(stored) }
 end
-local admitted, due = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], max_backlog)
+local admitted, due, room = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], max_backlog)
 if admitted ~= 1 then
   return admitted
 end
-if max_backlog > 0 then
-  count = math.min(count, max_backlog - redis.call('XLEN', KEYS[3]) - redis.call('ZCARD', KEYS[4]))
+if room then
+  count = math.min(count, room)
 end
 redis.call('HSET', KEYS[2], ARGV[2], count)
 redis.call('PEXPIRE', KEYS[2], ARGV[3])

@@ -2,6 +2,7 @@
 -- KEYS[1] stream     stream
 -- KEYS[2] requeued   sorted set of entry ids
 -- KEYS[3] delayed    sorted set
+-- KEYS[4] state      hash
 -- ARGV[1] group
 -- Returns: their number
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -9,4 +10,6 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
 end
 local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1])
 local given = pending.err and 0 or pending[1]
-return redis.call('XLEN', KEYS[1]) - given + redis.call('ZCARD', KEYS[2]) + redis.call('ZCARD', KEYS[3])
+-- What it has finished may be kept for another group.
+local kept = tonumber(redis.call('HGET', KEYS[4], 'kept:' .. ARGV[1]) or '0')
+return redis.call('XLEN', KEYS[1]) - kept - given + redis.call('ZCARD', KEYS[2]) + redis.call('ZCARD', KEYS[3])

@@ -5,6 +5,7 @@
 -- KEYS[3] stream     stream
 -- KEYS[4] requeued   sorted set of entry ids
 -- KEYS[5] wake       stream
+-- KEYS[6] notes      hash
 -- ARGV[1] group
 -- ARGV[2] incarnation of the consumer to end
 -- ARGV[3] '1' if it is known to be gone; else only when its lease has expired
@@ -31,7 +32,7 @@ local limit = tonumber(ARGV[6])
 local pending = pending_of(KEYS[3], ARGV[1], '-', '+', limit, ARGV[2])
 if #pending > 0 then
   local heir
-  local live = redis.call('ZRANGEBYSCORE', KEYS[2], now, '+inf')
+  local live = redis.call('ZRANGEBYSCORE', KEYS[2], now, '+inf', 'LIMIT', 0, 2)
   for i = 1, #live do
     if live[i] ~= ARGV[2] then
       heir = live[i]
@@ -56,6 +57,7 @@ if #pending > 0 then
     else
       -- The entry was deleted under the consumer; on Redis 6.2 its PEL slot stays until it is acknowledged.
       redis.call('XACK', KEYS[3], ARGV[1], id)
+      redis.call('HDEL', KEYS[6], id)
     end
   end
   redis.call('XADD', KEYS[5], 'MAXLEN', '1', '*', 'w', 'requeued')

@@ -33,7 +33,7 @@ if #ids > 0 then
   -- XACK is the first write: Redis allows it above maxmemory, and with it what follows.
   local acked = redis.call('XACK', KEYS[2], ARGV[3], unpack(ids))
   if acked > 0 then
-    remove_finished(KEYS[2], KEYS[3], ARGV[3], ids, acked == #ids)
+    remove_finished(KEYS[2], KEYS[3], ARGV[3], ids, acked)
     if redis.call('EXISTS', KEYS[4]) == 1 then
       redis.call('HDEL', KEYS[4], unpack(ids))
     end

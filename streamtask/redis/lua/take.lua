@@ -25,7 +25,7 @@ for i = 1, #ids do
   local entry = redis.call('XRANGE', KEYS[1], ids[i], ids[i])[1]
   if redis.call('XACK', KEYS[1], ARGV[1], ids[i]) == 1 and entry then
     again[#again + 1] = entry
-    remove_finished(KEYS[1], KEYS[4], ARGV[1], { ids[i] }, true)
+    remove_finished(KEYS[1], KEYS[4], ARGV[1], { ids[i] }, 1)
   end
 end
 left = left - #again
@@ -41,7 +41,7 @@ if left > 0 then
   end
   if #taken > 0 then
     last = taken[#taken]
-    remove_finished(KEYS[1], KEYS[4], ARGV[1], taken, true)
+    remove_finished(KEYS[1], KEYS[4], ARGV[1], taken, #taken)
   end
 end
 if #again + #fresh > 0 then

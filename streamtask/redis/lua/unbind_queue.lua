@@ -1,4 +1,4 @@
--- Takes away one binding of a queue, or all of them with the queue's declaration.
+-- Takes away one binding of a queue, or all of them with the queue's declaration; of very many some, to be called again.
 -- KEYS[1] queues    set of the queues' names
 -- KEYS[2] expiring  sorted set queue -> when it expires (ms)
 -- KEYS[3] bound     set of the queue's bindings: exchange SEP routing key SEP pattern SEP queue
@@ -6,7 +6,7 @@
 -- ARGV[2] what the keys of the exchanges' bindings begin with (they lie in the same slot)
 -- ARGV[3] SEP
 -- ARGV[4] 'all', 'expired' (all, but only if its time is over), or one member of the queue's bindings
--- Returns: 1 if it was there
+-- Returns: 1 if it was there, 2 if some of its bindings still are
 --- @include now
 local sep = ARGV[3]
 if ARGV[4] == 'expired' then
@@ -17,7 +17,7 @@ if ARGV[4] == 'expired' then
 end
 local members = { ARGV[4] }
 if ARGV[4] == 'all' or ARGV[4] == 'expired' then
-  members = redis.call('SMEMBERS', KEYS[3])
+  members = redis.call('SRANDMEMBER', KEYS[3], 1000)
 end
 for i = 1, #members do
   local at = members[i]:find(sep, 1, true)
@@ -27,6 +27,9 @@ for i = 1, #members do
   end
 end
 if ARGV[4] == 'all' or ARGV[4] == 'expired' then
+  if redis.call('EXISTS', KEYS[3]) == 1 then
+    return 2
+  end
   redis.call('ZREM', KEYS[2], ARGV[1])
   redis.call('DEL', KEYS[3])
   return redis.call('SREM', KEYS[1], ARGV[1])

@@ -51,12 +51,15 @@ local function needed_by_none(stream, groups, ids)
   return free
 end
 
--- ids ascend. all: the caller's XACK found every one of them pending. Then, in a shard that one group reads, everything
--- before its first pending entry is finished, and one trim takes a contiguous batch out in whole nodes. Else only what
--- the group itself was given and has finished goes: where Redis lost its last second, some of the ids, or entries before
--- them, may not be delivered. Returns how many were free to go.
-local function remove_finished(stream, state, group, ids, all)
-  local groups = other_groups(state, group)
+-- ids ascend; acked: how many of them the caller's XACK found pending. Where it was all, in a shard that one group reads,
+-- everything before its first pending entry is finished, and one trim takes a contiguous batch out in whole nodes. Else only
+-- what the group itself was given and has finished goes: where Redis lost its last second, some of the ids, or entries before
+-- them, may not be delivered. Where several groups read, 'kept:GROUP' of the state counts the entries that lie there though the
+-- group has finished them: the rest of the stream is its backlog.
+local function remove_finished(stream, state, group, ids, acked)
+  local others = other_groups(state, group)
+  local groups = { unpack(others) }
+  local all = acked == #ids
   if not all then
     groups[#groups + 1] = group
   end
@@ -69,11 +72,16 @@ local function remove_finished(stream, state, group, ids, all)
     if #pending == 0 or not id_le(pending[1][1], last) then
       local ms, seq = last:match('^(%d+)-(%d+)$')
       redis.call('XTRIM', stream, 'MINID', '=', ms .. '-' .. string.format('%.0f', tonumber(seq) + 1))
-      return #ids
+      return
     end
   end
-  by_slices(free, function(...)
+  local gone = by_slices(free, function(...)
     return redis.call('XDEL', stream, ...)
   end)
-  return #free
+  if #others > 0 and acked ~= gone then
+    redis.call('HINCRBY', state, 'kept:' .. group, acked - gone)
+  end
+  for i = 1, gone > 0 and #others or 0 do
+    redis.call('HINCRBY', state, 'kept:' .. others[i], -gone)
+  end
 end

@@ -1,0 +1,72 @@
+"""What Redis does of a connection that broke for its process alone: a fetch that waits there reads nothing any more."""
+
+from __future__ import annotations
+
+import pytest
+
+from streamtask.errors import BrokerUnavailable
+from streamtask.queue.consumer import Outcome
+from streamtask.queue.fetcher import Fetcher
+from streamtask.redis.keys import SHARED
+from tests.helpers import wait_until
+from tests.queue.test_takeover import GROUP, KEYS, Rig
+
+
+@pytest.mark.parametrize("shard", [0, SHARED])
+def test_a_blocked_fetch_of_a_broken_connection_takes_nothing(redis_server_all, shard):
+    rig = Rig(redis_server_all, shard)
+    consumer = rig.owner()
+    former, fetcher = Fetcher(rig.broker), Fetcher(rig.broker)
+    for one in (former, fetcher):
+        one.send([consumer], [], look=False, block=False)
+    former.take()
+    former.send([consumer], [consumer], look=True, block=True)
+    wait_until(lambda: rig.client.info("clients")["blocked_clients"] == 1)
+
+    # The process is cut off, looks for what a lost reply has brought, and goes on over a new connection.
+    consumer.connection_lost()
+    assert consumer.recover(rig.link, takeover=False) == 0
+    fetcher.drop()
+    rig.send(5)
+    fetcher.send([consumer], [], look=False, block=False)
+    fetcher.take()
+
+    assert former.take().read == [], "its answer reaches nobody"
+    fetcher.send([consumer], [consumer], look=False, block=False)
+    ((_, entries),) = fetcher.take().read
+    assert len(entries) == 5
+    assert rig.pending() == 5
+    former.drop()
+    fetcher.drop()
+    rig.close()
+
+
+def test_a_dead_letter_whose_reply_was_lost_is_said_once(redis_server_all, caplog):
+    rig = Rig(redis_server_all)
+    consumer = rig.owner()
+    said = []
+    consumer.on_dead = lambda consumer, delivery, outcome: said.append(delivery.args)
+    rig.send(2, KEYS[:1])
+    rig.fetch(consumer)
+    batch = consumer.take(rig.link, 1)
+    batch.outcomes.append((0, Outcome("dead", reason="failed", message="as it has to be")))
+    consumer.complete(batch)
+
+    class Lossy:
+        """Does what it is asked for, and loses the answer."""
+
+        def run(self, *args):
+            rig.link.run(*args)
+            raise BrokerUnavailable("lost")
+
+    with pytest.raises(BrokerUnavailable):
+        consumer.flush(Lossy())
+    assert said == []
+    consumer.flush(rig.link)
+    consumer.flush(rig.link)
+
+    assert said == [[0]]
+    assert sum("dead letter: failed" in record.getMessage() for record in caplog.records) == 1
+    assert rig.client.xlen(rig.keys.dlq) == 1
+    assert rig.client.xpending(rig.keys.stream, GROUP)["pending"] == 1
+    rig.close()
