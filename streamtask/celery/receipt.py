@@ -35,7 +35,8 @@ def with_guard(original: Callable[..., Any]) -> Callable[..., Any]:
             limits = message.headers.get("timelimit")
             if limits and not _are_limits(limits):
                 return _refuse(consumer, message, ValueError(f"timelimit is {limits!r}"))
-            channel.receive(tag)
+            if not channel.receive(tag):
+                return None
             try:
                 return receive(message)
             except (Exception, SystemExit) as exc:

@@ -373,9 +373,13 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self.qos.ack(delivery_tag)
         self._written()
 
-    def receive(self, delivery_tag: str) -> None:
-        """The framework is about to look at a message that it was given: see ``Deliveries.receive``."""
-        self.session.deliveries.receive(delivery_tag)
+    def receive(self, delivery_tag: str) -> bool:
+        """The framework is about to look at a message that it was given; False if it is not to, for it comes again: see
+        ``Deliveries.receive``."""
+        if self.session.deliveries.receive(delivery_tag):
+            return True
+        self.qos.ack(delivery_tag)
+        return False
 
     def received(self, delivery_tag: str) -> None:
         self.session.deliveries.received(delivery_tag)

@@ -58,8 +58,9 @@ class Consumed:
         """When (monotonic) something falls due, as far as is known here."""
         if self.next_due is not None:
             yield self.next_due
-        for consumer in self.shards.values():
-            yield from (at for at in (consumer.lanes.next_due(), consumer.next_due) if at is not None)
+        times = [consumer.lanes.next_due() for consumer in self.consumers()]
+        times += [consumer.next_due for consumer in self.shards.values()]
+        yield from (at for at in times if at is not None)
 
     def bell(self) -> dict[bytes, str]:
         """The streams to wait for, and the ids after which there is something new."""

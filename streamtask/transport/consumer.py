@@ -9,7 +9,7 @@ from typing import Any
 
 from ..clock import mono_s
 from ..queue.consumer import Batch, Outcome, ShardConsumer
-from ..queue.lanes import Delivery, Entry, Note, id_order
+from ..queue.lanes import Delivery, Entry, Note, entry_id_of, id_order
 from ..redis import wire
 from ..redis.link import Link
 from ..redis.scripts import script
@@ -171,8 +171,19 @@ class StreamConsumer(ShardConsumer):
         batch.outcomes.append((0, Outcome("requeue")))
         self.complete_free(batch)
 
+    def put_off(self, batch: Batch, wait_s: float) -> None:
+        """A message is to be delivered again after a while, by this process; its key waits for it."""
+        delivery = batch.deliveries[0]
+        self.handed.pop(batch.number, None)
+        self.lanes.close(delivery.lane_key, delivery, mono_s() + wait_s, self._numbers)
+
     def give_back_all(self) -> None:
         """All that was read and not handed out goes back (shared streams)."""
+        for lane in list(self.lanes.lanes.values()):
+            while lane.waiting:  # it was put off
+                self._returned.append(entry_id_of(self.lanes.pop(lane)))
+            if not lane.running:
+                self.lanes.drop(lane)
         for delivery in self.buffer:
             self._returned.append(delivery[0] if isinstance(delivery, list) else delivery.entry_id)
         self.buffer.clear()
@@ -189,8 +200,8 @@ class StreamConsumer(ShardConsumer):
         if wait_s <= 0:
             batch.items = [following]
             return following
-        self.handed.pop(batch.number, None)
-        self.lanes.close(following.lane_key, following, mono_s() + wait_s, self._numbers)
+        batch.items = [following]
+        self.put_off(batch, wait_s)
         return None
 
     def _replace(self, entry_id: bytes, text: bytes) -> tuple[Delivery, int]:

@@ -21,6 +21,9 @@ log = logging.getLogger("streamtask.transport")
 SUSPECT_S = 0.02
 """How often it is looked whether a message may start that waits for another one."""
 
+HOLD_S = 0.1
+"""The same of one that waits to be received: it is handed out anew each time."""
+
 
 @dataclass(slots=True)
 class Handed:
@@ -92,20 +95,25 @@ class Deliveries:
             handed = self._handed.get(tag)
             return handed is not None and handed.consumer.charge(handed.batch)
 
-    def receive(self, tag: str) -> None:
+    def receive(self, tag: str) -> bool:
         """The framework is about to look at a message, before any body: if the process dies of that, this message is charged,
-        by the keeper; and where one comes again also by whoever has it next, for the keeper may die with its process."""
+        by the keeper; and where one comes again also by whoever has it next, for the keeper may die with its process. False
+        where it is not to look now: a suspect waits for the end of all bodies that would be charged with it, and is delivered
+        again then."""
         with self._session.lock:
             handed = self._handed.get(tag)
             if handed is None or self._spared:
-                return
-            if handed.is_suspect() and any(other.ran_here for other in self._handed.values()):
-                return  # it might be given up for what a body beside it does
+                return True
+            if handed.is_suspect() and any(other.marked for other in self._handed.values()):
+                del self._handed[tag]
+                handed.consumer.put_off(handed.batch, HOLD_S)
+                return False
             self._receiving = tag
             delivery = handed.batch.deliveries[0]
             self._session.ownership.receives(handed.consumer.lease, delivery.entry_id)
             if not delivery.fresh:
                 self._mark(handed)
+            return True
 
     def received(self, tag: str) -> None:
         """It has: what follows is not counted so."""
@@ -168,9 +176,12 @@ class Deliveries:
                 handed.ran_here |= here
                 if here and tag == self._receiving:
                     self._end_receipt()  # the rules of bodies hold from here on
-                if not here or self._spared or handed.batch.deliveries[0].fresh:
+                if not here or self._spared:
                     return True
-                if not self._waits(handed):
+                if handed.batch.deliveries[0].fresh:
+                    if not self._receives_suspect():
+                        return True
+                elif not self._waits(handed):
                     return self._mark(handed)
             time.sleep(SUSPECT_S)
             if self._told_to_end():
@@ -181,6 +192,11 @@ class Deliveries:
         be the cause, and those that merely run beside it must not be counted as often."""
         others = [other for other in self._handed.values() if other.marked and other is not handed]
         return bool(others) and (handed.is_suspect() or any(other.is_suspect() for other in others))
+
+    def _receives_suspect(self) -> bool:
+        """Whether a suspect is being received: nothing starts beside it. It takes no time unless the process dies of it."""
+        receiving = self._handed.get(self._receiving)
+        return receiving is not None and receiving.is_suspect()
 
     def _told_to_end(self) -> bool:
         return self._spared  # which another thread may have set meanwhile
