@@ -24,12 +24,13 @@ from .lanes import Entry
 
 if TYPE_CHECKING:
     from .consumer import ShardConsumer
+    from .held import Held
 
 BLOCK_MS = 5000
 MULTI, EXEC = pack("MULTI"), pack("EXEC")
 
 
-def pack_fetch(streams: Sequence[ShardConsumer], most: int, new: bool) -> bytes:
+def pack_fetch(streams: Sequence[Held], most: int, new: bool) -> bytes:
     """The call that takes what there is in streams of one slot, ``most`` entries in all, the first stream's before others':
     what is due, what is on offer, and what is ``new``."""
     lease = streams[0].lease

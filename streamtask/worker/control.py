@@ -20,6 +20,7 @@ from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.fetcher import Fetcher
+from ..queue.held import Held
 from ..queue.lanes import Delivery, Entry
 from ..queue.settler import Settler
 from ..redis import wire
@@ -83,7 +84,7 @@ class Control:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._owned: dict[int, Owned] = {}
-        self._numbers: dict[ShardConsumer, int] = {}
+        self._numbers: dict[Held, int] = {}
         self._queues = {queue.name: queue for queue in settings.queues}
         self._revoked_ids: dict[str, set[bytes | str]] = {name: set() for name in self._queues}
         self.executor: Executor | None = None
@@ -353,7 +354,7 @@ class Control:
         fetcher.send([o.consumer for o in ready], [o.consumer for o in chosen], look=look, block=block)
         self._listen(fetcher.link, self._take_fetch)
 
-    def _of(self, consumer: ShardConsumer) -> Owned | None:
+    def _of(self, consumer: Held) -> Owned | None:
         owned = self._owned.get(self._numbers[consumer])
         return owned if owned is not None and owned.consumer is consumer else None
 
@@ -651,7 +652,7 @@ class Control:
         if result is not None:
             self._outbox.add([(delivery, result)])
 
-    def _store_dead(self, consumer: ShardConsumer, delivery: Delivery, outcome: Outcome) -> None:
+    def _store_dead(self, consumer: Held, delivery: Delivery, outcome: Outcome) -> None:
         place = Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
         result = self._runner.dead(delivery, place, outcome)
         if result is not None:

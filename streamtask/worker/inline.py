@@ -14,6 +14,7 @@ from ..clock import mono_s
 from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
 from ..errors import ConfigError, TaskError
 from ..queue.consumer import Outcome, ShardConsumer
+from ..queue.held import Held
 from ..queue.lanes import Delivery
 from ..redis.keys import SHARED
 from ..redis.link import Link
@@ -36,7 +37,7 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
     consumers = _own_all(settings, link, int(timeout_s * 1000) + 60_000)
     dead: list[tuple[Delivery, Outcome]] = []
 
-    def on_dead(consumer: ShardConsumer, delivery: Delivery, outcome: Outcome) -> None:
+    def on_dead(consumer: Held, delivery: Delivery, outcome: Outcome) -> None:
         dead.append((delivery, outcome))
         place = Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
         stored = runner.dead(delivery, place, outcome)
