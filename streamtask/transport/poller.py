@@ -1,7 +1,6 @@
 """Brings the messages of one kombu connection to its channels, in kombu's event loop or in ``drain_events``.
 
-A *bell* wakes it: a plain blocking XREAD behind the last entries that were seen. No message comes over the bell, so losing
-its answer loses nothing. Fetching and settling are short calls of the session.
+A *bell* wakes it (``bells.py``), which brings no message itself. Fetching and settling are short calls of the session.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
-from ..redis.link import Link, pack
 from ..worker.links import IDLE_S
 from . import hooks
+from .bells import BLOCK_S, Bells
 from .fanout import Listener
 from .session import Session
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from .channel import Channel
 
 log = logging.getLogger("streamtask.transport")
-
-BLOCK_S = 5.0
 
 READ_ON_S = 2.0
 """How long an error waits at most for the rest of a message that a pool process is sending."""
@@ -66,36 +63,6 @@ Fetched = tuple["Channel", str, dict[str, Any], str]
 """A message on its way to a channel: the channel, the queue, the message, its delivery tag."""
 
 
-class Bell:
-    """Waits for something new in some streams of one server."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.asked: dict[bytes, tuple[str, str]] = {}
-        self.overdue_at = 0.0
-        self._armed_at = mono_s()
-
-    def arm(self, streams: dict[bytes, tuple[str, str]], block_s: float, grace_s: float) -> None:
-        ids = [at for _, at in streams.values()]
-        block_ms = max(1, int(block_s * 1000))
-        now = mono_s()
-        if now - self._armed_at > IDLE_S:
-            self.link.drop_if_ended()  # also if it rang just now: who does not look for long hears that late
-        self.link.send(pack("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *streams, *ids))
-        self.asked = streams
-        self._armed_at = now
-        self.overdue_at = now + block_s + grace_s
-
-    def rang(self) -> dict[bytes, tuple[str, str]]:
-        """What it was asked for; it rests now."""
-        asked, self.asked = self.asked, {}
-        return asked
-
-    def drop(self) -> None:
-        self.asked = {}
-        self.link.close()
-
-
 class Poller:
     """See the module."""
 
@@ -112,7 +79,7 @@ class Poller:
         self.loop: Any = None
         self._inherited = False  # its channels have consumers that the session does not know of
         self._thread = 0
-        self._bells: dict[str, Bell] = {}
+        self._bells = Bells(self.session, self._dropped)
         self._waiting: deque[Fetched] = deque()  # for ``drain``, which delivers one a call
         self._epoch = self.session.epoch
         self._checked_at = mono_s()
@@ -131,8 +98,7 @@ class Poller:
         """In the child: closes its copies of the sockets. While they are open, the parent's epoll goes on to report those that
         the parent has closed, and the number of such a one may be another's by then."""
         self.listener.close()
-        for bell in self._bells.values():
-            bell.link.close()
+        self._bells.close()
         for end in self._wakers or ():
             end.close()
         self._begin()
@@ -201,11 +167,11 @@ class Poller:
         now = mono_s()
         rested = now - self._checked_at > BLOCK_S + session.broker.timeout_s + IDLE_S
         self._checked_at = now
-        for bell in [bell for bell in self._bells.values() if bell.asked and now > bell.overdue_at]:
+        for bell in self._bells.overdue():
             try:
                 if self._look(bell.link.fileno()):
                     continue
-                self._forget(bell)
+                self._bells.forget(bell)
                 raise BrokerUnavailable(f"Redis at {session.broker.safe_url} does not answer")
             except BrokerUnavailable:
                 # Where nobody has looked for so long, its end says nothing of now: another is armed, and tells.
@@ -220,7 +186,7 @@ class Poller:
         return True
 
     def waits(self) -> bool:
-        return any(bell.asked for bell in self._bells.values())
+        return bool(self._bells.armed())
 
     def _fetch(self) -> Iterator[Fetched]:
         """Fetches for all queues with room; what is not taken from this iterator goes back."""
@@ -276,53 +242,17 @@ class Poller:
         wanted = self.session.bell(names)
         due = self.session.next_wake(names)
         block_s = BLOCK_S if due is None else min(BLOCK_S, max(0.001, due - mono_s()))
-        for place, streams in self._by_place(wanted).items():
-            bell = self._bells.get(place)
-            if bell is None:
-                key = next(iter(streams)).decode()
-                link = self.session.broker.link(key, timeout_s=BLOCK_S + self.session.broker.timeout_s)
-                bell = self._bells[place] = Bell(link)
-            if bell.asked:
-                if streams.keys() <= bell.asked.keys() and bell.overdue_at - self.session.broker.timeout_s <= (
-                    mono_s() + block_s + 0.05
-                ):
-                    continue
-                self._drop(bell)  # it waits for too little, or too long
-            with self._or_forgotten(bell):
-                bell.arm(streams, block_s, self.session.broker.timeout_s)
+        self._bells.arm(wanted, block_s)
 
-    @contextmanager
-    def _or_forgotten(self, bell: Bell) -> Iterator[None]:
-        """A bell whose server is lost is not used again: on a Cluster what it waits for may be elsewhere by then."""
-        try:
-            yield
-        except BrokerUnavailable:
-            self._forget(bell)
-            raise
-
-    def _forget(self, bell: Bell) -> None:
-        self._drop(bell)
-        self._bells = {place: other for place, other in self._bells.items() if other is not bell}
-
-    def _drop(self, bell: Bell) -> None:
-        fd = bell.link.fileno()
+    def _dropped(self, fd: int) -> None:
+        """A bell's socket is about to be closed."""
         if self.loop is not None and self._fds.pop(fd, None) is not None:
             self.loop.remove_reader(fd)
-        bell.drop()
-
-    def _by_place(self, streams: dict[bytes, tuple[str, str]]) -> dict[str, dict[bytes, tuple[str, str]]]:
-        if not self.session.broker.is_cluster:
-            return {"": streams} if streams else {}
-        places: dict[str, dict[bytes, tuple[str, str]]] = {}
-        for key, value in streams.items():
-            slot = key[key.index(b"{") + 1 : key.index(b"}")].decode()
-            places.setdefault(slot, {})[key] = value
-        return places
 
     def _sockets(self) -> dict[int, object]:
         """The sockets to wait for, each with what tells it from a later one of its number."""
         found: dict[int, object] = {
-            bell.link.fileno(): (id(bell.link), bell.link.connects) for bell in self._bells.values() if bell.asked
+            bell.link.fileno(): (id(bell.link), bell.link.connects) for bell in self._bells.armed()
         }
         found[self.listener.fileno()] = self.listener.stamp
         if ONE_WAITS_FOR_ALL:
@@ -343,12 +273,7 @@ class Poller:
             self.listener.receive()
         elif fd == self.session.ownership.fileno():
             self.session.take_orders()
-        for bell in self._bells.values():
-            if bell.asked and bell.link.fileno() == fd:
-                asked = bell.rang()
-                with self._or_forgotten(bell):
-                    self.session.rang(bell.link.read(), asked)
-                return
+        self._bells.take(fd)
 
     # kombu's event loop
 
@@ -531,8 +456,7 @@ class Poller:
                 self._waiting.append(item)
         if self.session.broker.is_cluster:
             # One for each slot: that of this queue may never be waited for again, and the others are made again.
-            for bell in list(self._bells.values()):
-                self._forget(bell)
+            self._bells.forget_all()
 
     def close(self) -> None:
         self.session.check_process()
@@ -546,8 +470,7 @@ class Poller:
             self.loop.on_tick.discard(self.tick)
             for fd in self._fds:
                 self.loop.remove_reader(fd)
-        for bell in self._bells.values():
-            bell.drop()
+        self._bells.close()
         self.listener.close()
         if self._wakers is not None:
             for end in self._wakers:

@@ -1,0 +1,128 @@
+"""Bells wake a poller: for each server a plain blocking XREAD behind the last entries that were seen. No message comes over a
+bell, so losing its answer loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..clock import mono_s
+from ..errors import BrokerUnavailable
+from ..redis.link import Link, pack
+from ..worker.links import IDLE_S
+
+if TYPE_CHECKING:
+    from .session import Session
+
+BLOCK_S = 5.0
+
+
+class Bell:
+    """Waits for something new in some streams of one server."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.asked: dict[bytes, tuple[str, str]] = {}
+        self.overdue_at = 0.0
+        self._armed_at = mono_s()
+
+    def arm(self, streams: dict[bytes, tuple[str, str]], block_s: float, grace_s: float) -> None:
+        ids = [at for _, at in streams.values()]
+        block_ms = max(1, int(block_s * 1000))
+        now = mono_s()
+        if now - self._armed_at > IDLE_S:
+            self.link.drop_if_ended()  # also if it rang just now: who does not look for long hears that late
+        self.link.send(pack("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *streams, *ids))
+        self.asked = streams
+        self._armed_at = now
+        self.overdue_at = now + block_s + grace_s
+
+    def rang(self) -> dict[bytes, tuple[str, str]]:
+        """What it was asked for; it rests now."""
+        asked, self.asked = self.asked, {}
+        return asked
+
+    def drop(self) -> None:
+        self.asked = {}
+        self.link.close()
+
+
+class Bells:
+    """The bells of one poller, one for each server: on a Cluster for each slot. ``dropped`` is told of a socket that is about
+    to be closed while somebody may wait for it."""
+
+    def __init__(self, session: Session, dropped: Callable[[int], None]) -> None:
+        self._session = session
+        self._dropped = dropped
+        self._bells: dict[str, Bell] = {}
+
+    def arm(self, wanted: dict[bytes, tuple[str, str]], block_s: float) -> None:
+        """Sees to it that these streams are waited for."""
+        broker = self._session.broker
+        for place, streams in self._by_place(wanted).items():
+            bell = self._bells.get(place)
+            if bell is None:
+                key = next(iter(streams)).decode()
+                bell = self._bells[place] = Bell(broker.link(key, timeout_s=BLOCK_S + broker.timeout_s))
+            if bell.asked:
+                if (
+                    streams.keys() <= bell.asked.keys()
+                    and bell.overdue_at - broker.timeout_s <= mono_s() + block_s + 0.05
+                ):
+                    continue
+                self._drop(bell)  # it waits for too little, or too long
+            with self._or_forgotten(bell):
+                bell.arm(streams, block_s, broker.timeout_s)
+
+    def _by_place(self, streams: dict[bytes, tuple[str, str]]) -> dict[str, dict[bytes, tuple[str, str]]]:
+        if not self._session.broker.is_cluster:
+            return {"": streams} if streams else {}
+        places: dict[str, dict[bytes, tuple[str, str]]] = {}
+        for key, value in streams.items():
+            slot = key[key.index(b"{") + 1 : key.index(b"}")].decode()
+            places.setdefault(slot, {})[key] = value
+        return places
+
+    @contextmanager
+    def _or_forgotten(self, bell: Bell) -> Iterator[None]:
+        """A bell whose server is lost is not used again: on a Cluster what it waits for may be elsewhere by then."""
+        try:
+            yield
+        except BrokerUnavailable:
+            self.forget(bell)
+            raise
+
+    def forget(self, bell: Bell) -> None:
+        self._drop(bell)
+        self._bells = {place: other for place, other in self._bells.items() if other is not bell}
+
+    def forget_all(self) -> None:
+        for bell in list(self._bells.values()):
+            self.forget(bell)
+
+    def _drop(self, bell: Bell) -> None:
+        self._dropped(bell.link.fileno())
+        bell.drop()
+
+    def armed(self) -> list[Bell]:
+        return [bell for bell in self._bells.values() if bell.asked]
+
+    def overdue(self) -> list[Bell]:
+        """Those whose answer should have come by now."""
+        now = mono_s()
+        return [bell for bell in self.armed() if now > bell.overdue_at]
+
+    def take(self, fd: int) -> None:
+        """Reads the answer of the bell that has this socket, if one has."""
+        for bell in self.armed():
+            if bell.link.fileno() == fd:
+                asked = bell.rang()
+                with self._or_forgotten(bell):
+                    self._session.rang(bell.link.read(), asked)
+                return
+
+    def close(self) -> None:
+        for bell in self._bells.values():
+            bell.drop()
