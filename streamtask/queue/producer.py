@@ -26,6 +26,10 @@ from .seen import Pages
 log = logging.getLogger("streamtask.queue")
 T = TypeVar("T")
 
+MOST_TARGETS = 2048
+"""Shards and shared streams that a producer remembers when it has used them lately, and as many of those before: who sends
+to ever new queues, as of replies, must not grow for ever. Of one that was forgotten all is made anew, at its next use."""
+
 _reset_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -74,7 +78,7 @@ class Producer:
     def after_fork(self) -> None:
         self._pid = os.getpid()
         # The child must not write on its parent's sockets; they close with the parent's objects.
-        for queue, _ in self._targets:
+        for queue, _ in (*self._targets, *self._older):
             queue.after_fork()
         self._idle = {}
         self._begin()
@@ -82,14 +86,25 @@ class Producer:
     def _begin(self) -> None:
         """Draws its produce ids anew."""
         self._targets: dict[tuple[Queue, int | str], Target] = {}
+        self._older: dict[tuple[Queue, int | str], Target] = {}
         self.ids = Pages("k")
         """For callers that may repeat a call themselves: see ``Call.produce_id``."""
 
     def target(self, queue: Queue, shard: int | str) -> Target:
-        found = self._targets.get((queue, shard))
+        key = (queue, shard)
+        found = self._targets.get(key)
         if found is None:
-            found = self._targets.setdefault((queue, shard), Target(queue, shard, self.settings, self._idle))
+            if len(self._targets) >= MOST_TARGETS:
+                self._older, self._targets = self._targets, {}
+            known = self._older.pop(key, None)
+            found = self._targets.setdefault(key, known or Target(queue, shard, self.settings, self._idle))
         return found
+
+    def _forget(self, queue: Queue, shard: int | str) -> None:
+        """What Redis has recorded of a queue is another now."""
+        queue.forget()
+        self._targets.pop((queue, shard), None)
+        self._older.pop((queue, shard), None)
 
     def append(self, queue: Queue, shard: int | str, envelope: bytes) -> None:
         """Stores one message, now and with no dedupe id: ``send`` for what is nearly always sent."""
@@ -206,6 +221,7 @@ class Producer:
         """After an error: on a Cluster a shard may be at another server now. What was sent in vain stays as it is."""
         if queue.broker.is_cluster:
             self._targets.clear()
+            self._older.clear()
 
     def declare(self, queue: Queue, timeout_s: float | None = None) -> None:
         """Declares a queue that this process has not used yet; waits for Redis as ``send`` does."""
@@ -257,8 +273,7 @@ class Producer:
             return None
         if answer == Code.NO_STATE:
             # Never opened, or flushed: open it and go on.
-            queue.forget()
-            self._targets.pop((queue, shard), None)
+            self._forget(queue, shard)
             queue.shape()
             return None
         where = "the shared stream" if shard == SHARED else f"shard {shard}"
@@ -273,8 +288,7 @@ class Producer:
                 "max_dedupe_ids allows: raise it, or shorten dedupe_ttl"
             )
         if answer == Code.SEALED:
-            queue.forget()
-            self._targets.pop((queue, shard), None)
+            self._forget(queue, shard)
             return BrokerUnavailable(
                 f"{where} of queue {queue.name!r} is being resharded; the call was repeated in vain"
             )
@@ -330,6 +344,7 @@ class Producer:
     def close(self) -> None:
         idle, self._idle = self._idle, {}
         self._targets = {}
+        self._older = {}
         for links in idle.values():
             for link in links:
                 link.close()
