@@ -48,6 +48,7 @@ class Shape:
     epoch: int
     groups: list[str]
     priorities: list[int] = field(default_factory=list)
+    cluster: bool = False
 
     def all_shards(self) -> list[int | str]:
         return [*range(self.shards), SHARED, *(f"{SHARED}.{priority}" for priority in self.priorities)]
@@ -178,7 +179,8 @@ class Inspector:
                 groups = sorted(one[6:] for one in meta if one.startswith("group:"))
                 groups.sort(key=lambda group: group != settings.group)
                 priorities = sorted(int(one[9:]) for one in meta if one.startswith("priority:"))
-                found[name] = Shape(keys[name], int(meta.get("shards", 0)), int(meta["epoch"]), groups, priorities)
+                shards, epoch = int(meta.get("shards", 0)), int(meta["epoch"])
+                found[name] = Shape(keys[name], shards, epoch, groups, priorities, self.app.broker.is_cluster)
         return found
 
     def _asked(self, queue: str | None) -> dict[str, Shape]:
@@ -564,11 +566,11 @@ def _pack_shard(keys: ShardKeys, shard: int | str, shape: Shape, consumers: bool
         pack("XINFO", "GROUPS", keys.stream),
     ]
     for group in shape.groups:
-        block.append(
-            pack("ZRANGE", keys.consumers(group), 0, -1, "WITHSCORES")
-            if is_shared(shard)
-            else pack("HMGET", keys.lease(group), "owner", "token", "expires_at")
-        )
+        if is_shared(shard):
+            block.append(pack("ZRANGE", keys.consumers(group), 0, -1, "WITHSCORES"))
+            block.append(pack("ZRANGE", shape.keys.alive(group, keys, cluster=shape.cluster), 0, -1, "WITHSCORES"))
+        else:
+            block.append(pack("HMGET", keys.lease(group), "owner", "token", "expires_at"))
         if consumers:
             block.append(pack("XINFO", "CONSUMERS", keys.stream, group))
     return block
@@ -583,7 +585,7 @@ def _read_shard(shape: Shape, shard: int | str, replies: list[Any]) -> ShardStat
     # An error stands for a stream or a group that is not there yet.
     infos = {} if isinstance(groups, Exception) else {row["name"]: row for row in map(_texts, groups)}
     each = iter(rest)
-    with_consumers = len(rest) > len(shape.groups)
+    with_consumers = len(rest) > len(shape.groups) * (2 if is_shared(shard) else 1)
     for name in shape.groups:
         info = infos.get(name, {})
         group = state.groups[name] = GroupState(
@@ -595,7 +597,10 @@ def _read_shard(shape: Shape, shard: int | str, replies: list[Any]) -> ShardStat
         group.lag = max(0, state.length - group.pending - int(fields.get(f"kept:{name}", 0)))
         lease = next(each)
         if is_shared(shard):
-            group.leases = {member: int(float(expires_at)) for member, expires_at in _texts(lease).items()}
+            times = _texts(next(each))
+            group.leases = {
+                member: int(float(times.get(member, 0))) for member, mark in _texts(lease).items() if mark != "0"
+            }
         else:
             owner, token, expires_at = lease
             group.owner = (owner or b"").decode()

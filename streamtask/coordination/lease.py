@@ -14,6 +14,9 @@ between the check and the body's first write a process may be paused for an hour
 heartbeat for most of a lease time, or a broken connection) lets a former owner go first, for one lease time from its own
 return (``acquire.lua``; ``since`` below).
 
+*A process is heard once for all its shared streams.* What its leases there say is who it is; until when they hold is one
+number for all of them (``QueueKeys.alive``), where a server holds them all: see ``Contact``.
+
 *The keeper is another process than the one that runs tasks*, so that a body that holds the GIL keeps its shard; and it
 renews only while its child is alive and not stopped.
 
@@ -22,8 +25,10 @@ Sources: C. Gray, D. Cheriton, "Leases" (SOSP 1989); M. Kleppmann on fencing tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..clock import mono_s
 from ..errors import LeaseLost
@@ -47,6 +52,8 @@ class Lease:
     token: int
     trusted_until: float
     by_expiry: bool = False
+    alive: str = ""
+    """Shared streams: the key that says until when the incarnation lives."""
 
     @property
     def key(self) -> str:
@@ -64,12 +71,13 @@ class Lease:
         args = (self.token, self.incarnation, self.lease_ms)
         if self.shared:
             return script("renew_shared").pack(
-                (self.key, self.keys.consumers(self.group), self.keys.token(self.group)), args
+                (self.key, self.keys.consumers(self.group), self.keys.token(self.group), self.alive), args
             )
         return script("renew").pack((self.key, self.keys.token(self.group)), args)
 
     def renewed(self, answer: object, sent_at: float) -> None:
-        """Takes the answer to ``pack_renew``. Raises ``LeaseLost``."""
+        """Takes the answer to ``pack_renew``, of a shared stream with the names of consumers whose time is over. Raises
+        ``LeaseLost``."""
         if answer == Code.LEASE_LOST:
             raise LeaseLost(f"the lease of {self.keys.prefix} is another's now")
         self.trusted_until = self.trust_from(sent_at)
@@ -129,21 +137,64 @@ def acquire(
     return lease
 
 
-def join_shared(link: Link, keys: ShardKeys, group: str, incarnation: str, lease_ms: int) -> Lease:
-    """Makes an incarnation a consumer of a shared stream."""
+def join_shared(link: Link, keys: ShardKeys, group: str, incarnation: str, lease_ms: int, *, alive: str = "") -> Lease:
+    """Makes an incarnation a consumer of a shared stream. ``alive``: see ``QueueKeys.alive``; by default the stream's own."""
     sent_at = mono_s()
+    alive = alive or keys.alive(group)
     answer = link.run(
         "join_shared",
-        [keys.lease(group, incarnation), keys.consumers(group), keys.token(group)],
+        [keys.lease(group, incarnation), keys.consumers(group), keys.token(group), alive],
         [incarnation, lease_ms],
     )
-    lease = Lease(keys, group, incarnation, lease_ms, True, int(answer[0]), 0.0)
+    lease = Lease(keys, group, incarnation, lease_ms, True, int(answer[0]), 0.0, alive=alive)
     lease.trusted_until = lease.trust_from(sent_at)
     return lease
 
 
+@dataclass(slots=True)
+class Contact:
+    """A key that says which consumers of shared streams live, as one who keeps some of them alive knows it."""
+
+    alive: str
+    lease_ms: int
+    since_ms: int = 0
+    """Since when it has been heard without a gap, on Redis' clock."""
+    heard_ms: int = 0
+    next_ms: int = 0
+    """When the next one's time is over, unless that is heard."""
+    over: list[str] = field(default_factory=list)
+    """Whose time is over."""
+    used_at: float = 0.0
+    """When (monotonic) somebody was last kept alive with it."""
+    _sent_at: float = -math.inf
+    _outages: int = -1
+
+    def pack_beat(self, incarnations: Iterable[str]) -> bytes:
+        return script("beat").pack((self.alive,), (self.lease_ms, self.since_ms, *incarnations))
+
+    def heard(self, answer: Any, sent_at: float, outages: int) -> list[bool]:
+        """Takes the answer to ``pack_beat``: for each incarnation whether all its leases are prolonged, else each is to be
+        renewed. ``outages``: how many there were."""
+        now_ms, self.next_ms, over, in_time = answer
+        gap_ms = max(now_ms - self.heard_ms, (sent_at - self._sent_at) * 1000)
+        steady = outages == self._outages and gap_ms <= self.lease_ms * 0.6 and now_ms >= self.heard_ms
+        if not steady:
+            self.since_ms = now_ms
+        self.heard_ms, self._sent_at, self._outages = now_ms, sent_at, outages
+        self.over = [name.decode() for name in over]
+        return [steady and one == 1 for one in in_time]
+
+
 def reap(
-    link: Link, keys: ShardKeys, group: str, incarnation: str, lease_ms: int, *, gone: bool, since_ms: int = 0
+    link: Link,
+    keys: ShardKeys,
+    group: str,
+    incarnation: str,
+    lease_ms: int,
+    *,
+    gone: bool,
+    since_ms: int = 0,
+    alive: str = "",
 ) -> bool:
     """Ends a consumer of a shared stream and puts its entries on offer. ``gone``: it is known to be dead.
 
@@ -159,6 +210,7 @@ def reap(
                 keys.requeued(group),
                 keys.wake,
                 keys.notes(group),
+                alive or keys.alive(group),
             ],
             [group, incarnation, 1 if gone else 0, since_ms, lease_ms, 1000],
         )

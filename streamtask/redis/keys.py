@@ -61,8 +61,12 @@ class ShardKeys:
         return base if incarnation is None else f"{base}:{incarnation}"
 
     def consumers(self, group: str) -> str:
-        """Shared streams: the consumers by the instant (Redis' clock, ms) at which their lease expires."""
+        """Shared streams: the names of the consumers; behind one that is known to be gone stands 0."""
         return f"{self.prefix}consumers:{segment(group)}"
+
+    def alive(self, group: str) -> str:
+        """See ``QueueKeys.alive``."""
+        return f"{self.prefix}alive:{segment(group)}"
 
     def token(self, group: str) -> str:
         return f"{self.prefix}token:{segment(group)}"
@@ -114,6 +118,13 @@ class QueueKeys:
     def channel(self, group: str) -> str:
         """The pub/sub channel on which the processes of a group tell each other that shards became free."""
         return f"{self.namespace}:{{{self._tag}}}:events:{segment(group)}"
+
+    def alive(self, group: str, stream: ShardKeys, *, cluster: bool) -> str:
+        """The consumers of shared streams by the instant (Redis' clock, ms) at which their leases expire, unless they are
+        heard: one for all streams of the app. On a Cluster, where a script touches one slot, each stream has its own."""
+        if cluster:
+            return stream.alive(group)
+        return f"{self.namespace}:{{{segment(self.app)}}}:alive:{segment(group)}"
 
     def shard(self, epoch: int, shard: int | str) -> ShardKeys:
         if isinstance(shard, str):

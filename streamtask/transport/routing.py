@@ -136,6 +136,7 @@ def _delete_streams(session: Session, queue: str) -> None:
         names = [
             prefix.stream, prefix.state, prefix.delayed, prefix.wake, prefix.requeued(GROUP), prefix.consumers(GROUP),
             prefix.token(GROUP), prefix.notes(GROUP), prefix.replaced(GROUP), prefix.lease(GROUP), prefix.dlq,
+            prefix.alive(GROUP),
         ]  # fmt: skip
         with session.connections.borrow(prefix.stream) as link:
             if isinstance(shard, str):

@@ -193,7 +193,8 @@ class Session:
                 queue.open(shared(priority))
                 names = queue.shard_keys(shared(priority))
                 link = self.connections.links.at(names.stream)
-                lease = join_shared(link, names, GROUP, self.incarnation, self.options.lease_ms)
+                alive = queue.keys.alive(GROUP, names, cluster=self.broker.is_cluster)
+                lease = join_shared(link, names, GROUP, self.incarnation, self.options.lease_ms, alive=alive)
                 consumer = StreamConsumer(lease, queue.name, shared(priority), self.consumer_settings)
                 consumer.recover(link, takeover=False)
                 consumed.streams[priority] = consumer
@@ -226,7 +227,8 @@ class Session:
             lease = consumer.lease
             self.ownership.forget(lease)
             del consumed.streams[priority]
-            reap(self.link(consumer), lease.keys, GROUP, lease.incarnation, lease.lease_ms, gone=True)
+            link = self.link(consumer)
+            reap(link, lease.keys, GROUP, lease.incarnation, lease.lease_ms, gone=True, alive=lease.alive)
         if not consumed.streams and not consumed.shards:
             self.consumed.pop(consumed.queue.name, None)
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import logging
 import math
 import selectors
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..clock import mono_s, wall_ms
 from ..coordination.assignment import assign
-from ..coordination.lease import Lease, Refused, acquire, reap
+from ..coordination.lease import Contact, Lease, Refused, acquire, reap
 from ..coordination.membership import Membership
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.declare import Shape
@@ -33,6 +33,12 @@ from .outage import Outage
 
 BEATS = 3
 """Renewals in one lease time."""
+
+LOOK_S = 60.0
+"""How often each lease of a shared stream is looked at, though nothing shows that one could have been lost."""
+
+SHAPE_BEATS = 10
+"""In so many beats what Redis has recorded of each followed queue is read: who changes it tells, too."""
 
 
 class QueueWatch:
@@ -51,6 +57,7 @@ class QueueWatch:
         self.look_at = 0.0  # monotonic: when to compare ownership next
         self.seen_owner: set[int] = set()  # shards whose lease record was there once
         self.missed_ms: dict[int, int] = {}
+        self.ask = True  # for its shape, at the next beat
         self.revoked: set[str] = set()
         self.said: list[Any] = []
 
@@ -77,6 +84,8 @@ class Held:
     lease: Lease
     handover_until: float | None = None
     not_before: float = 0.0
+    looked_at: float = -math.inf
+    """When (monotonic) it was renewed by itself, and not with all leases of its member."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -181,6 +190,9 @@ class Coordinator:
         self._news: Link | None = None
         self._subscribed: set[bytes] = set()
         self._next_beat = 0.0
+        self._beats = 0
+        self._contacts: dict[str, Contact] = {}  # by the key that says who lives
+        self._ended: set[tuple[ShardKeys, str]] = set()  # consumers whose time is over and who have no part in a stream
         self._outage = Outage(log, 0.05, 0.5)
 
     def work(self) -> None:
@@ -222,7 +234,7 @@ class Coordinator:
         self.links.close()
         self._close_news()
         for watch in self._watches:
-            watch.membership.cut_off = True
+            watch.membership.cut_off = watch.ask = True
         self._put_off(self._outage.met(exc))
 
     def _put_off(self, wait_s: float) -> None:
@@ -240,13 +252,27 @@ class Coordinator:
         """Heartbeat and renewals of all members in one write."""
         live = [member for member in self._members if member.kept]
         infos = {member.incarnation: member.info() for member in live if not member.leaving}
-        leases = [(member, held) for member in live for held in member.held.values()]
-        leases.sort(key=lambda pair: pair[1].lease.token)  # after a flush the token counters grow again in this order
+        pairs = [(member, held) for member in live for held in member.held.values()]
+        pairs.sort(key=lambda pair: pair[1].lease.token)  # after a flush the token counters grow again in this order
+        leases = [pair for pair in pairs if not pair[1].lease.shared]
         sent_at, sent_ms = mono_s(), wall_ms()
+        shared: dict[str, list[tuple[Member, Held]]] = {}
+        for pair in pairs:
+            if pair[1].lease.shared:
+                shared.setdefault(pair[1].lease.alive, []).append(pair)
+        for alive in shared:
+            self._contacts.setdefault(alive, Contact(alive, self._lease_ms)).used_at = sent_at
+        # For a while also without a member, as when a lone process is replaced: who takes its place need not wait.
+        self._contacts = {alive: one for alive, one in self._contacts.items() if sent_at - one.used_at <= LOOK_S}
+        names = {
+            alive: list(dict.fromkeys(held.lease.incarnation for _, held in shared.get(alive, ())))
+            for alive in self._contacts
+        }
         watches = [watch for watch in self._watches if watch.shape is not None]
-        followed = [watch for watch in self._watches if watch.follows and not watch.leaving]
+        followed = self._asked()
         commands = [(watch.keys.meta, watch.membership.pack_beat({} if watch.leaving else infos)) for watch in watches]
         commands += [(watch.keys.meta, pack("HMGET", watch.keys.meta, "shards", "epoch")) for watch in followed]
+        commands += [(alive, contact.pack_beat(names[alive])) for alive, contact in self._contacts.items()]
         commands += [(held.lease.key, held.lease.pack_renew()) for _, held in leases]
         replies = iter(self.links.pipeline(commands))
         for watch, reply in zip(watches, replies, strict=False):
@@ -255,6 +281,21 @@ class Coordinator:
             if watch.membership.heard(reply, sent_ms):
                 watch.look_at = 0.0
         found = [self._shape_read(watch, reply) for watch, reply in zip(followed, replies, strict=False)]
+        late: list[tuple[Member, Held]] = []
+        for (alive, contact), reply in zip(self._contacts.items(), replies, strict=False):
+            late += self._prolonged(shared.get(alive, ()), names[alive], contact, reply, sent_at)
+        self._renewed(leases, replies, sent_at)
+        over = self._look_at(late)
+        self._outage.over(self._broker.safe_url)
+        self._next_beat = mono_s() + self._lease_ms / 1000 / BEATS
+        self._end_consumers(shared, over, sent_at)
+        if any(found):
+            self.soon()
+        self._beaten(live)
+        self._listen()
+
+    def _renewed(self, leases: Sequence[tuple[Member, Held]], replies: Iterable[Any], sent_at: float) -> None:
+        """Takes the answers to renewals."""
         for (member, held), reply in zip(leases, replies, strict=True):
             if isinstance(reply, Exception):
                 self._log.error("a renewal failed queue=%s shard=%s: %s", held.watch.name, held.shard, reply)
@@ -267,10 +308,90 @@ class Coordinator:
                 continue
             if held.handover_until is None:
                 member.trust(held, held.lease.trusted_until)
-        self._outage.over(self._broker.safe_url)
-        self._next_beat = 0.0 if any(found) else mono_s() + self._lease_ms / 1000 / BEATS
-        self._beaten(live)
-        self._listen()
+
+    def _prolonged(
+        self, leases: Sequence[tuple[Member, Held]], names: Sequence[str], contact: Contact, reply: Any, sent_at: float
+    ) -> list[tuple[Member, Held]]:
+        """Takes the answer for all leases of shared streams under one key. Returns those that are to be renewed one by one."""
+        if isinstance(reply, Exception):
+            self._log.error("renewals failed key=%s: %s", contact.alive, reply)
+            return []
+        in_time = dict(zip(names, contact.heard(reply, sent_at, self.outages), strict=True))
+        late = []
+        for member, held in leases:
+            if not in_time[held.lease.incarnation] or sent_at - held.looked_at > LOOK_S:
+                late.append((member, held))
+                continue
+            held.lease.trusted_until = held.lease.trust_from(sent_at)
+            if held.handover_until is None:
+                member.trust(held, held.lease.trusted_until)
+        return late
+
+    def _look_at(self, leases: Sequence[tuple[Member, Held]]) -> set[tuple[ShardKeys, str]]:
+        """Renews leases of shared streams one by one. Returns the consumers there whose time is over."""
+        sent_at = mono_s()
+        replies = self.links.pipeline([(held.lease.key, held.lease.pack_renew()) for _, held in leases])
+        self._renewed(leases, replies, sent_at)
+        over: set[tuple[ShardKeys, str]] = set()
+        for (_, held), reply in zip(leases, replies, strict=True):
+            if isinstance(reply, list):
+                held.looked_at = sent_at
+                over.update((held.lease.keys, name.decode()) for name in reply)
+        return over
+
+    def _end_consumers(
+        self, shared: Mapping[str, Sequence[tuple[Member, Held]]], over: set[tuple[ShardKeys, str]], sent_at: float
+    ) -> None:
+        """Ends those who are gone, in the shared streams of our members. ``over``: who is known to be a consumer."""
+        ours = {member.incarnation for member in self._members}
+        told: set[tuple[ShardKeys, str]] = set()
+        for alive, contact in self._contacts.items():
+            streams = {held.lease.keys for _, held in shared.get(alive, ())}
+            told.update((keys, name) for keys in streams for name in contact.over)
+        self._ended &= told
+        asked = sorted((pair for pair in told - self._ended - over if pair[1] not in ours), key=str)
+        keys = [stream.consumers(self._group) for stream, _ in asked]
+        scores = self.links.pipeline(
+            [(key, pack("ZSCORE", key, name)) for key, (_, name) in zip(keys, asked, strict=True)]
+        )
+        for pair, score in zip(asked, scores, strict=True):
+            if isinstance(score, Exception):
+                raise score
+            if score is None:
+                self._ended.add(pair)
+            else:
+                over.add(pair)
+        contacts = {held.lease.keys: self._contacts[alive] for alive, of in shared.items() for _, held in of}
+        due_ms = [(contact.next_ms, contact) for contact in self._contacts.values()]
+        for stream, name in sorted(over, key=str):
+            if name in ours:
+                continue
+            contact = contacts[stream]
+            if reap(
+                self.links.at(stream.stream), stream, self._group, name, self._lease_ms,
+                gone=False, since_ms=contact.since_ms, alive=contact.alive,
+            ):  # fmt: skip
+                self._ended.add((stream, name))
+                self._log.warning(
+                    "removed the consumer of a process that is gone stream=%s consumer=%s", stream.stream, name
+                )
+            else:
+                due_ms.append((contact.since_ms + self._lease_ms, contact))
+        for at_ms, contact in due_ms:
+            if at_ms > contact.heard_ms:  # when to look again, unless a beat comes before
+                self._next_beat = min(self._next_beat, sent_at + (at_ms - contact.heard_ms) / 1000 + 0.01)
+
+    def _asked(self) -> list[QueueWatch]:
+        """The followed queues whose shapes are to be read in this beat: in turn, and what was told of at once."""
+        self._beats += 1
+        asked = [
+            watch
+            for number, watch in enumerate(self._watches)
+            if watch.follows and not watch.leaving and (watch.ask or number % SHAPE_BEATS == self._beats % SHAPE_BEATS)
+        ]
+        for watch in asked:
+            watch.ask = False
+        return asked
 
     def _shape_read(self, watch: QueueWatch, reply: Any) -> bool:
         """Takes what Redis has recorded of a queue. True if its shards have just come."""
@@ -346,7 +467,7 @@ class Coordinator:
         lease = held.lease
         link = self.links.at(lease.key)
         if lease.shared:
-            reap(link, lease.keys, self._group, lease.incarnation, self._lease_ms, gone=True)
+            reap(link, lease.keys, self._group, lease.incarnation, self._lease_ms, gone=True, alive=lease.alive)
         else:
             lease.release(link)
 
@@ -554,6 +675,7 @@ class Coordinator:
             self.soon()
             if what != b"joined":
                 watch.look_at = 0.0
+                watch.ask = True
 
     def _read_revoked(self, watch: QueueWatch) -> None:
         key = watch.keys.revoked

@@ -89,7 +89,8 @@ def _own_all(settings: WorkerSettings, link: Link, lease_ms: int) -> list[ShardC
             keys = queue.shard_keys(shard)
             lease: Lease | Refused
             if shard == SHARED:
-                lease = join_shared(link, keys, group, incarnation, lease_ms)
+                alive = queue.keys.alive(group, keys, cluster=settings.broker.is_cluster)
+                lease = join_shared(link, keys, group, incarnation, lease_ms, alive=alive)
             else:
                 lease = acquire(link, keys, group, incarnation, lease_ms)
             if isinstance(lease, Refused):
@@ -134,6 +135,6 @@ def _next_due(consumers: list[ShardConsumer]) -> float | None:
 def _give_back(consumer: ShardConsumer, link: Link, settings: WorkerSettings) -> None:
     lease = consumer.lease
     if lease.shared:
-        reap(link, lease.keys, lease.group, lease.incarnation, settings.lease_ms, gone=True)
+        reap(link, lease.keys, lease.group, lease.incarnation, settings.lease_ms, gone=True, alive=lease.alive)
     else:
         lease.release(link)

@@ -114,10 +114,11 @@ class Keeper:
             incarnation=lease.incarnation,
             lease_ms=lease.lease_ms,
             token=lease.token,
+            alive=lease.alive,
         )
 
     def forget(self, lease: Lease) -> None:
-        """Renews it no longer, nor gives it back when the client dies."""
+        """Renews it no longer, nor gives it back when the client dies; unless it is kept again it ends one lease time later."""
         self._send("forget", prefix=lease.keys.prefix, token=lease.token)
 
     def consume(self, queue: str, shards: int, owned: Iterable[Mapping[str, Any]] = ()) -> None:

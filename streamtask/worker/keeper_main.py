@@ -32,7 +32,7 @@ from typing import Any
 from ..backoff import delays
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease, reap
-from ..errors import StreamTaskError
+from ..errors import ReplyError, StreamTaskError
 from ..queue.lanes import Note
 from ..redis.keys import QueueKeys, ShardKeys, expiring
 from ..redis.link import pack
@@ -139,22 +139,6 @@ class Client(Member):
         """Celery's workers tell each other what is revoked."""
 
 
-@dataclass(slots=True)
-class Contact:
-    """Since when the server of a stream has heard this keeper without a gap (its clock, ms): see ``lease.py``."""
-
-    since_ms: int = 0
-    heard_ms: int = 0
-    clock_ms: int = 0  # what to add to this machine's clock to get the server's
-    outages: int = -1
-
-    def heard(self, now_ms: int, lease_ms: int, outages: int) -> None:
-        self.clock_ms = now_ms - wall_ms()
-        if outages != self.outages or not 0 <= now_ms - self.heard_ms <= lease_ms * 0.6:
-            self.since_ms = now_ms
-        self.heard_ms, self.outages = now_ms, outages
-
-
 class KeeperProcess:
     """See the module. ``memory``: what it shares with the client; ``start``: the client's first order."""
 
@@ -189,7 +173,7 @@ class KeeperProcess:
         self._below = count(-1, -1)  # the numbers of leases that have no place in the memory
         self._watches: list[QueueWatch] = []
         self._shared = self._watch("(shared streams)")  # of all leases that the client has itself joined
-        self._contacts: dict[ShardKeys, Contact] = {}
+        self._let_go: dict[ShardKeys, tuple[Lease, float]] = {}  # and when (monotonic) they end
         self._touched: dict[str, int] = {}
         self._touch_at = 0.0
         self._closed = self._gone = False
@@ -243,7 +227,7 @@ class KeeperProcess:
 
     @property
     def _idle(self) -> bool:
-        return not (self._client.held or self._watches or self._touched)
+        return not (self._client.held or self._watches or self._touched or self._let_go)
 
     def _timeout_s(self) -> float | None:
         if self._idle:
@@ -342,8 +326,10 @@ class KeeperProcess:
         if held is not None:
             del self._client.held[held.number]
         lease = Lease(
-            keys, order["group"], order["incarnation"], order["lease_ms"], shared=True, token=order["token"], trusted_until=0.0
+            keys, order["group"], order["incarnation"], order["lease_ms"], shared=True, token=order["token"], trusted_until=0.0,
+            alive=order["alive"],
         )  # fmt: skip
+        self._let_go.pop(keys, None)
         number = next(self._below)
         self._client.held[number] = Held(number, self._shared, keys.prefix, lease)
 
@@ -352,7 +338,7 @@ class KeeperProcess:
         held = self._client.holding(keys)
         if held is not None and held.lease.token == token:
             del self._client.held[held.number]
-            self._contacts.pop(keys, None)
+            self._let_go[keys] = held.lease, mono_s() + held.lease.lease_ms / 1000
 
     def _consume(self, queue: str, owned: Iterable[Mapping[str, Any]]) -> None:
         watch = next((watch for watch in self._watches if watch.name == queue), None)
@@ -393,30 +379,18 @@ class KeeperProcess:
 
     def _beaten(self, live: Sequence[Member]) -> None:
         self._touch_at = 0.0
-        links, own = self._coordinator.links, self._client.held.values()
-        leases = [held.lease for held in own if held.lease.shared]
-        commands = []
-        for lease in leases:
-            key = lease.keys.consumers(lease.group)
-            now_ms = wall_ms() + self._contacts.setdefault(lease.keys, Contact()).clock_ms
-            commands += [(key, pack("TIME")), (key, pack("ZRANGEBYSCORE", key, "-inf", now_ms))]
-        replies = links.pipeline(commands)
-        for lease, time_read, expired in zip(leases, replies[::2], replies[1::2], strict=True):
-            for reply in (time_read, expired):
-                if isinstance(reply, Exception):
-                    raise reply
-            contact = self._contacts[lease.keys]
-            contact.heard(_ms(time_read), lease.lease_ms, self._coordinator.outages)
-            for name in expired:
-                if name.decode() != lease.incarnation:
-                    self._end_consumer(lease, name.decode(), contact.since_ms)
+        for keys, (lease, ends_at) in list(self._let_go.items()):
+            if mono_s() >= ends_at and live:
+                self._end(lease)
+                del self._let_go[keys]
 
-    def _end_consumer(self, lease: Lease, incarnation: str, since_ms: int) -> None:
+    def _end(self, lease: Lease) -> None:
+        """Ends a lease that the client has let go of: while that lives it does not run out."""
         link = self._coordinator.links.at(lease.keys.stream)
-        if reap(link, lease.keys, lease.group, incarnation, lease.lease_ms, gone=False, since_ms=since_ms):
-            log.warning(
-                "removed the consumer of a process that is gone stream=%s consumer=%s", lease.keys.stream, incarnation
-            )
+        try:
+            reap(link, lease.keys, lease.group, lease.incarnation, lease.lease_ms, gone=True, alive=lease.alive)
+        except ReplyError as exc:
+            log.info("a lease was not ended: %s", exc)  # its queue was deleted
 
     def _touch(self) -> None:
         if not self._touched or self._client.stopped or mono_s() < self._touch_at:
@@ -427,11 +401,6 @@ class KeeperProcess:
         for queue, expires_ms in self._touched.items():
             args += [expires_ms, queue]
         self._coordinator.links.at(key).run("touch_queues", [key], args)
-
-
-def _ms(reply: Sequence[bytes]) -> int:
-    """Redis' answer to TIME in milliseconds."""
-    return int(reply[0]) * 1000 + int(reply[1]) // 1000
 
 
 def main() -> None:

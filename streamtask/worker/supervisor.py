@@ -26,10 +26,9 @@ from typing import Any
 
 from ..backoff import delays
 from ..clock import mono_s, wall_ms
-from ..coordination.lease import join_shared, reap
+from ..coordination.lease import join_shared
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
-from ..redis.keys import SHARED, ShardKeys
-from ..redis.link import Link
+from ..redis.keys import SHARED
 from .child import ENV_FDS
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .ports import WorkerSettings
@@ -402,23 +401,12 @@ class Supervisor:
         for watch in self._watches:
             keys = watch.shard_keys(SHARED)
             link = self._coordinator.links.at(keys.stream)
+            alive = watch.keys.alive(self._group, keys, cluster=self.settings.broker.is_cluster)
             for child in live:
                 if not child.leaving and child.holding(keys) is None and self._coordinator.has_room(child):
-                    lease = join_shared(link, keys, self._group, child.incarnation, self._lease_ms)
+                    lease = join_shared(link, keys, self._group, child.incarnation, self._lease_ms, alive=alive)
                     self._coordinator.give(child, watch, SHARED, lease)
-            self._reap_consumers(watch, keys, link)
-
-    def _reap_consumers(self, watch: QueueWatch, keys: ShardKeys, link: Link) -> None:
-        """Ends consumers of the shared stream whose processes are gone with their pod."""
-        now_ms, since_ms = watch.membership.redis_now_ms(), watch.membership.since_ms
-        for name in link.command("ZRANGEBYSCORE", keys.consumers(self._group), "-inf", now_ms):
-            incarnation = name.decode()
-            if any(child.incarnation == incarnation for child in self._children):
-                continue
-            if reap(link, keys, self._group, incarnation, self._lease_ms, gone=False, since_ms=since_ms):
-                log.warning(
-                    "removed the consumer of a process that is gone queue=%s consumer=%s", watch.name, incarnation
-                )
+                    self._coordinator.soon()  # what the dead have left is its to take
 
     # The end
 

@@ -128,7 +128,7 @@ def test_a_pod_that_vanished_before_the_clock_was_set_back(own_server, site):
     for shard in theirs:
         site.redis.hset(site.keys.shard(0, shard).lease("workers"), "expires_at", ahead)
     site.redis.zadd(site.keys.members("workers"), {owner: ahead})
-    site.redis.zadd(site.keys.shard(0, "shared").consumers("workers"), {owner: ahead})
+    site.redis.zadd(site.keys.alive("workers", site.keys.shard(0, "shared"), cluster=False), {owner: ahead})
     key = keys_on(theirs[0], 1)[0]
     site.send(key, range(20))
     took = gap(site, key, max(site.killed.values()))

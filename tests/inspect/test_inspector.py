@@ -56,7 +56,9 @@ class Rig:
     def join(self, incarnation: str, lease_ms: int = 60_000) -> ShardConsumer:
         """Becomes a consumer of the shared stream."""
         self.queue.declare(("workers",))
-        lease = leases.join_shared(self.link, self.queue.shard_keys("shared"), "workers", incarnation, lease_ms)
+        keys = self.queue.shard_keys("shared")
+        alive = self.queue.keys.alive("workers", keys, cluster=False)
+        lease = leases.join_shared(self.link, keys, "workers", incarnation, lease_ms, alive=alive)
         consumer = ShardConsumer(lease, "default", "shared", ConsumerSettings())
         self.read(consumer)
         return consumer

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 import streamtask.redis
-from streamtask.coordination.lease import Lease, Refused, acquire, join_shared, reap
+from streamtask.coordination.lease import Contact, Lease, Refused, acquire, join_shared, reap
 from streamtask.coordination.membership import Membership
 from streamtask.errors import BrokerUnavailable, LeaseLost
 from streamtask.queue.consumer import ConsumerSettings
@@ -458,14 +458,59 @@ def test_a_clock_that_was_set_back_keeps_no_lease_and_no_member_for_longer_than_
 def test_a_clock_that_was_set_back_keeps_no_consumer_for_longer_than_a_lease_time(shard):
     join_shared(shard.link, shard.keys, GROUP, "gone", LEASE)
     live = join_shared(shard.link, shard.keys, GROUP, "live", LEASE)
-    shard.client.zadd(shard.keys.consumers(GROUP), {"gone": shard.now_ms() + 40_000})
+    shard.client.zadd(live.alive, {"gone": shard.now_ms() + 40_000})
 
-    live.renew(shard.link)
+    Living(shard, "live").beat()
 
-    ends = int(shard.client.zscore(shard.keys.consumers(GROUP), "gone"))
+    ends = int(shard.client.zscore(live.alive, "gone"))
     assert ends <= shard.now_ms() + LEASE
     shard.wait_past(ends)
     assert reap(shard.link, shard.keys, GROUP, "gone", LEASE, gone=False)
+
+
+class Living:
+    """Processes that are heard together. ``at``: their own clock, seconds."""
+
+    def __init__(self, shard, *names, lease_ms=LEASE):
+        self.shard, self.names = shard, names
+        self.contact = Contact(shard.keys.alive(GROUP), lease_ms)
+        self.at = 1000.0
+
+    def beat(self, *, outages=0, after=0.01):
+        self.at += after
+        return self.contact.heard(self.shard.link.call(self.contact.pack_beat(self.names)), self.at, outages)
+
+
+def test_who_is_heard_in_time_keeps_all_its_leases_at_once(shard):
+    living = Living(shard, "a", "b", lease_ms=60_000)
+    assert living.beat() == [False, False]  # each is looked at first
+    assert living.beat() == [True, True]
+    assert living.contact.next_ms == int(shard.client.zscore(living.contact.alive, "a"))
+    # Late, or forgotten, or heard after a gap of any kind: another may have ended one of its consumers.
+    shard.client.zadd(living.contact.alive, {"a": shard.now_ms()})
+    assert living.beat() == [False, True]
+    shard.client.delete(living.contact.alive)
+    assert living.beat() == [False, False]
+    assert living.beat(outages=1) == [False, False]
+    assert living.beat(outages=1, after=37.0) == [False, False]
+    living.contact.heard_ms += 100_000
+    assert living.beat(outages=1) == [False, False]
+    assert living.beat(outages=1) == [True, True]
+
+
+def test_whose_time_is_over_is_named_until_all_have_seen_it(shard):
+    living = Living(shard, "a")
+    living.beat()
+    now = shard.now_ms()
+    shard.client.zadd(living.contact.alive, {"long ago": now - 10 * LEASE, "gone": now - 1, "next": now + LEASE // 2})
+    living.beat()
+    assert living.contact.over == ["long ago", "gone"]  # whoever was away for long is given its chance
+    assert living.contact.next_ms == now + LEASE // 2
+    living.contact.since_ms = now - 4 * LEASE
+    shard.client.zadd(living.contact.alive, {"gone": now})
+    living.beat()
+    assert "long ago" not in living.contact.over
+    assert shard.client.zscore(living.contact.alive, "gone") == now
 
 
 def test_since_begins_anew_after_a_broken_connection(shard):
@@ -858,6 +903,12 @@ def test_ten_thousand_processes_are_gone_or_leave_at_once(shard):
             assert shard.link.run("leave", keys, names) == len(names)
         assert shard.client.zrange(keys[0], 0, -1) == [b"a"]
         assert shard.client.hkeys(keys[1]) == [b"a"]
+    living = Living(shard, *names)
+    assert living.beat() == [False] * 10_000
+    shard.client.zadd(living.contact.alive, dict.fromkeys(names, 1))
+    living.names = ()
+    living.beat()
+    assert len(living.contact.over) == 10_000
 
 
 MANY = {
@@ -887,7 +938,8 @@ MANY = {
 ELSEWHERE = {
     "drop_dead": "tests/inspect", "replay": "tests/inspect", "requeue": "tests/transport",
     "fetch": "as many as there are priorities",
-    "heartbeat": "ten thousand processes, above", "leave": "ten thousand processes, above",
+    "beat": "ten thousand processes, above", "heartbeat": "ten thousand processes, above",
+    "leave": "ten thousand processes, above",
     "open_queue": "as many as there are priorities", "touch_queues": "tests/transport",
     "produce_deduped": "as many as there are generations",
 }  # fmt: skip
@@ -975,7 +1027,8 @@ FEW = {
     # Of these there are as many as groups, priorities or processes, whatever waits in a queue.
     "HKEYS', state", "HGETALL', state", "HKEYS', KEYS[1]", "ZRANGE', KEYS[1], 0, -1",
     "ZRANGEBYSCORE', KEYS[1], '(' .. now + lease_ms, '+inf'", "ZRANGEBYSCORE', KEYS[1], '-inf', now",
-    "ZRANGEBYSCORE', KEYS[2], '(' .. expires_at, '+inf'",
+    "ZRANGEBYSCORE', KEYS[1], '(' .. expires_at, '+inf'", "ZREMRANGEBYSCORE', KEYS[1], '-inf', long_ago",
+    "ZRANGE', KEYS[2], 0, -1",
 }  # fmt: skip
 
 

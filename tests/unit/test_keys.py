@@ -27,7 +27,7 @@ def shard_keys(app, queue, epoch, shard, group="workers", namespace="streamtask"
     k = QueueKeys(namespace, app, queue).shard(epoch, shard)
     return [
         k.stream, k.state, k.delayed, k.wake, k.dlq, k.requeued(group), k.lease(group), k.lease(group, "incarnation"),
-        k.consumers(group), k.token(group), k.notes(group), k.seen("p1.0"),
+        k.consumers(group), k.alive(group), k.token(group), k.notes(group), k.seen("p1.0"),
     ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 -- Makes an incarnation a consumer of a shared stream, with a lease of its own. Repeating it answers the same token.
 -- KEYS[1] lease      hash of this consumer: owner, token
--- KEYS[2] consumers  sorted set incarnation -> expires_at (ms)
+-- KEYS[2] consumers  sorted set of names: 0 behind one that is known to be gone, else 1
 -- KEYS[3] token      counter without TTL
+-- KEYS[4] alive      sorted set incarnation -> expires_at (ms)
 -- ARGV[1] incarnation
 -- ARGV[2] lease time, ms
 -- Returns: {token, expires_at}
@@ -17,5 +18,6 @@ if not token then
   redis.call('SET', KEYS[3], token)
   redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', token)
 end
-redis.call('ZADD', KEYS[2], expires_at, ARGV[1])
+redis.call('ZADD', KEYS[2], 1, ARGV[1])
+redis.call('ZADD', KEYS[4], expires_at, ARGV[1])
 return { tonumber(token), expires_at }

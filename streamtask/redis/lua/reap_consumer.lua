@@ -1,11 +1,12 @@
 -- Ends a consumer of a shared stream: its pending entries go to a live consumer and into the requeued set, in id order,
 -- and the empty consumer is removed. Where no other consumer lives and entries are pending, nothing is done.
 -- KEYS[1] lease      hash of the consumer to end
--- KEYS[2] consumers  sorted set incarnation -> expires_at (ms)
+-- KEYS[2] consumers  sorted set of names
 -- KEYS[3] stream     stream
 -- KEYS[4] requeued   sorted set of entry ids
 -- KEYS[5] wake       stream
 -- KEYS[6] notes      hash
+-- KEYS[7] alive      sorted set incarnation -> expires_at (ms)
 -- ARGV[1] group
 -- ARGV[2] incarnation of the consumer to end
 -- ARGV[3] '1' if it is known to be gone; else only when its lease has expired
@@ -13,11 +14,12 @@
 -- ARGV[5] lease time, ms
 -- ARGV[6] most entries to move in this call
 -- Returns: {1 if the consumer is gone now else 0, how many entries moved}
+--- @include alive
 --- @include now
 --- @include pending
 --- @include requeued
 local now = now_ms()
-local score = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[2]) or '0')
+local score = alive_until(KEYS[2], KEYS[7], ARGV[2])
 if ARGV[3] ~= '1' and score > 0 then
   local free_from = score
   if tonumber(ARGV[4]) > score then
@@ -32,16 +34,16 @@ local limit = tonumber(ARGV[6])
 local pending = pending_of(KEYS[3], ARGV[1], '-', '+', limit, ARGV[2])
 if #pending > 0 then
   local heir
-  local live = redis.call('ZRANGEBYSCORE', KEYS[2], now, '+inf', 'LIMIT', 0, 2)
-  for i = 1, #live do
-    if live[i] ~= ARGV[2] then
-      heir = live[i]
+  local names = redis.call('ZRANGE', KEYS[2], 0, -1)
+  for i = 1, #names do
+    if names[i] ~= ARGV[2] and alive_until(KEYS[2], KEYS[7], names[i]) > now then
+      heir = names[i]
       break
     end
   end
   if not heir then
     if ARGV[3] == '1' then
-      -- Known to be gone: whoever comes next need not wait for the lease to expire.
+      -- Known to be gone: whoever comes next need not wait until its time is over.
       redis.call('ZREM', KEYS[2], ARGV[2])
       redis.call('ZADD', KEYS[2], 0, ARGV[2])
     end

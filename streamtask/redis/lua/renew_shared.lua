@@ -1,12 +1,15 @@
--- Prolongs the lease of a consumer of a shared stream, also late, as long as nobody removed it. A record that a flush
--- removed is written anew: the token counter, never below a token that was handed out, tells it by being gone or lower.
+-- Looks whether the lease of a consumer of a shared stream is still its own, and prolongs it, also late, as long as nobody
+-- removed it. A record that a flush removed is written anew: the token counter, never below a token that was handed out,
+-- tells it by being gone or lower.
 -- KEYS[1] lease      hash of this consumer
--- KEYS[2] consumers  sorted set
+-- KEYS[2] consumers  sorted set of names
 -- KEYS[3] token      counter
+-- KEYS[4] alive      sorted set incarnation -> expires_at (ms)
 -- ARGV[1] token
 -- ARGV[2] incarnation
 -- ARGV[3] lease time, ms
--- Returns: expires_at (ms), or LEASE_LOST
+-- Returns: {consumers whose time is over, ...}, or LEASE_LOST
+--- @include alive
 --- @include codes
 --- @include fence
 --- @include now
@@ -19,11 +22,14 @@ if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   redis.call('SET', KEYS[3], ARGV[1])
   redis.call('HSET', KEYS[1], 'owner', ARGV[2], 'token', ARGV[1])
 end
-local expires_at = now_ms() + tonumber(ARGV[3])
--- Whose time ends later than that of one who is heard now was heard before the clock was set back.
-local ahead = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. expires_at, '+inf')
-for i = 1, #ahead do
-  redis.call('ZADD', KEYS[2], expires_at, ahead[i])
+local now = now_ms()
+redis.call('ZADD', KEYS[2], 1, ARGV[2])
+redis.call('ZADD', KEYS[4], now + tonumber(ARGV[3]), ARGV[2])
+local over = {}
+local names = redis.call('ZRANGE', KEYS[2], 0, -1)
+for i = 1, #names do
+  if alive_until(KEYS[2], KEYS[4], names[i]) <= now then
+    over[#over + 1] = names[i]
+  end
 end
-redis.call('ZADD', KEYS[2], expires_at, ARGV[2])
-return expires_at
+return over
