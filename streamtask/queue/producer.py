@@ -271,6 +271,8 @@ class Producer:
         if answer == Code.STORED_ALREADY:
             self._is_a_copy()
             return None
+        if answer == Code.MORE_DUE:
+            return None  # the delayed messages that are due go first, some of them with each call
         if answer == Code.NO_STATE:
             # Never opened, or flushed: open it and go on.
             self._forget(queue, shard)

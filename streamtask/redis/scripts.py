@@ -31,6 +31,7 @@ class Code(IntEnum):
     FULL = -4
     SEEN_LAYOUT = -5
     IDS_FULL = -6
+    MORE_DUE = -7
 
 
 def as_text(parts: Iterable[str | bytes | int | float]) -> list[str | bytes]:

@@ -3,6 +3,7 @@ promise holds on every version of Redis."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import redis
 
 import streamtask.redis
+from streamtask.clock import mono_s
 from streamtask.coordination.lease import Contact, Lease, Refused, acquire, join_shared, reap
 from streamtask.coordination.membership import Membership
-from streamtask.errors import BrokerUnavailable, LeaseLost
-from streamtask.queue.consumer import ConsumerSettings
+from streamtask.errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, ReplyError
+from streamtask.queue.consumer import ConsumerSettings, ShardConsumer
 from streamtask.queue.declare import Queue
 from streamtask.queue.lanes import Note
 from streamtask.redis import wire
@@ -145,6 +147,7 @@ class Shard:
         self.queue.declare(tuple(groups))
         self.keys = self.queue.shard_keys(shard)
         self.link = self.broker.link()
+        self.layout = ""  # of the generations of its dedupe ids
 
     def acquire(self, incarnation, lease_ms=60_000, **more):
         return acquire(self.link, self.keys, GROUP, incarnation, lease_ms, **more)
@@ -1492,14 +1495,104 @@ def replace(shard, entry_id, due_ms=0):
     )
 
 
+def bodies(shard):
+    return [fields[b"m"] for _, fields in shard.client.xrange(shard.keys.stream)]
+
+
+def overdue(shard, count):
+    """As many delayed messages that are due, of which the state says so."""
+    k = shard.keys
+    due = shard.now_ms()
+    shard.client.zadd(k.delayed, {b"%016dmd%d" % (n, n): due for n in range(count)})
+    shard.client.hset(k.state, "open", f"0 {due}")
+    shard.wait_past(due)
+    return [b"d%d" % n for n in range(count)]
+
+
+def call_of(shard, way):
+    """A call of each produce script, to be repeated with the same arguments; all of them say ``new``."""
+    k = shard.keys
+    keys, page = [k.state, k.seen("p0"), k.stream, k.delayed], [0, 7, 60_000, 0]
+    calls = {
+        "produce": (keys, [*page, "m", b"new"]),
+        "produce_many": (keys, [*page, "m", b"new"]),
+        "produce_delayed": ([*keys, k.wake], [*page, "m", b"new", 1000, 0]),
+        "produce_deduped": (
+            [k.state, k.stream, k.delayed, k.wake, k.seen("r0.0")],
+            [0, b"i" * 16, 60_000, 0, "m", b"new", "", 0, shard.layout, 1000, 5, 0],
+        ),
+        "produce_replacement": (
+            [*keys, k.wake, k.lease(GROUP), k.notes(GROUP), k.replaced(GROUP)],
+            [*page[:3], "m", b"new", 0, GROUP, "1-0", 1, 1],
+        ),
+    }
+    answer = shard.link.run(way, *calls[way])
+    while isinstance(answer, list):
+        shard.layout = answer[1]
+        return call_of(shard, way)
+    return answer
+
+
+PRODUCE = ["produce", "produce_many", "produce_delayed", "produce_deduped", "produce_replacement"]
+
+
+@pytest.mark.parametrize("way", PRODUCE)
+@pytest.mark.parametrize("count", [1, 200, 450])
+def test_what_is_due_goes_first_some_of_it_with_each_call(shard, way, count):
+    due = overdue(shard, count)
+    answers = [call_of(shard, way)]
+    while answers[-1] == Code.MORE_DUE:
+        assert b"new" not in bodies(shard)
+        assert len(bodies(shard)) <= 200 * len(answers), "each call moves a few"
+        answers.append(call_of(shard, way))
+
+    assert len(answers) == (count + 199) // 200
+    assert bodies(shard) == [*due, b"new"]
+    assert shard.client.zcard(shard.keys.delayed) == 0
+    assert state_of(shard) == b"0"
+    if way != "produce_many":
+        assert call_of(shard, way) == Code.STORED_ALREADY
+    assert bodies(shard) == [*due, b"new"]
+
+
+@pytest.mark.parametrize("way", PRODUCE)
+def test_what_is_due_moves_into_no_full_redis(own_server_all, way):
+    shard = Shard(own_server_all)
+    due = overdue(shard, 3)
+    with contextlib.suppress(ReplyError, QueueFull):
+        call_of(Shard(own_server_all, shard=1), way)  # the script is loaded
+    before = shard.everything()
+    own_server_all.config_set(maxmemory=1)
+    with pytest.raises(BrokerOutOfMemory):
+        call_of(shard, way)
+    own_server_all.config_set(maxmemory=0)
+    assert shard.everything() == before
+    call_of(shard, way)
+    assert bodies(shard) == [*due, b"new"]
+
+
+def test_a_due_time_that_was_left_over_is_no_hindrance(shard):
+    shard.client.hset(shard.keys.state, "open", "0 1")
+    assert call_of(shard, "produce")
+    assert bodies(shard) == [b"new"]
+
+
+def test_an_owner_moves_no_more_than_it_was_asked_to_and_knows_that_more_is_due(shard):
+    due = overdue(shard, 700)
+    lease = shard.acquire("a")
+    consumer = ShardConsumer(lease, "q", 0, ConsumerSettings(group=GROUP))
+    for count in (500, 700):
+        consumer.look(shard.link)
+        assert bodies(shard) == due[:count]
+        assert (consumer.next_due is not None and consumer.next_due <= mono_s()) == (count < 700)
+
+
 def test_a_retry_whose_entry_is_finished_goes_behind_what_is_due(shard):
-    delay(shard, shard.now_ms())
-    wait_until(lambda: shard.now_ms() > shard.client.zrange(shard.keys.delayed, 0, 0, withscores=True)[0][1])
+    overdue(shard, 1)
 
     assert replace(shard, "1-0") == 2
 
-    assert shard.client.xlen(shard.keys.stream) == 0
-    assert [member[17:] for member in shard.client.zrange(shard.keys.delayed, 0, -1)] == [b"delayed", b"retry"]
+    assert bodies(shard) == [b"d0", b"retry"]
 
 
 def test_a_retry_whose_entry_is_finished_is_appended_where_nothing_is_due(shard):

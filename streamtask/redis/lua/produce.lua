@@ -1,5 +1,5 @@
--- Appends one message to a shard unless this call stored it before; behind delayed ones that are due, if there are any, into
--- their set. Four inner calls where there is no limit and nothing is delayed.
+-- Appends one message to a shard unless this call stored it before; delayed ones that are due go first. Four inner calls
+-- where there is no limit and nothing is due.
 -- What is nearly always asked is answered first, before the functions below are even made: each costs a part of a call.
 -- KEYS[1] state    hash
 -- KEYS[2] seen     page of a producer's call numbers, a bit for each; a repeated call names the same page and number
@@ -11,7 +11,7 @@
 -- ARGV[4] max_backlog, 0 for none
 -- ARGV[5] field of the entry: m (msgpack envelope) or j (JSON envelope)
 -- ARGV[6] envelope
--- Returns: the entry id, 1 if stored behind delayed messages that are due, 0 if stored already, or a code.
+-- Returns: the entry id, 0 if stored already, or a code.
 local open = redis.call('HGET', KEYS[1], 'open')
 local plain = open == ARGV[1]
 if open and not plain then
@@ -33,7 +33,7 @@ end
 --- @include admit
 --- @include now
 --- @include delayed
---- @include append
+--- @include overdue
 local admitted, due = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
 if admitted ~= 1 then
   if redis.call('GETBIT', KEYS[2], ARGV[2]) == 1 then
@@ -41,8 +41,11 @@ if admitted ~= 1 then
   end
   return admitted
 end
+if move_overdue(KEYS[1], KEYS[3], KEYS[4], due) then
+  return MORE_DUE
+end
 if redis.call('SETBIT', KEYS[2], ARGV[2], 1) == 1 then
   return STORED_ALREADY
 end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
-return append(KEYS[1], KEYS[3], KEYS[4], due, ARGV[5], ARGV[6])
+return redis.call('XADD', KEYS[3], '*', ARGV[5], ARGV[6])

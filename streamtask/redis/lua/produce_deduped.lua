@@ -21,7 +21,7 @@
 --- @include admit
 --- @include now
 --- @include delayed
---- @include append
+--- @include overdue
 --- @include schedule
 --- @include seen
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -48,13 +48,16 @@ end
 if held >= tonumber(ARGV[10]) then
   return IDS_FULL
 end
+if move_overdue(KEYS[1], KEYS[2], KEYS[3], due_first) then
+  return MORE_DUE
+end
 seen_add(KEYS[1], 'seen', KEYS[5], ARGV[2], ARGV[11], ttl)
 if ARGV[7] == '' then
-  return append(KEYS[1], KEYS[2], KEYS[3], due_first, ARGV[5], ARGV[6])
+  return redis.call('XADD', KEYS[2], '*', ARGV[5], ARGV[6])
 end
 local due = tonumber(ARGV[7])
 if ARGV[8] == '1' then
   due = due + now
 end
-schedule(KEYS[1], KEYS[3], KEYS[4], due, ARGV[5], ARGV[6])
+schedule(KEYS[1], KEYS[2], KEYS[3], KEYS[4], due, ARGV[5], ARGV[6])
 return 1

@@ -17,13 +17,17 @@
 --- @include admit
 --- @include now
 --- @include delayed
+--- @include overdue
 --- @include schedule
-local admitted = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
+local admitted, due_first = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
 if admitted ~= 1 then
   if redis.call('GETBIT', KEYS[2], ARGV[2]) == 1 then
     return STORED_ALREADY
   end
   return admitted
+end
+if move_overdue(KEYS[1], KEYS[3], KEYS[4], due_first) then
+  return MORE_DUE
 end
 local due = tonumber(ARGV[7])
 if ARGV[8] == '1' then
@@ -33,5 +37,5 @@ if redis.call('SETBIT', KEYS[2], ARGV[2], 1) == 1 then
   return STORED_ALREADY
 end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
-schedule(KEYS[1], KEYS[4], KEYS[5], due, ARGV[5], ARGV[6])
+schedule(KEYS[1], KEYS[3], KEYS[4], KEYS[5], due, ARGV[5], ARGV[6])
 return 1

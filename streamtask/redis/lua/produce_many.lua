@@ -1,5 +1,4 @@
--- Appends messages to a shard, in order, unless this call stored them before; behind delayed ones that are due, if there
--- are any, all of them into their set.
+-- Appends messages to a shard, in order, unless this call stored them before; delayed ones that are due go first.
 -- KEYS[1] state    hash
 -- KEYS[2] seen     page of a producer's call numbers: a hash, how many messages each has stored
 -- KEYS[3] stream   stream
@@ -15,7 +14,7 @@
 --- @include admit
 --- @include now
 --- @include delayed
---- @include append
+--- @include overdue
 local count = (#ARGV - 4) / 2
 local max_backlog = tonumber(ARGV[4])
 local stored = redis.call('HGET', KEYS[2], ARGV[2])
@@ -26,17 +25,15 @@ local admitted, due, room = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], max_backlo
 if admitted ~= 1 then
   return admitted
 end
+if move_overdue(KEYS[1], KEYS[3], KEYS[4], due) then
+  return MORE_DUE
+end
 if room then
   count = math.min(count, room)
 end
 redis.call('HSET', KEYS[2], ARGV[2], count)
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
-local now = overdue(KEYS[4], due)
 for i = 5, 4 + 2 * count, 2 do
-  if now then
-    put_delayed(KEYS[1], KEYS[4], now, ARGV[i], ARGV[i + 1])
-  else
-    redis.call('XADD', KEYS[3], '*', ARGV[i], ARGV[i + 1])
-  end
+  redis.call('XADD', KEYS[3], '*', ARGV[i], ARGV[i + 1])
 end
 return count

@@ -25,7 +25,7 @@
 --- @include pending
 --- @include now
 --- @include delayed
---- @include append
+--- @include overdue
 --- @include schedule
 -- A retry ignores the backlog limit.
 local admitted, due = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], 0)
@@ -33,6 +33,9 @@ if admitted ~= 1 then
   return admitted
 end
 local pending = is_pending(KEYS[3], ARGV[7], ARGV[8])
+if not pending and move_overdue(KEYS[1], KEYS[3], KEYS[4], due) then
+  return MORE_DUE
+end
 if pending then
   -- Redis allows it above maxmemory, and with it what follows: the message is there already.
   redis.call('HDEL', KEYS[7], '')
@@ -53,9 +56,5 @@ if pending then
   redis.call('HSET', KEYS[7], ARGV[8], '0 ' .. ARGV[6] .. ' 0 0 0 0')
   return 1
 end
-if ARGV[6] == '0' then
-  append(KEYS[1], KEYS[3], KEYS[4], due, ARGV[4], ARGV[5])
-else
-  schedule(KEYS[1], KEYS[4], KEYS[5], tonumber(ARGV[6]), ARGV[4], ARGV[5])
-end
+schedule(KEYS[1], KEYS[3], KEYS[4], KEYS[5], tonumber(ARGV[6]), ARGV[4], ARGV[5])
 return 2
