@@ -6,6 +6,7 @@ import pytest
 
 from tests.celery import app as sut
 from tests.celery.rig import close_app
+from tests.helpers import wait_until
 from tests.transport.fix_servers import wait_replicated
 
 pytestmark = pytest.mark.parametrize("redis_cluster", [3], ids=["three nodes"], indirect=True)
@@ -64,3 +65,22 @@ def test_a_replica_takes_a_masters_place(on_cluster, redis_cluster):
     some(s, app)
     s.wait_done(timeout=60)
     s.check()
+
+
+def test_a_planned_failover_under_load(on_cluster, redis_cluster):
+    """The master hands its place over (CLUSTER FAILOVER): blocked reads end with UNBLOCKED, writes with READONLY or MOVED."""
+    s, app, url = on_cluster
+    workers = s.start_workers(2, c=2, broker_url=url)
+    some(s, app)
+    s.wait_done(timeout=30)
+    replica = redis_cluster.replicate(redis_cluster.nodes[0])
+    some(s, app)
+    wait_replicated(redis_cluster.nodes[0])
+    admin = replica.client()
+    admin.execute_command("CLUSTER", "FAILOVER")
+    some(s, app)
+    wait_until(lambda: admin.info("replication")["role"] == "master", 30, lambda: replica.log[-1500:], poll=0.1)
+    some(s, app)
+    s.wait_done(timeout=60)
+    s.check()
+    assert [worker.spawned.returncode for worker in workers] == [None, None]
