@@ -134,7 +134,7 @@ class Settling(Held):
         died = self._run(
             link,
             "dead_letter",
-            [self.lease.key, self.keys.stream, self.keys.state, self.keys.notes(self.settings.group), self.keys.dlq],
+            [*self._settle_keys, self.keys.dlq, self.keys.replaced(self.settings.group)],
             [*self._head, entry_id, json.dumps(error), held],
         )
         if not died and not (outcome.in_doubt and self._lies_dead(link, entry_id)):

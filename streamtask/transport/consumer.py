@@ -99,14 +99,14 @@ class StreamConsumer(ShardConsumer):
         self._ended[delivery.entry_id] = delivery
         self._finish(delivery.entry_id)
 
-    def reject(self, batch: Batch, why: str = "") -> None:
+    def reject(self, batch: Batch, why: str = "", reason: str = "rejected") -> None:
         """A message goes to the dead letters."""
         note = batch.deliveries[0].note
         if note is not None and note.crashes > self.settings.max_crashes:
             said = f"{self.too_many_crashes(note)}: {why}" if why else self.too_many_crashes(note)
             outcome = Outcome("dead", reason="crashed", message=said)
         else:
-            outcome = Outcome("dead", reason="rejected", message=why or "the consumer rejected it")
+            outcome = Outcome("dead", reason=reason, message=why or "the consumer rejected it")
         batch.outcomes.append((0, outcome))
         self.complete_free(batch)
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
-from ..errors import LeaseLost
+from ..errors import LeaseLost, ReplyError
 from ..queue.consumer import Batch
 from ..queue.fetcher import pack_fetch
+from ..queue.lanes import Entry
 from ..redis.scripts import Code
 from .consumed import Consumed
 from .consumer import StreamConsumer
@@ -47,31 +48,47 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
     room = max(0, most - sum(len(c.buffer) for c in streams))
     calls.append((streams[0].keys.stream, pack_fetch(streams, room, True)))
     calls += [(c.keys.stream, pack_fetch([c], SHARD_READ if c in readable else 0, True)) for c in looked]
+    left = [*streams, *looked]  # whose replies are not taken yet
     try:
-        replies = session.connections.links.pipeline(calls)
-    except BaseException:
-        for consumer in settling:
-            consumer.settle_lost()
-        raise
-    for consumer, reply in zip(settling, replies, strict=False):
-        _settled(session, consumer, reply)
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    _take_shared(session, consumed, streams, replies[len(settling)])
-    for consumer, reply in zip(looked, replies[len(settling) + 1 :], strict=True):
-        if reply == Code.LEASE_LOST:
-            session.lost(consumer, "")
-            continue
-        now_ms, found = reply
-        fresh = consumer.take_found(session.link(consumer), int(now_ms), found)
-        consumer.woken = False
-        if consumer in readable:
-            consumer.was_read(len(fresh) >= SHARD_READ, bool(fresh), now)
-            if fresh:
-                consumer.absorb(session.link(consumer), fresh)
-        else:
-            consumer.read_at = 0.0
+        try:
+            replies = session.connections.links.pipeline(calls)
+        except BaseException:
+            for consumer in settling:
+                consumer.settle_lost()
+            raise
+        for consumer, reply in zip(settling, replies, strict=False):
+            _settled(session, consumer, reply)
+        # The shards first, each for itself: whatever another's reply is, what was read of one is its owner's.
+        failed = None
+        for consumer, reply in zip(looked, replies[len(settling) + 1 :], strict=True):
+            if reply == Code.LEASE_LOST or (isinstance(reply, ReplyError) and reply.code == "NOGROUP"):
+                session.lost(consumer, "")
+            elif isinstance(reply, Exception):
+                failed = failed or reply
+                continue
+            else:
+                fresh = _take(session, consumer, reply)
+                if consumer in readable:
+                    consumer.was_read(len(fresh) >= SHARD_READ, bool(fresh), now)
+                else:
+                    consumer.read_at = 0.0
+            left.remove(consumer)
+        if failed:
+            raise failed
+        _take_shared(session, consumed, streams, replies[len(settling)])
+        left.clear()
+    finally:
+        for consumer in left:
+            consumer.connection_lost()  # entries may have come with them
+
+
+def _take(session: Session, consumer: StreamConsumer, reply: Any) -> list[Entry]:
+    now_ms, found = reply
+    fresh = consumer.take_found(session.link(consumer), int(now_ms), found)
+    consumer.woken = False
+    if fresh:
+        consumer.absorb(session.link(consumer), fresh)
+    return fresh
 
 
 def _settled(session: Session, consumer: StreamConsumer, reply: Any) -> None:
@@ -85,6 +102,8 @@ def _settled(session: Session, consumer: StreamConsumer, reply: Any) -> None:
 
 
 def _take_shared(session: Session, consumed: Consumed, streams: Sequence[StreamConsumer], reply: Any) -> None:
+    if isinstance(reply, Exception):
+        raise reply
     if reply == Code.LEASE_LOST:
         raise LeaseLost(f"the lease of {streams[0].keys.prefix} ran out and is another's, or is gone")
     now_ms, *parts = reply
@@ -136,7 +155,11 @@ def _handed(
         if following is None:
             return None
         delivery = following
-    payload = decode(delivery)
+    try:
+        payload = decode(delivery)
+    except Exception as exc:
+        consumer.reject(batch, str(exc), "undecodable")
+        return None
     if expired(payload, delivery.entry_id, consumer.redis_ms()):
         consumer.end(batch)
         consumed.left_out += 1

@@ -99,7 +99,7 @@ def expired(payload: dict[str, Any], entry_id: bytes, now_ms: int) -> bool:
         return False
     try:
         return id_order(entry_id)[0] + float(expiration) <= now_ms
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

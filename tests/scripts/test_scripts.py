@@ -569,7 +569,10 @@ def fenced_calls(shard, ids, due_key):
             [lease, k.stream, k.state, k.notes(GROUP), due_key, k.wake, k.requeued(GROUP)],
             [GROUP, "owner", 10, 1],
         ),
-        "dead_letter": ([lease, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, ids[0], "{}", ""]),
+        "dead_letter": (
+            [lease, k.stream, k.state, k.notes(GROUP), k.dlq, k.replaced(GROUP)],
+            [GROUP, ids[0], "{}", ""],
+        ),
         "release": ([lease], []),
         "claim_ids": ([lease, k.state, k.seen("r1.0")], ["run", 1000, "", 100, b"i" * 16, 1]),
         "lift_last_id": ([lease, k.stream], ["9999999999999-0"]),
@@ -861,6 +864,38 @@ def test_a_dead_letter_is_whole_and_there_once(shard):
     assert shard.client.xlen(shard.keys.stream) == 1
 
 
+def test_a_dead_letter_is_the_retry_that_failed(shard):
+    """And not the message that it took the place of; nothing of it stays beside the entry that is gone."""
+    ids = shard.add(2)
+    shard.read()
+    lease = shard.acquire("a")
+    k = shard.keys
+    shard.client.hset(k.notes(GROUP), ids[0], NOTE)
+    shard.client.hset(k.replaced(GROUP), mapping={ids[0]: b"2 0 re try\n0", ids[1]: b"1 0 other"})
+    keys, args = fenced_calls(shard, ids, k.delayed)["dead_letter"]
+
+    assert shard.link.run("dead_letter", keys, [lease.token, "a", *args]) == 1
+
+    ((_, dead),) = shard.client.xrange(k.dlq)
+    assert dead[b"m"] == b"re try\n0"
+    assert shard.client.hkeys(k.replaced(GROUP)) == [ids[1].encode()]
+    assert not shard.client.exists(k.notes(GROUP))
+
+
+def test_a_purge_leaves_no_note_of_what_was_on_offer_and_is_gone(shard):
+    ids = shard.add(1)
+    shard.client.zadd(shard.keys.requeued(GROUP), {ids[0]: 1})
+    shard.client.hset(shard.keys.notes(GROUP), ids[0], NOTE)
+    k = shard.keys
+
+    assert shard.link.run("purge_requeued", [k.stream, k.requeued(GROUP), k.state, k.notes(GROUP)], [GROUP, 10]) == [
+        1,
+        0,
+    ]
+
+    assert not shard.client.exists(k.notes(GROUP), k.requeued(GROUP))
+
+
 @pytest.mark.parametrize("hold", ["", "0 0 0 0 0 1"])
 def test_a_dead_letter_of_very_many_fields_is_whole_and_can_be_replayed(redis_server_all, hold):
     shard = Shard(redis_server_all)
@@ -870,7 +905,8 @@ def test_a_dead_letter_of_very_many_fields_is_whole_and_can_be_replayed(redis_se
     entry_id = shard.client.xadd(k.stream, fields).decode()
     (_, raw), *_ = shard.link.command("XRANGE", k.stream, "-", "+")
     shard.read()
-    keys, args = [lease.key, k.stream, k.state, k.notes(GROUP), k.dlq], [GROUP, entry_id, "{}", hold]
+    keys = [lease.key, k.stream, k.state, k.notes(GROUP), k.dlq, k.replaced(GROUP)]
+    args = [GROUP, entry_id, "{}", hold]
 
     assert shard.link.run("dead_letter", keys, [lease.token, "a", *args]) == 1
     assert shard.link.run("dead_letter", keys, [lease.token, "a", *args]) == 0
@@ -1214,7 +1250,7 @@ def test_a_backlog_is_that_of_the_group_which_has_most_of_it(two):
     # What was finished once is not counted again, nor what is gone.
     two.settle(leases[GROUP], ids[:7])
     two.settle(leases["audit"], ids[:5], "audit")
-    dead = [leases["audit"].key, k.stream, k.state, k.notes("audit"), k.dlq]
+    dead = [leases["audit"].key, k.stream, k.state, k.notes("audit"), k.dlq, k.replaced("audit")]
     new = two.read(group="audit")
     assert two.link.run("dead_letter", dead, [leases["audit"].token, "audit", "audit", new[0], "{}", ""]) == 1
     state = {name.decode(): value for name, value in two.client.hgetall(k.state).items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from streamtask.errors import ReplyError, StreamTaskError
 from streamtask.queue.producer import new_id
 from streamtask.redis import wire
 from streamtask.redis.scripts import script
@@ -97,6 +98,33 @@ def test_junk_in_a_stream(kit: Kit, kind: str, key: str | None) -> None:
     assert [inbox.bodies[0], inbox.bodies[-1]] == ["before", "after"]
     wait_until(lambda: kit.pending() == 0 or inbox.drain(0.05))
     assert kit.dead() == (kind != "empty properties")
+
+
+ODD: dict[str, Any] = {
+    "no delivery_info": ["b", "text/plain", "utf-8", {}, {"delivery_info": None}],
+    "expiration": ['["b", "text/plain", "utf-8", {}, {"expiration": 1' + "0" * 400 + "}]"],
+}
+
+
+@pytest.mark.parametrize("kind", list(ODD))
+@pytest.mark.parametrize("key", [None, "u1"], ids=["plain", "keyed"])
+def test_an_odd_message_of_a_foreign_producer_may_come_again(kit: Kit, kind: str, key: str | None) -> None:
+    """What no producer of ours writes stops nobody: it is delivered, also again, and so is what lies behind it."""
+    channel = kit.channel()
+    kit.queue(channel)
+    headers = {"headers": {"shard_key": key}} if key else {}
+    publish(channel, "before", **headers)
+    envelope = wire.encode("task", key and b"s" + key.encode(), new_id(), ODD[kind], {})
+    kit.client().xadd(stream_of(kit, key), {wire.MSGPACK: envelope})
+    publish(channel, "after", **headers)
+    first = Inbox(kit.channel(), "q", prefetch=1)
+    first.take()[0].ack()
+    first.take()
+    first.channel.close()
+    inbox = Inbox(kit.channel(), "q", prefetch=1)
+    for _ in range(2):
+        inbox.take()[0].ack()
+    assert sorted(inbox.bodies) == ["after", "b"]
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["", "full"])
@@ -305,6 +333,56 @@ def test_flushed_under_a_consumer(kit_all: Kit, kind: str) -> None:
         while inbox.messages:
             inbox.messages.pop().ack()
     assert bodies[-2:] == ["after", "more"]
+
+
+@pytest.mark.parametrize("refused", ["shared", "shard"])
+def test_what_is_read_beside_a_refusal_is_delivered(kit: Kit, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    """One call reads all streams of a queue. Whatever the answer for one of them is, what was read of another is its owner's,
+    before anything later of its keys."""
+    channel = kit.channel()
+    kit.queue(channel)
+    keys = [f"u{n}" for n in range(8)]
+    inbox = Inbox(kit.channel(), "q", prefetch=0)
+    for key in keys:
+        publish(channel, f"{key} 0", headers={"shard_key": key})
+    for message in inbox.take(len(keys)):
+        message.ack()
+    session = inbox.channel.session
+    consumed = session.consumed["q"]
+    (shared,) = consumed.streams.values()
+    # The messages and the refusal come between two calls: the next one meets both.
+    with session.lock:
+        for number in (1, 2):
+            for key in keys:
+                publish(channel, f"{key} {number}", headers={"shard_key": key})
+        if refused == "shared":
+            kit.client().delete(shared.lease.key)
+        else:
+            pipeline = session.connections.links.pipeline
+
+            def refuses_one(calls: list[tuple[str, bytes]]) -> list[Any]:
+                replies: list[Any] = pipeline(calls)
+                if any(isinstance(reply, list) and len(reply) == 2 and reply[1][5] for reply in replies[1:]):
+                    monkeypatch.undo()
+                    replies[-1] = ReplyError("ERR something that has no name")
+                return replies
+
+            monkeypatch.setattr(session.connections.links, "pipeline", refuses_one)
+        for consumer in consumed.shards.values():
+            consumer.read_at = 0.0
+        consumed.rung, consumed.look_at = True, 0.0
+
+    def drained() -> bool:
+        with contextlib.suppress(StreamTaskError):
+            inbox.drain(0.1)
+        for message in inbox.messages:
+            if not message.acknowledged:
+                message.ack()
+        return len(inbox.bodies) >= 3 * len(keys)
+
+    wait_until(drained, 20, lambda: str(inbox.bodies), poll=0)
+    for key in keys:
+        assert [body for body in inbox.bodies if body.startswith(f"{key} ")] == [f"{key} {n}" for n in range(3)]
 
 
 def test_scripts_are_flushed(kit_all: Kit) -> None:

@@ -5,6 +5,7 @@
 -- KEYS[3] state    hash
 -- KEYS[4] notes    hash
 -- KEYS[5] dlq      stream
+-- KEYS[6] replaced hash entry id -> "generation due_ms envelope": where a retry took the entry's place, that is what failed
 -- ARGV[1] token
 -- ARGV[2] incarnation
 -- ARGV[3] group
@@ -23,6 +24,10 @@ if not owns(KEYS[1], ARGV[1], ARGV[2]) then
 end
 local entry = redis.call('XRANGE', KEYS[2], ARGV[4], ARGV[4])
 local fields = narrow(entry[1] and entry[1][2] or {})
+local replacement = redis.call('HGET', KEYS[6], ARGV[4])
+if replacement then
+  fields = { 'm', replacement:match('^%d+ %d+ (.*)$') }
+end
 if ARGV[6] ~= '' then
   local note = redis.call('HGET', KEYS[4], ARGV[4])
   if not is_pending(KEYS[2], ARGV[3], ARGV[4]) or (note and note:sub(-1) == '1') then
@@ -39,5 +44,6 @@ end
 redis.call('XADD', KEYS[5], '*', 'error', ARGV[5], 'entry', ARGV[4], 'group', ARGV[3], 'held', '0', unpack(fields))
 remove_finished(KEYS[2], KEYS[3], ARGV[3], { ARGV[4] }, 1)
 redis.call('HDEL', KEYS[4], ARGV[4])
+redis.call('HDEL', KEYS[6], ARGV[4])
 redis.call('HINCRBY', KEYS[3], 'dead:' .. ARGV[3], 1)
 return 1

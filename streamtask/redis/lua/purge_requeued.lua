@@ -12,9 +12,9 @@ local ids = redis.call('ZRANGE', KEYS[2], 0, tonumber(ARGV[2]) - 1)
 local removed = 0
 for i = 1, #ids do
   redis.call('ZREM', KEYS[2], ids[i])
+  redis.call('HDEL', KEYS[4], ids[i])
   if redis.call('XACK', KEYS[1], ARGV[1], ids[i]) == 1 then
     remove_finished(KEYS[1], KEYS[3], ARGV[1], { ids[i] }, 1)
-    redis.call('HDEL', KEYS[4], ids[i])
     removed = removed + 1
   end
 end
