@@ -10,19 +10,28 @@ A stream entry has one field: its name says the format, its value is the envelop
 ``key`` is the canonical shard key (bytes) or nil; ``id`` 16 raw bytes (a UUID) or text; ``headers`` a map or nil.
 Another version of the format will have another field name, and what this version does not know becomes a dead letter.
 Values that msgpack lacks travel as extension types, see ``_default``.
+
+Whoever may append to a stream may append anything. So decoding gives an envelope whose elements and headers are of the right
+types, or raises ``DecodeError``, in a time and memory that the message's length bounds; msgpack itself (1.2.4 and later)
+allocates no more than it has read, and nests 1,024 deep at most.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import json
+import operator
+import threading
 import uuid
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
 import msgpack
 
 from ..errors import DecodeError, EncodeError
+from ..text import said
 
 MSGPACK = b"m"
 JSON = b"j"
@@ -31,6 +40,16 @@ H_EXPIRES = "expires"  # instant in ms since the epoch after which the body does
 H_PRODUCED = "at"  # instant in ms when the produce call was made, where the entry id does not tell it
 H_CONTENT = "content"  # content type of args, which then is bytes: another serializer of kombu's registry
 H_ETA = "eta"  # instant in ms that was asked for
+
+_INSTANTS = (H_EXPIRES, H_PRODUCED, H_ETA)
+_FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999
+
+MOST_NESTED_SETS = 8
+"""A set in a set in ...: each level is a call of msgpack inside a call of msgpack, on the C stack of a thread."""
+MOST_HASHED = 10_000
+"""Elements of a set, or keys of a map, that are neither text nor bytes: their hashes are known to whoever sends them."""
+MOST_ALIKE = 64
+"""Of these, such as have one and the same hash."""
 
 _EXT_DATETIME, _EXT_DATE, _EXT_TIME, _EXT_UUID, _EXT_DECIMAL, _EXT_TIMEDELTA, _EXT_SET = range(1, 8)
 
@@ -52,11 +71,51 @@ def _default(value: object) -> msgpack.ExtType:
         micros = (value.days * 86400 + value.seconds) * 1_000_000 + value.microseconds
         return msgpack.ExtType(_EXT_TIMEDELTA, str(micros).encode())
     if isinstance(value, set | frozenset):
-        return msgpack.ExtType(_EXT_SET, pack_body(list(value)))
+        return msgpack.ExtType(_EXT_SET, _pack_set(value))
     raise TypeError(f"{type(value).__name__} can't be serialised")
 
 
+class _Depth(threading.local):
+    sets = 0
+
+
+_depth = _Depth()
+
+
+def _pack_set(value: set[Any] | frozenset[Any]) -> bytes:
+    _check_hashes(value)
+    if _depth.sets == MOST_NESTED_SETS:
+        raise DecodeError(TOO_DEEP)
+    _depth.sets += 1
+    try:
+        return _pack(list(value))
+    finally:
+        _depth.sets -= 1
+
+
+TOO_DEEP = f"sets are nested more than {MOST_NESTED_SETS} deep"
+
+
+def _check_hashes(values: Iterable[Any]) -> None:
+    """Raises ``DecodeError`` for elements or keys that a hash table may need quadratic time for. The hashes of text and bytes are
+    random in each process; all others can be chosen by a sender, who sends thousands of one hash, or of one way through the
+    table. So none is made of these: their hashes are counted first."""
+    hashes = [hash(value) for value in values if type(value) is not str and type(value) is not bytes]
+    if len(hashes) <= MOST_ALIKE:
+        return
+    if len(hashes) > MOST_HASHED:
+        raise DecodeError(
+            f"a set, or the keys of a map, has {len(hashes)} values that are neither text nor bytes, and at most "
+            f"{MOST_HASHED} are taken: a list may be longer"
+        )
+    hashes.sort()
+    if any(map(operator.eq, hashes, hashes[MOST_ALIKE:])):
+        raise DecodeError(f"more than {MOST_ALIKE} elements of a set, or keys of a map, have the same hash")
+
+
 def ext_hook(code: int, data: bytes) -> object:
+    if code == _EXT_SET:
+        return set(_elements(data, 1))
     if code == _EXT_DATETIME:
         return dt.datetime.fromisoformat(data.decode())
     if code == _EXT_DATE:
@@ -69,15 +128,22 @@ def ext_hook(code: int, data: bytes) -> object:
         return Decimal(data.decode())
     if code == _EXT_TIMEDELTA:
         return dt.timedelta(microseconds=int(data))
-    if code == _EXT_SET:
-        # What is in a set can be hashed: arrays were tuples, and sets in it frozensets.
-        return set(msgpack.unpackb(data, ext_hook=_hashable_hook, strict_map_key=False, use_list=False))
     raise DecodeError(f"extension type {code} is unknown to this version")
 
 
-def _hashable_hook(code: int, data: bytes) -> object:
-    value = ext_hook(code, data)
-    return frozenset(value) if isinstance(value, set) else value
+def _elements(data: bytes, depth: int) -> Any:
+    """The elements of a set, the ``depth``-th of nested ones. They can be hashed: arrays become tuples, sets frozensets."""
+
+    def hook(code: int, inner: bytes) -> object:
+        return frozenset(_elements(inner, depth + 1)) if code == _EXT_SET else ext_hook(code, inner)
+
+    if depth > MOST_NESTED_SETS:
+        raise DecodeError(TOO_DEEP)
+    found = msgpack.unpackb(data, ext_hook=hook, use_list=False)
+    if type(found) is not tuple:
+        raise DecodeError("a set is made of an array")
+    _check_hashes(found)
+    return found
 
 
 unpackb = msgpack.unpackb
@@ -91,7 +157,15 @@ threads, a packing inside a packing (a set) and signal handlers never share one.
 
 
 def pack_body(value: object) -> bytes:
-    """msgpack with the extension types. Raises TypeError, ValueError or OverflowError."""
+    """msgpack with the extension types, no more than ``unpack_body`` takes. Raises TypeError, ValueError, OverflowError or
+    ``DecodeError``."""
+    packed = _pack(value)
+    if len(packed) > 3 * MOST_HASHED:
+        _check_keys(packed)
+    return packed
+
+
+def _pack(value: object) -> bytes:
     try:
         packer = _packers.pop()
     except IndexError:
@@ -102,9 +176,22 @@ def pack_body(value: object) -> bytes:
     return packed
 
 
+def _check_keys(packed: bytes) -> None:
+    """Raises ``DecodeError`` where maps have more keys than may be sent."""
+    try:
+        unpackb(packed, ext_hook=msgpack.ExtType)  # quick, and fine where all keys are text
+    except ValueError:
+        unpack_body(packed)
+
+
 def unpack_body(data: bytes) -> Any:
-    """The inverse of ``pack_body``. Raises what msgpack raises, or ``DecodeError``."""
-    return msgpack.unpackb(data, ext_hook=ext_hook, strict_map_key=False)
+    """The inverse of ``pack_body``. Raises what msgpack and the extension types raise, or ``DecodeError``."""
+    return unpackb(data, ext_hook=ext_hook, strict_map_key=False, object_pairs_hook=_make_map)
+
+
+def _make_map(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    _check_hashes(key for key, _ in pairs)
+    return dict(pairs)
 
 
 def encode(
@@ -117,12 +204,28 @@ def encode(
 ) -> bytes:
     """A msgpack envelope. Raises ``EncodeError`` naming the task and what can't be serialised."""
     try:
+        if headers is not None:
+            _check_headers(headers, args)
         return pack_body((task, key, message_id, args, kwargs, headers))
-    except (TypeError, ValueError, OverflowError) as exc:
+    except Exception as exc:
         raise EncodeError(
-            f"the arguments of task {task!r} can't be serialised: {exc}. Pass plain values (numbers, text, bytes, lists, "
-            "dicts, dates, UUIDs), or name another serializer"
+            f"the arguments of task {task!r} can't be serialised: {said(exc)}. Pass plain values (numbers, text, bytes, "
+            "lists, dicts, dates, UUIDs), or name another serializer"
         ) from None
+
+
+def _check_headers(headers: dict[Any, Any], args: object) -> None:
+    """Raises ``DecodeError`` unless names are text, and what workers understand is of its type."""
+    for name in headers:
+        if type(name) is not str:
+            raise DecodeError(f"the name of a header is text, not {ascii(name)[:60]}")
+    for name in _INSTANTS:
+        value = headers.get(name)
+        if value is not None and not (type(value) in (int, float) and _FIRST_MS <= value <= _LAST_MS):
+            raise DecodeError(f"the header {name!r} is an instant in ms since the epoch, not {ascii(value)[:60]}")
+    content = headers.get(H_CONTENT)
+    if (content is not None and type(content) is not str) or (type(content) is str) != (type(args) is bytes):
+        raise DecodeError(f"the header {H_CONTENT!r} is the content type of arguments that are bytes, not {ascii(content)[:60]}")
 
 
 def whole(fields: list[bytes]) -> list[bytes]:
@@ -145,35 +248,43 @@ def replayed_for(fields: list[bytes]) -> bytes | None:
     return None
 
 
-def decode(fields: list[bytes]) -> list[Any]:
-    """The envelope of an entry's fields: ``[task, key, id, args, kwargs, headers]``.
+def decode(fields: list[bytes], envelope: Any = None) -> list[Any]:
+    """The envelope of an entry's fields: ``[task, key, id, args, kwargs, headers]``. ``envelope``: what ``unpackb`` has made of
+    them already, to be looked at no second time.
 
-    Raises ``DecodeError`` for anything that is no message of this version.
+    Raises ``DecodeError``, and nothing else, for anything that is no message of this version.
     """
     try:
         fields = whole(fields)
         if fields[0] == MSGPACK:
-            envelope = unpackb(fields[1], ext_hook=ext_hook, strict_map_key=False)
-            task, key, message_id, args, kwargs, headers = envelope
-            if not (
-                type(task) is str
-                and (type(key) is bytes or key is None)
-                and type(message_id) in (bytes, str)
-                and (type(args) is list or type(args) is bytes)
-                and (type(kwargs) is dict or kwargs is None)
-                and (headers is None or type(headers) is dict)
-            ):
-                raise DecodeError("the envelope's elements are of wrong types")
-            if headers is not None and H_CONTENT in headers:
-                _decode_content(envelope)
-            return envelope  # type: ignore[no-any-return]
+            return _check(unpack_body(fields[1]) if envelope is None else envelope)
         if fields[0] == JSON:
             return _decode_json(fields[1])
     except DecodeError:
         raise
     except Exception as exc:
-        raise DecodeError(f"the entry can't be decoded: {exc}") from exc
+        raise DecodeError(f"the entry can't be decoded: {said(exc)[:500]}") from exc
     raise DecodeError(f"the entry's field is {fields[0][:40]!r}: a message has the field m or j")
+
+
+def _check(envelope: Any) -> list[Any]:
+    task, key, message_id, args, kwargs, headers = envelope
+    if not (
+        type(envelope) is list
+        and type(task) is str
+        and (type(key) is bytes or key is None)
+        and type(message_id) in (bytes, str)
+        and type(args) in (list, bytes)
+        and (type(kwargs) is dict or kwargs is None)
+        and (headers is None or type(headers) is dict)
+    ):
+        raise DecodeError("the envelope's elements are of wrong types")
+    _check_headers(headers or {}, args)
+    if type(args) is bytes:
+        _decode_content(envelope)
+    elif kwargs is None:
+        envelope[4] = {}
+    return envelope
 
 
 def _decode_content(envelope: list[Any]) -> None:
@@ -182,7 +293,12 @@ def _decode_content(envelope: list[Any]) -> None:
     content_type = envelope[5][H_CONTENT]
     # What the sender names is not proof that it may be loaded: kombu refuses pickle and yaml unless accepted by name.
     body = serialization.loads(envelope[3], content_type, "utf-8", accept=accepted_content)
-    envelope[3], envelope[4] = list(body[0]), dict(body[1])
+    args, kwargs = body
+    if not (isinstance(args, list | tuple) and isinstance(kwargs, dict)):
+        raise DecodeError("the arguments are no array and map")
+    if b"\\u" in envelope[3]:
+        refuse_surrogates(body)
+    envelope[3], envelope[4] = list(args), kwargs
 
 
 accepted_content: set[str] = {"application/json", "application/x-msgpack"}
@@ -193,11 +309,13 @@ def _decode_json(data: bytes) -> list[Any]:
     from kombu.utils.json import loads
 
     body = loads(data)
+    if b"\\u" in data:
+        refuse_surrogates(body)
     if not isinstance(body, dict) or not isinstance(body.get("task"), str):
         raise DecodeError("a JSON envelope is an object with at least a task name")
     unknown = set(body) - {"task", "key", "id", "args", "kwargs", "headers"}
     if unknown:
-        raise DecodeError(f"the JSON envelope has unknown names: {', '.join(sorted(unknown))}")
+        raise DecodeError(f"the JSON envelope has unknown names: {', '.join(sorted(unknown))[:200]}")
     key = body.get("key")
     message_id = body.get("id")
     if not isinstance(message_id, str):
@@ -207,7 +325,14 @@ def _decode_json(data: bytes) -> list[Any]:
         raise DecodeError("args must be an array, kwargs and headers objects")
     if not (key is None or isinstance(key, str | int)) or isinstance(key, bool) or key == "":
         raise DecodeError("key must be text, a whole number or null")
+    _check_headers(headers or {}, args)
     return [body["task"], None if key is None else str(key).encode(), id_bytes(message_id), args, kwargs, headers]
+
+
+def refuse_surrogates(loaded: Any) -> None:
+    """Raises UnicodeEncodeError where what was loaded from JSON holds a lone surrogate, which JSON can write and nothing else can
+    store, send or print."""
+    json.dumps(loaded, ensure_ascii=False, default=str).encode()
 
 
 def id_text(message_id: bytes | str) -> str:
