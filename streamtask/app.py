@@ -380,6 +380,7 @@ class StreamTask:
                 unordered=frozenset(name for name, task in self.tasks.items() if not task.options.ordered),
                 deduped=deduped,
                 dedupe_all_ms=dedupe_all_ms,
+                max_message_bytes=s.max_message_bytes,
             ),
             version=installed(),
             lease_ms=int(s.lease * 1000),

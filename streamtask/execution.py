@@ -23,6 +23,7 @@ from .redis import wire
 from .request import Request, here, in_coroutine
 from .results import FAILURE, REVOKED, SUCCESS, ResultStore
 from .task import FINAL, Task
+from .text import harmless, said
 from .worker.ports import Place
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class Runner:
         if isinstance(exc, Reject):
             if exc.requeue:
                 return Outcome("requeue")
-            return Outcome("dead", reason=REJECTED, message=exc.reason, traceback=_text(exc))
+            return Outcome("dead", reason=REJECTED, message=harmless(str(exc.reason)), traceback=_text(exc))
         limit = options.max_retries
         if exc.__dict__.get(FINAL):
             limit = 0
@@ -316,11 +317,14 @@ def _asked_delay_s(exc: Retry) -> float | None:
 
 
 def _brief(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {exc}"[:2000]
+    return f"{type(exc).__name__}: {said(exc)}"[:2000]
 
 
 def _text(exc: BaseException) -> str:
-    return "".join(tb.format_exception(type(exc), exc, exc.__traceback__))[-20_000:]
+    try:
+        return harmless("".join(tb.format_exception(type(exc), exc, exc.__traceback__))[-20_000:])
+    except Exception:  # also where its text, or that of its cause, can't be had
+        return f"{type(exc).__name__}: {said(exc)}"
 
 
 def _quietly(hook: Callable[..., None], *args: Any) -> None:

@@ -12,6 +12,7 @@ from .errors import AccessRefused, BrokerUnavailable, ConfigError, ResultTimeout
 from .redis import keys, wire
 from .redis.connection import Broker
 from .redis.scripts import script
+from .text import harmless, said
 
 PENDING = "PENDING"
 SUCCESS = "SUCCESS"
@@ -35,14 +36,20 @@ class ResultStore:
         self, task_id: str, state: str, result: Any = None, *, error: str | None = None, traceback: str | None = None
     ) -> bytes:
         """The command that stores a result. A value that can't be serialised becomes a failure that says so."""
-        body = {"state": state, "result": result, "error": error, "traceback": traceback, "at": wall_ms()}
+        body = {
+            "state": state,
+            "result": result,
+            "error": error and harmless(error),
+            "traceback": traceback and harmless(traceback),
+            "at": wall_ms(),
+        }
         try:
             payload = wire.pack_body(body)
-        except (TypeError, ValueError, OverflowError) as exc:
+        except Exception as exc:
             body |= {
                 "state": FAILURE,
                 "result": None,
-                "error": f"the task ran, but its result can't be serialised: {exc}",
+                "error": f"the task ran, but its result can't be serialised: {said(exc)}",
             }
             payload = wire.pack_body(body)
         return script("store_result").pack((self.key(task_id),), (payload, self._ttl_ms))

@@ -15,6 +15,7 @@ from kombu.serialization import loads
 
 from ..errors import BrokerUnavailable, ShardKeyError
 from ..sharding import canonical
+from ..transport.message import check_compressed
 from .brokers import look_at_broker
 from .keys import DELIVERY, KEY, OPTION, ORDERED, PRIVATE, REPLACES, Rule, key_of, rule_by_name, rule_of
 
@@ -194,6 +195,7 @@ def _speaks_protocol_1() -> bool:
 def _decoded(message: dict[str, Any]) -> Any:
     body, compression = message["body"], message["headers"].get("compression")
     if compression:
+        check_compressed(body, compression)
         body = decompress(body, compression)
     # force: it was made by this process, so what it may contain is no question.
     return loads(body, message.get("content-type"), message.get("content-encoding"), force=True)

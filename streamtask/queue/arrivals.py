@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -78,61 +78,95 @@ class Arrivals(Settling):
 
     def absorb_again(self, link: Link, entries: Iterable[tuple[bytes, list[bytes], bytes]]) -> None:
         """Takes entries, with their notes, that were given back, or whose consumers are gone."""
-        notes: dict[bytes, bytes] = {}
+        notes: dict[bytes, Note] = {}
         plain: list[Entry] = []
         for entry_id, fields, note in entries:
             plain.append([entry_id, fields])
-            notes[entry_id] = note
+            if note:
+                notes[entry_id] = Note.parse(note)
         found: list[Delivery | tuple[Hashable, bytes]] = []
-        for delivery in self._first_of_their_ids(link, deliveries_of(self._decode(plain))):
+        arrived = self._decode_again(self._readable(plain, notes))
+        for delivery in self._first_of_their_ids(link, deliveries_of(arrived)):
             delivery.fresh = False
-            if text := notes[delivery.entry_id]:
-                self._take_note(delivery, Note.parse(text))
+            if delivery.entry_id in notes:
+                self._take_note(delivery, notes[delivery.entry_id])
             found.append(delivery)
         self._place_recovered(found, False)
 
-    def _decode(self, entries: Iterable[Entry]) -> list[Delivery | Entry]:
-        """Decodes entries ``[id, fields]``. What can't be decoded is left to be a dead letter."""
+    def _decode_again(self, entries: Sequence[Entry]) -> list[Delivery | Entry]:
+        """As ``_decode``, of entries that were delivered before, to a process that may have died of reading one. They are read
+        one at a time, and it is written down which: so the next death tells the culprit from those beside it."""
         arrived: list[Delivery | Entry] = []
-        append, unordered = arrived.append, self.settings.unordered
-        unpack, hook = wire.unpackb, wire.ext_hook
         for entry in entries:
-            entry_id, fields = entry
+            if self.reading is not None:
+                self.reading.begin(entry[0])
+            arrived += self._decode([entry])
+            if self.reading is not None:
+                self.reading.end()
+        return arrived
+
+    def _decode(self, entries: Sequence[Entry]) -> list[Delivery | Entry]:
+        """Decodes entries ``[id, fields]``. What can't be decoded is left to be a dead letter."""
+        arrived: list[Delivery | Entry] | None = None  # the entries themselves, up to the first unusual one
+        unordered, largest = self.settings.unordered, self.settings.max_message_bytes
+        unpack, hook, few, most = wire.unpackb, wire.ext_hook, wire.MOST_ALIKE, -1 if unordered else largest
+        for position, entry in enumerate(entries):
+            fields = entry[1]
             # What nearly all messages are is seen here, in place of a call of ``decode`` for each.
+            envelope = None
             try:
-                envelope = unpack(fields[1], ext_hook=hook, strict_map_key=False)
-                task, key, message_id, args, kwargs, headers = envelope
-                usual = (
-                    headers is None
-                    and len(fields) == 2
-                    and type(key) is bytes
-                    and type(args) is list
-                    and type(kwargs) is dict
-                    and type(message_id) is bytes
-                    and type(task) is str
-                    and fields[0] == b"m"
-                )
+                name, data = fields
+                if len(data) <= most:
+                    envelope = unpack(data, ext_hook=hook, strict_map_key=False, max_map_len=few)
+                    task, key, message_id, args, kwargs, headers = envelope
+                    if (
+                        headers is None
+                        and type(key) is bytes
+                        and type(args) is list
+                        and type(kwargs) is dict
+                        and type(message_id) is bytes
+                        and type(task) is str
+                        and name == b"m"
+                    ):
+                        entry[1] = envelope
+                        if arrived is not None:
+                            arrived.append(entry)
+                        continue
             except Exception:
-                usual = False
-            if usual and not unordered:
-                entry[1] = envelope
-                append(entry)
-                continue
+                pass
+            if arrived is None:
+                arrived = list(entries[:position])
+            entry_id = entry[0]
             replayed_for = wire.replayed_for(fields) if len(fields) > 2 else None
             if replayed_for not in (None, self._group, b"1"):
                 self._finish(entry_id)  # the dead letter of another group; this one has dealt with the message
                 continue
             try:
-                envelope = wire.decode(fields)
+                if envelope is None and (size := max(map(len, fields), default=0)) > largest:
+                    raise DecodeError(f"it has {size} bytes; max_message_bytes is {largest}")
+                envelope = wire.decode(fields, envelope)
             except DecodeError as exc:
-                self._dead.append((entry_id, fields, Outcome("dead", reason="undecodable", message=str(exc))))
+                self._dead.append((entry_id, [], Outcome("dead", reason="undecodable", message=str(exc))))
                 continue
             delivery = Delivery(entry_id, envelope)
             if unordered and delivery.task in unordered:
                 delivery.lane = None
             delivery.replayed = replayed_for is not None
-            append(delivery)
-        return arrived
+            arrived.append(delivery)
+        return list(entries) if arrived is None else arrived
+
+    def _readable(self, entries: Sequence[Entry], notes: Mapping[bytes, Note]) -> Sequence[Entry]:
+        """Leaves out what takes its process down when it is read: it is a dead letter, unread. A body may do so
+        ``max_crashes`` times, and what is charged once more is read again, and not run: so this was charged for that."""
+        most = self.settings.max_crashes + 1
+        deadly = [entry_id for entry_id, note in notes.items() if note.crashes > most and not note.held]
+        if not deadly:
+            return entries
+        for entry_id in deadly:
+            said = f"its process died {notes[entry_id].crashes} times, at last while it was read"
+            message = f"{said} (max_crashes is {self.settings.max_crashes})"
+            self._dead.append((entry_id, [], Outcome("dead", reason="crashed", message=message)))
+        return [entry for entry in entries if entry[0] not in deadly]
 
     def _first_of_their_ids(self, link: Link, arrived: list[Delivery]) -> list[Delivery]:
         """The dedupe middleware: leaves out deliveries whose id another entry carried first."""

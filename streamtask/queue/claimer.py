@@ -158,7 +158,8 @@ class Claimer(Arrivals):
                 entry_id.decode(),
             )
             self._finish(entry_id)
-        for delivery in self._first_of_their_ids(link, deliveries_of(self._decode(entries))):
+        arrived = self._decode_again(self._readable(entries, notes))
+        for delivery in self._first_of_their_ids(link, deliveries_of(arrived)):
             delivery.fresh = self._is_fresh(delivery)
             note = notes.get(delivery.entry_id)
             if note is not None:

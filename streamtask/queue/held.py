@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease
@@ -28,7 +28,8 @@ MOST_SENT = 10_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerSettings:
     """``deduped``: time to live (ms) of the dedupe middleware's ids by task name; ``dedupe_all_ms``: for all others.
-    ``max_waiting``: messages of a shard that wait in this process, beyond which reading stops."""
+    ``max_waiting``: messages of a shard that wait in this process, beyond which reading stops. ``max_message_bytes``: what is
+    larger is not decoded."""
 
     group: str = "workers"
     fetch_count: int = 200
@@ -40,6 +41,14 @@ class ConsumerSettings:
     deduped: Mapping[str, int] = field(default_factory=dict)
     dedupe_all_ms: int = 0
     max_waiting: int = MAX_WAITING
+    max_message_bytes: int = 1 << 40
+
+
+class Reading(Protocol):
+    """Where it stands which entry is read: whoever sees this process die then counts that entry."""
+
+    def begin(self, entry_id: bytes) -> None: ...
+    def end(self) -> None: ...
 
 
 class Held:
@@ -68,6 +77,7 @@ class Held:
         self.on_offer = lease.shared
         """Whether entries that were given back may be there to be taken (shared streams)."""
         self.revoked: set[bytes | str] = set()
+        self.reading: Reading | None = None
         self.clock_ms = 0  # what to add to wall_ms() to get Redis' clock
         # Whether a new message may stay a plain entry until something happens to it.
         self._plain = not (settings.unordered or settings.deduped or settings.dedupe_all_ms)

@@ -16,6 +16,7 @@ from ..redis import wire
 from ..redis.connection import Broker
 from ..redis.link import Link
 from ..redis.scripts import script
+from ..text import harmless
 from .batch import Outcome
 from .held import Held
 from .lanes import Delivery, Note, id_order
@@ -115,8 +116,8 @@ class Settling(Held):
         note = (delivery.note if delivery else None) or Note()
         error: dict[str, Any] = {
             "reason": outcome.reason,
-            "message": outcome.message,
-            "traceback": outcome.traceback,
+            "message": harmless(outcome.message),
+            "traceback": outcome.traceback and harmless(outcome.traceback),
             "attempts": note.attempt + (0 if outcome.reason in ("crashed", "expired", "undecodable") else 1),
             "crashes": note.crashes,
             "dead_at": self.redis_ms(),
@@ -144,7 +145,7 @@ class Settling(Held):
         log.error(
             "dead letter: %s queue=%s shard=%s entry=%s task=%s id=%s: %s",
             outcome.reason, self.queue, self.shard, entry_id.decode(),
-            delivery.task if delivery else "-", error.get("id", "-"), outcome.message,
+            delivery.task if delivery else "-", error.get("id", "-"), error["message"],
         )  # fmt: skip
         if delivery is not None:
             self.on_dead(self, delivery, outcome)

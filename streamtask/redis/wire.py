@@ -24,7 +24,7 @@ import json
 import operator
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from decimal import Decimal
 from typing import Any
 
@@ -41,7 +41,7 @@ H_PRODUCED = "at"  # instant in ms when the produce call was made, where the ent
 H_CONTENT = "content"  # content type of args, which then is bytes: another serializer of kombu's registry
 H_ETA = "eta"  # instant in ms that was asked for
 
-_INSTANTS = (H_EXPIRES, H_PRODUCED, H_ETA)
+_INSTANTS = frozenset((H_EXPIRES, H_PRODUCED, H_ETA))
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999
 
 MOST_NESTED_SETS = 8
@@ -88,7 +88,7 @@ def _pack_set(value: set[Any] | frozenset[Any]) -> bytes:
         raise DecodeError(TOO_DEEP)
     _depth.sets += 1
     try:
-        return _pack(list(value))
+        return pack_body(list(value))
     finally:
         _depth.sets -= 1
 
@@ -96,13 +96,13 @@ def _pack_set(value: set[Any] | frozenset[Any]) -> bytes:
 TOO_DEEP = f"sets are nested more than {MOST_NESTED_SETS} deep"
 
 
-def _check_hashes(values: Iterable[Any]) -> None:
-    """Raises ``DecodeError`` for elements or keys that a hash table may need quadratic time for. The hashes of text and bytes are
-    random in each process; all others can be chosen by a sender, who sends thousands of one hash, or of one way through the
+def _check_hashes(values: Collection[Any]) -> None:
+    """Raises ``DecodeError`` for elements or keys that a hash table may need quadratic time for. The hashes of text and bytes
+    are random in each process; all others can be chosen by a sender, who sends thousands of one hash, or of one way through the
     table. So none is made of these: their hashes are counted first."""
-    hashes = [hash(value) for value in values if type(value) is not str and type(value) is not bytes]
-    if len(hashes) <= MOST_ALIKE:
+    if len(values) <= MOST_ALIKE:
         return
+    hashes = [hash(value) for value in values if type(value) is not str and type(value) is not bytes]
     if len(hashes) > MOST_HASHED:
         raise DecodeError(
             f"a set, or the keys of a map, has {len(hashes)} values that are neither text nor bytes, and at most "
@@ -133,21 +133,28 @@ def ext_hook(code: int, data: bytes) -> object:
 
 def _elements(data: bytes, depth: int) -> Any:
     """The elements of a set, the ``depth``-th of nested ones. They can be hashed: arrays become tuples, sets frozensets."""
-
-    def hook(code: int, inner: bytes) -> object:
-        return frozenset(_elements(inner, depth + 1)) if code == _EXT_SET else ext_hook(code, inner)
-
     if depth > MOST_NESTED_SETS:
         raise DecodeError(TOO_DEEP)
-    found = msgpack.unpackb(data, ext_hook=hook, use_list=False)
+    found = msgpack.unpackb(data, ext_hook=_HOOKS[depth], use_list=False)
     if type(found) is not tuple:
         raise DecodeError("a set is made of an array")
     _check_hashes(found)
     return found
 
 
+def _hook_at(depth: int) -> Callable[[int, bytes], object]:
+    def hook(code: int, data: bytes) -> object:
+        return frozenset(_elements(data, depth + 1)) if code == _EXT_SET else ext_hook(code, data)
+
+    return hook
+
+
+_HOOKS = [_hook_at(depth) for depth in range(MOST_NESTED_SETS + 1)]
+
 unpackb = msgpack.unpackb
 
+MAY_HAVE_MOST = 3 * MOST_HASHED
+"""Bytes that a map of so many keys takes at least."""
 PACKER_KEEPS = 1 << 20
 """Bytes: a packer's buffer never shrinks, so one that packed more is thrown away."""
 
@@ -159,13 +166,6 @@ threads, a packing inside a packing (a set) and signal handlers never share one.
 def pack_body(value: object) -> bytes:
     """msgpack with the extension types, no more than ``unpack_body`` takes. Raises TypeError, ValueError, OverflowError or
     ``DecodeError``."""
-    packed = _pack(value)
-    if len(packed) > 3 * MOST_HASHED:
-        _check_keys(packed)
-    return packed
-
-
-def _pack(value: object) -> bytes:
     try:
         packer = _packers.pop()
     except IndexError:
@@ -173,6 +173,9 @@ def _pack(value: object) -> bytes:
     packed: bytes = packer.pack(value)
     if len(packed) < PACKER_KEEPS:
         _packers.append(packer)
+        if len(packed) < MAY_HAVE_MOST:
+            return packed
+    _check_keys(packed)
     return packed
 
 
@@ -190,7 +193,8 @@ def unpack_body(data: bytes) -> Any:
 
 
 def _make_map(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    _check_hashes(key for key, _ in pairs)
+    if len(pairs) > MOST_ALIKE:
+        _check_hashes([key for key, _ in pairs])
     return dict(pairs)
 
 
@@ -216,16 +220,17 @@ def encode(
 
 def _check_headers(headers: dict[Any, Any], args: object) -> None:
     """Raises ``DecodeError`` unless names are text, and what workers understand is of its type."""
-    for name in headers:
-        if type(name) is not str:
+    for name, value in headers.items():
+        if name in _INSTANTS:
+            if value is not None and not (type(value) in (int, float) and _FIRST_MS <= value <= _LAST_MS):
+                raise DecodeError(f"the header {name!r} is an instant in ms since the epoch, not {ascii(value)[:60]}")
+        elif type(name) is not str:
             raise DecodeError(f"the name of a header is text, not {ascii(name)[:60]}")
-    for name in _INSTANTS:
-        value = headers.get(name)
-        if value is not None and not (type(value) in (int, float) and _FIRST_MS <= value <= _LAST_MS):
-            raise DecodeError(f"the header {name!r} is an instant in ms since the epoch, not {ascii(value)[:60]}")
     content = headers.get(H_CONTENT)
     if (content is not None and type(content) is not str) or (type(content) is str) != (type(args) is bytes):
-        raise DecodeError(f"the header {H_CONTENT!r} is the content type of arguments that are bytes, not {ascii(content)[:60]}")
+        raise DecodeError(
+            f"the header {H_CONTENT!r} is the content type of arguments that are bytes, not {ascii(content)[:60]}"
+        )
 
 
 def whole(fields: list[bytes]) -> list[bytes]:
@@ -330,8 +335,8 @@ def _decode_json(data: bytes) -> list[Any]:
 
 
 def refuse_surrogates(loaded: Any) -> None:
-    """Raises UnicodeEncodeError where what was loaded from JSON holds a lone surrogate, which JSON can write and nothing else can
-    store, send or print."""
+    """Raises UnicodeEncodeError where what was loaded from JSON holds a lone surrogate, which JSON can write and nothing else
+    can store, send or print."""
     json.dumps(loaded, ensure_ascii=False, default=str).encode()
 
 

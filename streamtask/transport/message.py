@@ -8,6 +8,11 @@ its key and id like any other.
 from __future__ import annotations
 
 import datetime as dt
+import zlib
+from base64 import b64decode
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from kombu.utils.json import dumps, loads
@@ -58,13 +63,70 @@ def encode(message: dict[str, Any], key: bytes | None) -> bytes:
         return wire.encode(name, key, new_id(), [dumps(parts)], {})
 
 
+MOST_DECOMPRESSED = 64 << 20
+"""Bytes of a body that was compressed: a message of some kilobytes may stand for gigabytes."""
+_PIECE = 1 << 20
+
+
 def check(args: Any) -> None:
-    """Raises ``DecodeError`` for what is no message of kombu's."""
-    parts = loads(args[0]) if isinstance(args, list) and len(args) == 1 and isinstance(args[0], str) else args
+    """Raises ``DecodeError``, or what kombu's JSON raises, for what is no message of kombu's."""
+    parts = args
+    if isinstance(args, list) and len(args) == 1 and isinstance(args[0], str):
+        parts = loads(args[0])
+        if "\\u" in args[0]:
+            wire.refuse_surrogates(parts)
     if not (isinstance(parts, list) and len(parts) == 5 and isinstance(parts[3], dict) and isinstance(parts[4], dict)):
         raise DecodeError("it is no message of kombu's: body, content type, content encoding, headers and properties")
     if not isinstance(parts[4].get("delivery_info") or {}, dict):
         raise DecodeError("the delivery_info in its properties is no dict")
+    compression = parts[3].get("compression")
+    if compression:
+        body = parts[0]
+        if isinstance(body, str):
+            body = b64decode(body) if parts[4].get("body_encoding") == "base64" else body.encode()
+        check_compressed(body, compression)
+
+
+def check_compressed(body: bytes, compression: Any) -> None:
+    """Raises ``DecodeError`` for a body that would have more than ``MOST_DECOMPRESSED`` bytes. It is decompressed here, piece by
+    piece, and later by kombu. Of methods other than zlib's, bz2 and lzma kombu's decoder alone decides."""
+    opener = _DECOMPRESSORS.get(compression) if isinstance(compression, str) else None
+    if opener is None:
+        return  # what kombu doesn't know it refuses
+    decompressor, data, size = opener(), body, 0
+    try:
+        while not decompressor.eof:
+            piece = decompressor.decompress(data, _PIECE)
+            data = getattr(decompressor, "unconsumed_tail", b"")  # zlib's alone doesn't keep it
+            size += len(piece)
+            if size > MOST_DECOMPRESSED:
+                raise DecodeError(f"its body is more than {MOST_DECOMPRESSED} bytes when it is decompressed")
+            if not piece and not data:
+                break
+    except DecodeError:
+        raise
+    except Exception as exc:
+        raise DecodeError(f"its body can't be decompressed: {exc}") from None
+    if not decompressor.eof or decompressor.unused_data:
+        raise DecodeError("its compressed body is cut off, or more than one")
+
+
+def _decompressors() -> dict[str, Callable[[], Any]]:
+    """By the names that kombu has for them."""
+    found: dict[str, Callable[[], Any]] = dict.fromkeys(("application/x-gzip", "gzip", "zlib"), zlib.decompressobj)
+    with suppress(ImportError):
+        import bz2
+
+        found |= dict.fromkeys(("application/x-bz2", "bzip2", "bzip"), bz2.BZ2Decompressor)
+    with suppress(ImportError):
+        import lzma
+
+        opener = partial(lzma.LZMADecompressor, memlimit=2 * MOST_DECOMPRESSED)
+        found |= dict.fromkeys(("application/x-lzma", "lzma", "xz"), opener)
+    return found
+
+
+_DECOMPRESSORS = _decompressors()
 
 
 def decode(delivery: Delivery) -> dict[str, Any]:

@@ -23,6 +23,20 @@ KEEPER_PAUSE_S = 1.0
 """Between two starts of a keeper, where it keeps dying."""
 
 
+class Read:
+    """See ``queue.held.Reading``. The keeper may be replaced meanwhile."""
+
+    def __init__(self, ownership: Ownership, lease: Lease) -> None:
+        self._ownership = ownership
+        self._lease = lease
+
+    def begin(self, entry_id: bytes) -> None:
+        self._ownership.reads(self._lease, entry_id)
+
+    def end(self) -> None:
+        self._ownership.reads(self._lease, None)
+
+
 class Ownership:
     """See the module. The session's lock guards it. A process that consumes nothing has no keeper."""
 
@@ -98,11 +112,20 @@ class Ownership:
     def receives(self, lease: Lease, entry_id: bytes) -> None:
         """From now on the death of this process is counted of one message, by the keeper, until ``received``."""
         if self._keeper is not None:
-            self._keeper.receives.begin(lease.token, [entry_id])
+            self._keeper.memory.slot(0).begin(lease.token, [entry_id])
 
     def received(self) -> None:
         if self._keeper is not None:
-            self._keeper.receives.clear()
+            self._keeper.memory.slot(0).clear()
+
+    def reads(self, lease: Lease, entry_id: bytes | None) -> None:
+        """As ``receives``, of an entry that is read; None when it has been."""
+        if self._keeper is not None:
+            reading = self._keeper.memory.reading(lease.token)
+            if entry_id is None:
+                reading.end()
+            else:
+                reading.begin(entry_id)
 
     def trusted_until(self, consumer: StreamConsumer) -> float:
         """Until when (monotonic) the keeper vouches for a shard, also one that is cut off or dead since. From any thread."""
@@ -169,6 +192,7 @@ class Ownership:
             session.deliveries.forget(held)
         consumer = StreamConsumer(lease, consumed.queue.name, shard, session.consumer_settings)
         consumer.number = number
+        consumer.reading = Read(self, lease)
         consumer.needs_audit = True  # the pending entries come first
         consumer.taken_over = True
         consumed.shards[shard] = consumer

@@ -36,7 +36,7 @@ from .consumer import StreamConsumer
 from .deliveries import Deliveries
 from .fetching import SHARD_READ
 from .options import Options
-from .ownership import Ownership
+from .ownership import Ownership, Read
 from .queues import GROUP, KombuQueue, shared
 
 log = logging.getLogger("streamtask.transport")
@@ -196,6 +196,7 @@ class Session:
                 alive = queue.keys.alive(GROUP, names, cluster=self.broker.is_cluster)
                 lease = join_shared(link, names, GROUP, self.incarnation, self.options.lease_ms, alive=alive)
                 consumer = StreamConsumer(lease, queue.name, shared(priority), self.consumer_settings)
+                consumer.reading = Read(self.ownership, lease)
                 consumer.recover(link, takeover=False)
                 consumed.streams[priority] = consumer
         consumed.streams = dict(sorted(consumed.streams.items()))

@@ -265,6 +265,7 @@ class Control:
         consumer.on_revoked = self._store_revoked  # type: ignore[method-assign]
         consumer.on_dead = self._store_dead  # type: ignore[method-assign]
         consumer.revoked = self._revoked_ids[queue]
+        consumer.reading = self._memory.reading(number)
         owned = Owned(number, consumer, home, mono_s() + self._settings.audit_s)
         self._owned[number] = owned
         self._numbers[consumer] = number

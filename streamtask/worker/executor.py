@@ -20,6 +20,8 @@ from queue import SimpleQueue
 from ..clock import mono_s
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.lanes import Delivery
+from ..redis import wire
+from ..text import said
 from .ports import Place, TaskRunner
 from .shared import SharedMemory, Slot
 
@@ -32,6 +34,12 @@ EXIT_FORKED = 70
 """Exit status of a process that a body has forked, and that came back out of the body."""
 CLOSES = frozenset(("retry", "requeue", "dead"))
 """Outcomes after which the message's key waits."""
+
+
+def broken(delivery: Delivery, exc: BaseException) -> Outcome:
+    """What becomes of a message when what stands around its body raises: a repetition would, too. The executor goes on."""
+    log.error("a message can't be run task=%s id=%s", delivery.task, wire.id_text(delivery.id), exc_info=exc)
+    return Outcome("dead", reason="failed", message=f"it can't be run: {type(exc).__name__}: {said(exc)}"[:2000])
 
 
 class SequentialExecutor:
@@ -132,7 +140,7 @@ class SequentialExecutor:
                             body(*args)
                         continue
                     except BaseException as exc:
-                        outcome = runner.failed(batch.delivery(index), place, exc)
+                        outcome = self._after_failure(batch.delivery(index), place, exc)
                 else:
                     outcome = self._run(batch, batch.delivery(index), place)
             else:
@@ -154,14 +162,23 @@ class SequentialExecutor:
         here.batch = here.delivery = None
         self.ended.append(batch)
 
+    def _after_failure(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
+        try:
+            return self._runner.failed(delivery, place, exc)
+        except BaseException as why:
+            return broken(delivery, why)
+
     def _run(self, batch: Batch, delivery: Delivery, place: Place) -> Outcome | None:
-        if self._runner.is_async(delivery.task):
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                asyncio.set_event_loop(self._loop)
-            outcome, result = self._loop.run_until_complete(self._runner.arun(delivery, place))
-        else:
-            outcome, result = self._runner.run(delivery, place)
+        try:
+            if self._runner.is_async(delivery.task):
+                if self._loop is None:
+                    self._loop = asyncio.new_event_loop()
+                    asyncio.set_event_loop(self._loop)
+                outcome, result = self._loop.run_until_complete(self._runner.arun(delivery, place))
+            else:
+                outcome, result = self._runner.run(delivery, place)
+        except BaseException as exc:
+            return broken(delivery, exc)
         if result is not None:
             batch.results.append((delivery, result))
         return outcome
@@ -229,20 +246,27 @@ class ParallelExecutor:
             place = self._begin(batch, slot)
             if place is not None:
                 delivery = batch.delivery(0)
-                body = runner.plain.get(delivery.task)
-                if body is not None and delivery.headers is None:
-                    runner.here.delivery, runner.here.place = delivery, place
-                    try:
-                        body(*delivery.args, **delivery.kwargs)
-                        outcome = None
-                    except BaseException as exc:
-                        outcome = runner.failed(delivery, place, exc)
-                else:
-                    outcome, result = runner.run(delivery, place)
-                    if result is not None:
-                        batch.results.append((delivery, result))
+                try:
+                    outcome = self._run(batch, delivery, place)
+                except BaseException as exc:
+                    outcome = broken(delivery, exc)
             runner.here.delivery = None
             self._end(batch, slot, outcome)
+
+    def _run(self, batch: Batch, delivery: Delivery, place: Place) -> Outcome | None:
+        runner = self._runner
+        body = runner.plain.get(delivery.task)
+        if body is None or delivery.headers is not None:
+            outcome, result = runner.run(delivery, place)
+            if result is not None:
+                batch.results.append((delivery, result))
+            return outcome
+        runner.here.delivery, runner.here.place = delivery, place
+        try:
+            body(*delivery.args, **delivery.kwargs)
+        except BaseException as exc:
+            return runner.failed(delivery, place, exc)
+        return None
 
     def _begin(self, batch: Batch, slot: Slot) -> Place | None:
         """Writes down that the body starts; None if the lease is not to be trusted any more."""
@@ -280,7 +304,11 @@ class ParallelExecutor:
         outcome: Outcome | None = UNSTARTED
         place = self._begin(batch, slot)
         if place is not None:
-            outcome, result = await self._runner.arun(batch.delivery(0), place)
-            if result is not None:
-                batch.results.append((batch.delivery(0), result))
+            delivery = batch.delivery(0)
+            try:
+                outcome, result = await self._runner.arun(delivery, place)
+                if result is not None:
+                    batch.results.append((delivery, result))
+            except BaseException as exc:
+                outcome = broken(delivery, exc)
         self._end(batch, slot, outcome)

@@ -74,11 +74,11 @@ class Keeper:
         self._sock, theirs = socket.socketpair()
         memory = create_file(1, LEASES)
         try:
-            shared = SharedMemory(memory, 1, LEASES)
-            self.trusted = shared.trusted
+            self.memory = SharedMemory(memory, 1, LEASES)
+            """Says, by the token of its lease, of which entry it is to be counted if the client dies now: one that it
+            receives, or that it reads."""
+            self.trusted = self.memory.trusted
             """By the number of a shard, until when (monotonic) the keeper vouches for it: a body may start until then."""
-            self.receives = shared.slot(0)
-            """Says, by the token of its lease, of which entry it is to be counted if the client dies now."""
             self._sock.setblocking(False)
             self._process = subprocess.Popen(
                 [_python(), "-m", "streamtask.worker.keeper_main"],

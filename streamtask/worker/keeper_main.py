@@ -257,7 +257,8 @@ class KeeperProcess:
             # Not counting a crash is better than holding up the rest: of a Cluster one node may be away.
             log.warning("crashes were not counted: %s", exc)
             marked = {}
-        for _, token, entry_id in self._memory.running():
+        read = self._memory.being_read()
+        for token, entry_id in [read] if read else [entry[1:] for entry in self._memory.running()]:
             for held in self._client.held.values():
                 if held.lease.token == token:
                     marked.setdefault(held.number, {})[entry_id] = True

@@ -4,7 +4,8 @@ The supervisor writes until when the child may trust each of its leases; the chi
 check before a body and the record of a crash cost a store or a load each, no system call.
 
 Layout: a float ``trusted_until`` for each lease; then for each executor slot five 8-byte cells ``[index, count, deadline,
-lease, length]`` and the batch's entry ids as text, parted by spaces. A slot runs entry ``index`` while ``index < count``.
+lease, length]`` and the batch's entry ids as text, parted by spaces. A slot runs entry ``index`` while ``index < count``. One
+slot more is that of the control loop, for the entries that it reads again: a message may take its process down before any body.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _SLOT = 8 * _HEAD + _TEXT
 
 
 def _size(slots: int, leases: int) -> int:
-    return 8 * leases + slots * _SLOT
+    return 8 * leases + (slots + 1) * _SLOT
 
 
 def create_file(slots: int, leases: int = MAX_LEASES) -> int:
@@ -44,7 +45,7 @@ class SharedMemory:
         self._map = mmap.mmap(fd, _size(slots, leases))
         view = memoryview(self._map)
         self.trusted = view[: 8 * leases].cast("d")
-        self._slots = [_slot(view[8 * leases + n * _SLOT :][:_SLOT]) for n in range(slots)]
+        *self._slots, self._reads = [_slot(view[8 * leases + n * _SLOT :][:_SLOT]) for n in range(slots + 1)]
 
     def slot(self, number: int) -> Slot:
         return self._slots[number]
@@ -58,9 +59,34 @@ class SharedMemory:
                 found.append((number, *entry))
         return found
 
+    def reading(self, lease: int) -> Read:
+        """For a lease's owner, to write down which of its entries it reads."""
+        return Read(self._reads, lease)
+
+    def being_read(self) -> tuple[int, str] | None:
+        """(lease, entry id) of the entry that a process was reading again when it died. That is to blame then, and no body:
+        reading takes so little of the time that one which ends its process hardly ever does it just then."""
+        return self._reads.running()
+
     def overdue(self, now: float) -> list[int]:
         """The slots whose body is past its ``time_limit``."""
         return [number for number, slot in enumerate(self._slots) if 0.0 < slot.deadline() <= now]
+
+
+class Read:
+    """See ``queue.held.Reading``."""
+
+    __slots__ = ("_lease", "_slot")
+
+    def __init__(self, slot: Slot, lease: int) -> None:
+        self._slot = slot
+        self._lease = lease
+
+    def begin(self, entry_id: bytes) -> None:
+        self._slot.begin(self._lease, [entry_id])
+
+    def end(self) -> None:
+        self._slot.clear()
 
 
 def _slot(view: memoryview[int]) -> Slot:

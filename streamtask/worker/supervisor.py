@@ -380,11 +380,16 @@ class Supervisor:
 
     def _settle_estate(self, child: Child, running: list[tuple[int, int, str]]) -> None:
         """What a dead child leaves: bodies that ran are charged, or spared, then the leases are freed."""
+        read = None if child.killed_for else child.memory.being_read()
         ran: dict[int, dict[str, bool]] = {}
         for slot, number, entry_id in running:
             # Where we ended it, that is no body's fault, but of those that overran.
-            at_fault = slot in child.overran if child.killed_for == "time limit" else not child.killed_for
+            at_fault = (
+                slot in child.overran if child.killed_for == "time limit" else not child.killed_for and read is None
+            )
             ran.setdefault(number, {})[entry_id] = at_fault
+        if read is not None:
+            ran.setdefault(read[0], {})[read[1]] = True
         self._coordinator.bury(child, ran)
 
     def _end_overdue(self, now: float) -> None:
