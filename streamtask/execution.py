@@ -38,6 +38,8 @@ EXHAUSTED = "exhausted"
 FAILED = "failed"
 REJECTED = "rejected"
 EXPIRED = "expired"
+NOT_BY_THE_BODY = ("crashed", "undecodable", "broken")
+"""Reasons of dead letters whose results nobody has stored yet."""
 
 
 class Runner:
@@ -279,7 +281,7 @@ class Runner:
             request = Request(delivery, place)
             for hook in self._on_dead:
                 _quietly(hook, request, outcome.reason, outcome.message)
-        return self._failure(delivery, outcome) if outcome.reason in ("crashed", "undecodable") else None
+        return self._failure(delivery, outcome) if outcome.reason in NOT_BY_THE_BODY else None
 
     def revoked(self, delivery: Delivery) -> bytes | None:
         return self._store(delivery, self._tasks.get(delivery.task), REVOKED, error="revoked")

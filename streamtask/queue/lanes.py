@@ -11,6 +11,7 @@ waiting messages. What an operation costs does not depend on how many wait: see 
 from __future__ import annotations
 
 import heapq
+import re
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ def id_order(entry_id: bytes) -> tuple[int, int]:
     """An entry id as numbers: text order is not the order of the stream."""
     ms, _, seq = entry_id.partition(b"-")
     return int(ms), int(seq)
+
+
+_NOTE = re.compile(rb"\d{1,19}(?: \d{1,19}){0,5}")
 
 
 @dataclass(slots=True)
@@ -44,7 +48,10 @@ class Note:
 
     @classmethod
     def parse(cls, text: bytes) -> Note:
-        return cls(*(int(part) for part in text.split()))
+        """What stands there; an empty note for what no script has written."""
+        if _NOTE.fullmatch(text) is None:
+            return cls()
+        return cls(*map(int, text.split()))
 
     def format(self) -> str:
         return f"{self.attempt} {self.due_ms} {self.crashes} {self.mark} {self.charged} {self.held}"

@@ -88,8 +88,8 @@ def check(args: Any) -> None:
 
 
 def check_compressed(body: bytes, compression: Any) -> None:
-    """Raises ``DecodeError`` for a body that would have more than ``MOST_DECOMPRESSED`` bytes. It is decompressed here, piece by
-    piece, and later by kombu. Of methods other than zlib's, bz2 and lzma kombu's decoder alone decides."""
+    """Raises ``DecodeError`` for a body that would have more than ``MOST_DECOMPRESSED`` bytes. It is decompressed here, piece
+    by piece, and later by kombu. Of methods other than zlib's, bz2 and lzma kombu's decoder alone decides."""
     opener = _DECOMPRESSORS.get(compression) if isinstance(compression, str) else None
     if opener is None:
         return  # what kombu doesn't know it refuses

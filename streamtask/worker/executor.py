@@ -32,6 +32,7 @@ UNSTARTED = Outcome("unstarted")
 REVOKED = Outcome("revoked")
 EXIT_FORKED = 70
 """Exit status of a process that a body has forked, and that came back out of the body."""
+BROKEN = "broken"
 CLOSES = frozenset(("retry", "requeue", "dead"))
 """Outcomes after which the message's key waits."""
 
@@ -39,7 +40,7 @@ CLOSES = frozenset(("retry", "requeue", "dead"))
 def broken(delivery: Delivery, exc: BaseException) -> Outcome:
     """What becomes of a message when what stands around its body raises: a repetition would, too. The executor goes on."""
     log.error("a message can't be run task=%s id=%s", delivery.task, wire.id_text(delivery.id), exc_info=exc)
-    return Outcome("dead", reason="failed", message=f"it can't be run: {type(exc).__name__}: {said(exc)}"[:2000])
+    return Outcome("dead", reason=BROKEN, message=f"it can't be run: {type(exc).__name__}: {said(exc)}"[:2000])
 
 
 class SequentialExecutor:

@@ -234,6 +234,11 @@ class Site:
         self._stack.callback(judge_log, spawned)
         return Pod(self, spawned)
 
+    def command(self, *args: str) -> contextlib.AbstractContextManager[Spawned]:
+        """Starts another ``streamtask`` command."""
+        argv = ["-m", "streamtask", "-A", f"{self._module}:app", *args]
+        return spawn(*argv, env=self._env(self.server.url), cwd=self.folder)
+
     def ready(self, processes: int, timeout: float = 15) -> dict[str, list[int]]:
         """Waits until so many processes live and hold all shards, evenly; the shards by incarnation."""
 
