@@ -1,4 +1,4 @@
-"""Bytes near valid messages, for all that is decoded: ``tests/unit/test_fuzz.py`` tries some, ``make fuzz`` goes on for minutes.
+"""Bytes near valid messages, for all that is decoded. ``tests/unit/test_fuzz.py`` tries some, ``make fuzz`` goes on.
 
 What a case is follows from a random generator alone, so that hypothesis can make it smaller, and a number repeats it.
 """
@@ -73,7 +73,7 @@ def value(chance: random.Random, depth: int = 4) -> Any:
 
 
 def scalar_extension(chance: random.Random) -> msgpack.ExtType:
-    code = chance.choice([*range(0, 9), 100, 127])
+    code = chance.choice([*range(9), 100, 127])
     kind = chance.randrange(4)
     if kind == 0:
         return msgpack.ExtType(code, chance.randbytes(chance.choice([0, 4, 8, 12, 16])))

@@ -19,11 +19,28 @@ from celery.exceptions import Reject
 from celery.signals import worker_ready
 from celery.worker.request import Request
 
+from streamtask.redis import wire
+
 MAIN = os.getpid()
 """The worker's main process: pool processes are forked from it."""
 
 RECORD = os.environ.get("CELERY_TEST_RECORD")
 _file = os.open(RECORD, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600) if RECORD else None
+
+
+def with_deadly(hook: Any) -> Any:
+    """An extension type of msgpack whose reading ends the process without a word."""
+
+    def ext_hook(code: int, data: bytes) -> Any:
+        if code == 77:
+            os._exit(3)
+        return hook(code, data)
+
+    return ext_hook
+
+
+if RECORD:
+    wire.ext_hook = with_deadly(wire.ext_hook)
 
 STOCK: dict[str, Any] = {
     "task_ignore_result": True,

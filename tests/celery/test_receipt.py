@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgpack
 import pytest
 from kombu import Producer
 
@@ -79,6 +80,37 @@ def test_what_ends_its_worker_at_receipt_each_time_is_a_dead_letter(own_server, 
     assert reasons(s) == ["crashed"]
     received = deaths + (how in ("error", "system exit"))  # the last time it ends no worker
     assert len(s.of("X")) == received
+    assert is_alive(worker.pid)
+
+
+@pytest.mark.parametrize("pool, key", [("prefork", None), ("solo", "a")])
+def test_what_ends_its_worker_when_it_is_read_is_a_dead_letter_in_the_end(own_server, site, pool, key):
+    """Before Celery has seen it. It is found among those that were fetched with it, and these run."""
+    s = site(own_server, max_crashes=1)
+    others = [s.send("put", "a"), s.send("late")]
+    behind = [s.send("put", "a"), s.send("late")]
+    pattern = "*.shared}:stream" if key is None else "*.[0-9]}:stream"
+    (stream,) = [name for name in s.redis.scan_iter(pattern) if s.redis.xlen(name)]
+    parts = [b"", "application/json", "utf-8", {}, {}, msgpack.ExtType(77, b"")]
+    envelope = msgpack.packb(["late", key and key.encode(), b"i" * 16, parts, {}, None])
+    s.redis.xadd(stream, {"m": envelope})
+    behind += [s.send("put", "a"), s.send("late")]
+    worker = s.start_worker(pool, c=1)
+    ends = 0
+
+    def decided() -> bool:
+        nonlocal worker, ends
+        if not is_alive(worker.pid):
+            ends += 1
+            worker = s.start_worker(pool, c=1)
+        return bool(dead(s)) and all(s.of("E", n=n) for n in others + behind)
+
+    wait_until(decided, 90, lambda: f"a dead letter; {reasons(s)} {ends} ends {s}", poll=0.05)
+    s.nothing_left()
+    assert reasons(s) == ["crashed"]
+    assert "while it was read" in errors(s)[0]["message"]
+    # Once with the others, then alone; once more than a body may, for that is how the two are told apart.
+    assert ends <= 4
     assert is_alive(worker.pid)
 
 

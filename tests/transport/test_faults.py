@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import functools
+import lzma
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import pytest
 
 from streamtask.errors import ReplyError, StreamTaskError
@@ -57,7 +62,27 @@ def consume(kit: Kit, count: int, *, prefetch: int = 3, timeout: float = 20) -> 
 
 # --- junk ----------------------------------------------------------------------------------------------------------------
 
+
+def of_kombu(body: Any, compression: Any = None, *more: Any) -> dict[bytes, bytes]:
+    """A message of kombu's with such a body."""
+    parts = [body, "text/plain", "utf-8", {"compression": compression}, {}, *more]
+    return {wire.MSGPACK: msgpack.packb(["task", None, new_id(), parts, {}, None])}
+
+
+ZEROS = bytes(200 << 20)
 JUNK: dict[str, dict[bytes, bytes]] = {
+    "a bomb of zlib": of_kombu(zlib.compress(ZEROS), "application/x-gzip"),
+    "a bomb of bz2": of_kombu(bz2.compress(ZEROS), "bzip2"),
+    "a bomb of lzma": of_kombu(lzma.compress(ZEROS, preset=0), "application/x-lzma"),
+    "the second is a bomb": of_kombu(bz2.compress(b"x") + bz2.compress(ZEROS), "bzip2"),
+    "cut off": of_kombu(zlib.compress(b"x" * 1000)[:-5], "zlib"),
+    "no bytes to decompress": of_kombu([1], "zlib"),
+    "sets in sets": of_kombu(
+        functools.reduce(lambda inner, _: [msgpack.ExtType(7, msgpack.packb(inner))], range(250), [])
+    ),
+    "a lone surrogate": {
+        wire.MSGPACK: wire.encode("t", None, new_id(), ['["b", "text/plain", "utf-8", {"id": "\\ud800"}, {}]'], {})
+    },
     "fields": {b"some": b"junk"},
     "no msgpack": {wire.MSGPACK: b"\xc1\xff"},
     "empty": {wire.MSGPACK: b""},

@@ -1,4 +1,4 @@
-"""Whatever bytes come, decoding gives an envelope or ``DecodeError``, soon: some seconds of what ``make fuzz`` does for longer."""
+"""Whatever bytes come, decoding gives an envelope or ``DecodeError``, soon: some seconds of what ``make fuzz`` does."""
 
 from __future__ import annotations
 

@@ -13,9 +13,8 @@ import psutil
 import pytest
 
 from streamtask.errors import EncodeError
-from streamtask.redis import wire
-from tests.helpers import wait_until
 from tests.fuzz import near_envelope
+from tests.helpers import wait_until
 from tests.worker.rig import TASKS, keys_on
 
 ASYNC = """
@@ -104,7 +103,7 @@ def test_what_no_worker_may_decode_is_a_dead_letter_at_once(redis_server, site, 
         with_arg(nested(250)),
         with_arg(nested(9)),
         envelope([msgpack.ExtType(7, msgpack.packb(packed))]),
-        envelope([{one: None for one in packed}]),
+        envelope([dict.fromkeys(packed)]),
         envelope([msgpack.ExtType(7, msgpack.packb(list(range(20_000))))]),
         envelope(headers={"expires": "x"}),
         envelope(headers={"expires": [1]}),
@@ -222,7 +221,7 @@ def test_what_ends_its_process_when_it_is_read_is_a_dead_letter_in_the_end(
     ends = pod.log.count("a worker process ended")
     assert 4 <= ends <= 6
     assert [len(site.of("S", key, n)) for n in range(20)] == [1] * 20
-    assert site.started(key) == sorted(site.started(key)) or concurrency > 1 and key is None
+    assert site.started(key) == sorted(site.started(key)) or (concurrency > 1 and key is None)
 
 
 def test_messages_above_the_limit_leave_no_memory_behind(own_server, site):
