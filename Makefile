@@ -37,6 +37,10 @@ test-rest: $(VENV)/.test ## Run the tests that make test leaves out: chaos, Cele
 test-all: $(VENV)/.test ## Run all tests, some 15 minutes on two cores
 	$(PYTEST) $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(VENV)/.test ## Decode bytes near valid messages for 10 minutes, and see that nothing breaks (make fuzz ARGS='--seconds 60')
+	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.lint ## Check style, format, types and layers
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from .backoff import delays
 from .clock import mono_s, wall_ms
-from .errors import AccessRefused, BrokerUnavailable, ConfigError, ResultTimeout, TaskError, TaskRevoked
+from .errors import AccessRefused, BrokerUnavailable, ConfigError, DecodeError, ResultTimeout, TaskError, TaskRevoked
 from .redis import keys, wire
 from .redis.connection import Broker
 from .redis.scripts import script
@@ -57,7 +57,7 @@ class ResultStore:
     def read(self, task_id: str) -> dict[str, Any] | None:
         with self.broker.wrapped():
             payload = self.broker.client().get(self.key(task_id))
-        return None if payload is None else wire.unpack_body(payload)
+        return None if payload is None else _read(task_id, payload)
 
     def wait(self, task_id: str, timeout_s: float | None) -> dict[str, Any]:
         """Subscribes, then reads, waits, and reads again after every reconnect, so that no result is missed."""
@@ -92,6 +92,18 @@ class ResultStore:
                         return found
             finally:
                 pubsub.close()
+
+
+def _read(task_id: str, payload: bytes) -> dict[str, Any]:
+    try:
+        found = wire.unpack_body(payload)
+    except Exception as exc:
+        raise DecodeError(
+            f"what is stored as the result of task {task_id} can't be decoded: {said(exc)[:500]}"
+        ) from exc
+    if not (type(found) is dict and {"state", "result", "error", "traceback"} <= found.keys()):
+        raise DecodeError(f"what is stored as the result of task {task_id} is no result")
+    return found
 
 
 class Revoker(Protocol):

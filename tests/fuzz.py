@@ -66,7 +66,7 @@ def value(chance: random.Random, depth: int = 4) -> Any:
         return {chance.choice(TEXTS): value(chance, depth - 1) for _ in range(chance.randrange(4))}
     if kind == 12:
         inner: Any = [value(chance, depth - 1) for _ in range(chance.randrange(4))]
-        for _ in range(chance.choice([1, 1, 2, 8, 9, 300])):
+        for _ in range(chance.choice([1, 1, 2, 4, 5, 300])):
             inner = [msgpack.ExtType(7, pack(inner))]
         return inner[0]
     return msgpack.ExtType(7, pack(ALIKE[: chance.choice([3, 3, 3, 70, 2000])]))

@@ -44,7 +44,7 @@ H_ETA = "eta"  # instant in ms that was asked for
 _INSTANTS = frozenset((H_EXPIRES, H_PRODUCED, H_ETA))
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999
 
-MOST_NESTED_SETS = 8
+MOST_NESTED_SETS = 4
 """A set in a set in ...: each level is a call of msgpack inside a call of msgpack, on the C stack of a thread."""
 MOST_HASHED = 10_000
 """Elements of a set, or keys of a map, that are neither text nor bytes: their hashes are known to whoever sends them."""

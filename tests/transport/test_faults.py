@@ -152,6 +152,19 @@ def test_an_odd_message_of_a_foreign_producer_may_come_again(kit: Kit, kind: str
     assert sorted(inbox.bodies) == ["after", "b"]
 
 
+@pytest.mark.parametrize("compression", ["gzip", "zlib", "bzip2", "lzma"])
+def test_compressed_messages_are_delivered(kit: Kit, compression: str) -> None:
+    """Small ones, empty ones, and such as many pieces are made of."""
+    channel = kit.channel()
+    kit.queue(channel)
+    bodies = ["", "x", "x" * 5_000_000, "".join(map(str, range(300_000)))]
+    for body in bodies:
+        publish(channel, body, compression=compression)
+    inbox = Inbox(kit.channel(), "q")
+    inbox.take(len(bodies))
+    assert inbox.bodies == bodies
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["", "full"])
 @pytest.mark.parametrize("how", ["get", "no_ack get", "no_ack", "consume"])
 def test_junk_in_other_ways_of_taking(kit: Kit, redis_server: RedisServer, how: str, full: bool) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import datetime as dt
 import json
 import math
 import re
+import threading
+import time
+import tracemalloc
 import uuid
 from collections import OrderedDict, namedtuple
 from decimal import Decimal
@@ -300,3 +304,162 @@ def test_packed_ids_have_sixteen_bytes(text):
 def test_packed_ids_of_different_ids_differ():
     assert wire.pack_id(ID) == ID
     assert len({wire.pack_id(f"order-{n}") for n in range(1000)}) == 1000
+
+
+# --- limits: a message of a hostile producer, and what its sender is told before it is one ---
+
+HASH_0 = 2**61 - 1
+"""Multiples of it have the hash 0, as int, Decimal, UUID and float."""
+
+
+def packed_set(values):
+    return msgpack.ExtType(7, msgpack.packb(values, default=wire._default))
+
+
+def with_args(*args):
+    return [b"m", msgpack.packb(["t", b"k", ID, list(args), {}, None], default=wire._default)]
+
+
+def sets_in_sets(levels):
+    inner = []
+    for _ in range(levels):
+        inner = [msgpack.ExtType(7, msgpack.packb(inner))]
+    return inner[0]
+
+
+def frozensets(levels):
+    value = frozenset()
+    for _ in range(levels - 1):
+        value = frozenset([value])
+    return value
+
+
+def test_sets_nest_as_deep_as_it_is_said():
+    most = wire.MOST_NESTED_SETS
+    assert roundtrip({"a": frozensets(most)}) == {"a": set(frozensets(most))}
+    assert wire.decode(with_args(sets_in_sets(most)))
+    for levels in (most + 1, 250, 5000):
+        with pytest.raises(DecodeError, match="nested"):
+            wire.decode(with_args(sets_in_sets(levels)))
+        with pytest.raises(EncodeError, match="nested"):
+            wire.encode("t", None, ID, [frozensets(levels)], {})
+
+
+@pytest.mark.parametrize("kb, packed", [(512, False), (2048, True)], ids=["decode", "encode"])
+def test_the_deepest_that_is_taken_needs_no_large_stack(kb, packed):
+    """Of a thread (8 MB on Linux), with arrays as deep as msgpack lets them be in each of the sets."""
+    inner = []
+    for _ in range(wire.MOST_NESTED_SETS):
+        inner = [msgpack.ExtType(7, b"\x91" * 1000 + msgpack.packb(inner))]
+    fields = with_args(inner[0])
+    value = wire.decode(fields)[3][0]
+    before = threading.stack_size(kb << 10)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            if packed:
+                assert len(pool.submit(wire.encode, "t", None, ID, [value], {}).result()) > 4000
+            else:
+                assert len(pool.submit(wire.decode, fields).result()) == 6
+    finally:
+        threading.stack_size(before)
+
+
+FLOODS = {
+    "decimals": [Decimal(HASH_0 * n) for n in range(1, 20_000)],
+    "uuids": [uuid.UUID(int=HASH_0 * n) for n in range(1, 20_000)],
+    "many numbers": list(range(wire.MOST_HASHED + 1)),
+    "few decimals": [Decimal(HASH_0 * n) for n in range(1, wire.MOST_ALIKE + 2)],
+}
+
+
+@pytest.mark.parametrize("values", FLOODS.values(), ids=FLOODS)
+@pytest.mark.parametrize("how", ["set", "keys", "set of sets"])
+def test_no_hash_table_is_made_of_what_would_flood_it(values, how):
+    packed = [msgpack.Packer(default=wire._default).pack(value) for value in values]
+    if how == "keys":
+        head = msgpack.Packer().pack_map_header(len(packed))
+        raw = head + b"".join(key + b"\xc0" for key in packed)
+    else:
+        raw = msgpack.packb(msgpack.ExtType(7, msgpack.Packer().pack_array_header(len(packed)) + b"".join(packed)))
+    if how == "set of sets":
+        raw = msgpack.packb(msgpack.ExtType(7, b"\x91" + raw))
+    marker = msgpack.packb("here")
+    fields = with_args("here")
+    fields[1] = fields[1].replace(marker, raw)
+    began = time.process_time()
+    with pytest.raises(DecodeError, match=r"hash|at most"):
+        wire.decode(fields)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    "values", [set(range(20_000)), dict.fromkeys(range(20_000)), {Decimal(HASH_0 * n) for n in range(99)}]
+)
+def test_the_sender_is_told_of_what_would_be_refused(values):
+    with pytest.raises(EncodeError, match=r"hash|at most"):
+        wire.encode("t", None, ID, [[values]], {})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        dict.fromkeys(map(str, range(50_000))),
+        set(map(str, range(50_000))),
+        dict.fromkeys(range(wire.MOST_HASHED)),
+        {2.0**n for n in range(-1000, 1000)},
+        {True: 1, None: 2, 1.5: 3, b"b": 4, uuid.UUID(int=5): 5, dt.date(2026, 1, 1): 6, Decimal("1E+400"): 7},
+        {(n, str(n)) for n in range(1000)},
+    ],
+    ids=["text keys", "a set of text", "numbers as keys", "powers of two", "keys of all types", "pairs"],
+)
+def test_large_sets_and_maps_of_honest_values_are_taken(value):
+    assert wire.decode([b"m", wire.encode("t", b"k", ID, [value], {})])[3] == [value]
+
+
+@pytest.mark.parametrize("name", ["expires", "eta", "at"])
+@pytest.mark.parametrize("value", ["x", b"1", [1], {}, True, math.nan, math.inf, 1e300, 2**63, -(2**60)], ids=repr)
+def test_an_instant_that_is_none_is_refused_at_both_ends(name, value):
+    with pytest.raises(DecodeError):
+        wire.decode([b"m", msgpack.packb([*GOOD[:5], {name: value}])])
+    with pytest.raises(EncodeError, match=name):
+        wire.encode("t", None, ID, [], {}, {name: value})
+    if not isinstance(value, bytes):
+        with pytest.raises(DecodeError):
+            wire.decode(json_entry(task="t", id="x", headers={name: value}))
+
+
+@pytest.mark.parametrize("headers", [{1: 2}, {b"b": 1}, {"content": "application/json"}, {"content": 5}], ids=repr)
+def test_other_headers_that_no_worker_understands(headers):
+    with pytest.raises(DecodeError):
+        wire.decode([b"m", msgpack.packb([*GOOD[:5], headers])])
+    with pytest.raises(EncodeError):
+        wire.encode("t", None, ID, [], {}, headers)
+
+
+def test_no_headers_that_are_named_are_as_good_as_none():
+    named = {"expires": None, "eta": None, "content": None, "mine": [1]}
+    assert wire.decode([b"m", wire.encode("t", None, ID, [], {}, named)])[5] == named
+
+
+@pytest.mark.parametrize("where", ["id", "task", "key", "args", "kwargs", "headers"])
+def test_a_lone_surrogate_in_json_is_refused(where):
+    values = {"task": "t", "id": "x", "key": "k", "args": ["a"], "kwargs": {"a": {"b": "c"}}, "headers": {"h": "v"}}
+    assert wire.decode(json_entry(**values))
+    text = json.dumps({**values, where: json.loads(json.dumps(values[where]).replace('"', '"\\ud83d', 1))})
+    with pytest.raises(DecodeError):
+        wire.decode([b"j", text.encode()])
+    assert wire.decode(json_entry(**{**values, "task": "\U0001f600 \\ud800"}))[0] == "\U0001f600 \\ud800"
+
+
+def test_what_claims_to_be_large_takes_no_memory():
+    """msgpack before 1.2.4 made room for all that an array says it has: 780 MB for 200 KB."""
+    claim = b"\xdd" + (200_000).to_bytes(4, "big")
+    raw = b"\x96\xa1t\xc4\x01k\xc4\x10" + ID + claim * 500
+    tracemalloc.start()
+    try:
+        with pytest.raises(DecodeError):
+            wire.decode([b"m", raw + b"\xc0" * (200_000 - len(raw))])
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+    assert msgpack.version >= (1, 2, 4)

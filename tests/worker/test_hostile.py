@@ -101,7 +101,7 @@ def test_what_no_worker_may_decode_is_a_dead_letter_at_once(redis_server, site, 
     packed = [msgpack.ExtType(5, str(one).encode()) for one in flood]
     hostile = [
         with_arg(nested(250)),
-        with_arg(nested(9)),
+        with_arg(nested(5)),
         envelope([msgpack.ExtType(7, msgpack.packb(packed))]),
         envelope([dict.fromkeys(packed)]),
         envelope([msgpack.ExtType(7, msgpack.packb(list(range(20_000))))]),
