@@ -154,10 +154,10 @@ def test_an_odd_message_of_a_foreign_producer_may_come_again(kit: Kit, kind: str
 
 @pytest.mark.parametrize("compression", ["gzip", "zlib", "bzip2", "lzma"])
 def test_compressed_messages_are_delivered(kit: Kit, compression: str) -> None:
-    """Small ones, empty ones, and such as many pieces are made of."""
+    """Small ones, and such as many pieces are made of."""
     channel = kit.channel()
     kit.queue(channel)
-    bodies = ["", "x", "x" * 5_000_000, "".join(map(str, range(300_000)))]
+    bodies = ["x", "x" * 5_000_000, "".join(map(str, range(300_000)))]
     for body in bodies:
         publish(channel, body, compression=compression)
     inbox = Inbox(kit.channel(), "q")
