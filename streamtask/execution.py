@@ -38,6 +38,7 @@ EXHAUSTED = "exhausted"
 FAILED = "failed"
 REJECTED = "rejected"
 EXPIRED = "expired"
+MOST_DELAY_S = 100 * 365 * 86400.0
 NOT_BY_THE_BODY = ("crashed", "undecodable", "broken")
 """Reasons of dead letters whose results nobody has stored yet."""
 
@@ -313,9 +314,11 @@ class Runner:
 
 
 def _asked_delay_s(exc: Retry) -> float | None:
+    asked = exc.countdown
     if exc.eta is not None:
-        return max(0.0, (exc.eta - dt.datetime.now(dt.timezone.utc)).total_seconds())
-    return exc.countdown
+        asked = (exc.eta - dt.datetime.now(dt.timezone.utc)).total_seconds()
+    # A body may ask for anything: what is no number raises here, and never in the loop that stores when it is due.
+    return None if asked is None else min(max(0.0, float(asked)), MOST_DELAY_S)
 
 
 def _brief(exc: BaseException) -> str:

@@ -171,10 +171,11 @@ def pack_body(value: object) -> bytes:
     except IndexError:
         packer = msgpack.Packer(default=_default)
     packed: bytes = packer.pack(value)
+    if len(packed) < MAY_HAVE_MOST:
+        _packers.append(packer)
+        return packed
     if len(packed) < PACKER_KEEPS:
         _packers.append(packer)
-        if len(packed) < MAY_HAVE_MOST:
-            return packed
     _check_keys(packed)
     return packed
 

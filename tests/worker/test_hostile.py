@@ -138,7 +138,9 @@ def test_text_that_cant_be_encoded_harms_nobody(redis_server, site, source, conc
     ]
     for one in hostile:
         append(site, json.dumps(one), "j")
-    results = [site.task("raises").delay(how=how) for how in ("error", "reject", "nested", "no text", "naive eta")]
+    results = [
+        site.task("raises").delay(how=how) for how in ("error", "reject", "nested", "no text", "naive eta", "odd delay")
+    ]
     returned = site.task("raises").delay(how="return")
     nothing_else_suffered(site, pod, children, 2 * len(hostile) + len(results))
     for result in [*results, returned]:
@@ -167,6 +169,8 @@ def raises(how):
         raise Mute()
     if how == "naive eta":
         raise Retry(eta=datetime.datetime.now())
+    if how == "odd delay":
+        raise Retry(countdown="soon")
     return "\\ud800"
 
 if put.is_async:
