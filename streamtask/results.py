@@ -45,7 +45,7 @@ class ResultStore:
         }
         try:
             payload = wire.pack_body(body)
-        except Exception as exc:
+        except (TypeError, ValueError, OverflowError, DecodeError) as exc:
             body |= {
                 "state": FAILURE,
                 "result": None,

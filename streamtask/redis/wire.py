@@ -212,7 +212,7 @@ def encode(
         if headers is not None:
             _check_headers(headers, args)
         return pack_body((task, key, message_id, args, kwargs, headers))
-    except Exception as exc:
+    except (TypeError, ValueError, OverflowError, DecodeError) as exc:
         raise EncodeError(
             f"the arguments of task {task!r} can't be serialised: {said(exc)}. Pass plain values (numbers, text, bytes, "
             "lists, dicts, dates, UUIDs), or name another serializer"
