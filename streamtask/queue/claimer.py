@@ -196,7 +196,7 @@ class Claimer(Arrivals):
         if noted:
             ids = [entry_id for entry_id, _ in noted]
             there = link.command("HMGET", self.keys.notes(self.settings.group), *ids)
-            self._write_notes(link, [one for one, text in zip(noted, there, strict=True) if not text])
+            self._write_notes(link, [one for one, text in zip(noted, there, strict=True) if one[1].is_ahead_of(text)])
 
     def _read_clock(self, link: Link) -> bool:
         """Reads Redis' clock. True if it has surely been set back, or is another machine's that is behind."""

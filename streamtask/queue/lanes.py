@@ -53,6 +53,15 @@ class Note:
             return cls()
         return cls(*map(int, text.split()))
 
+    def is_ahead_of(self, text: bytes | None) -> bool:
+        """Whether it knows of attempts or crashes that Redis has lost, of which this is there."""
+        there = Note.parse(text) if text else Note()
+        if not text or there.held:
+            return not text
+        return (self.attempt, self.crashes) != (there.attempt, there.crashes) and (
+            self.attempt >= there.attempt and self.crashes >= there.crashes
+        )
+
     def format(self) -> str:
         return f"{self.attempt} {self.due_ms} {self.crashes} {self.mark} {self.charged} {self.held}"
 

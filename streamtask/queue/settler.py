@@ -76,7 +76,10 @@ class Settling(Held):
         return script("settle").pack_text(self._settle_keys, (str(token), incarnation, group, *ids))
 
     def flush(self, link: Link) -> None:
-        """Writes the notes and dead letters that ``collect`` and reading have left to do."""
+        """Writes the notes and dead letters that ``collect`` and reading have left to do. None of them overtakes the
+        acknowledgement of what ended before: a crash in between would run that again behind it."""
+        if self.has_writes():
+            self.settle(link)
         self.write_notes(link)
         while self._dead:
             item, _, outcome = self._dead[0]

@@ -614,9 +614,8 @@ class Control:
                 self._handed_over(owned)
             return
         stored = self._outbox.send()
-        if consumer.has_writes():
+        if stored and consumer.has_writes():
             while consumer.settling:
-                # A dead letter must not overtake the acknowledgement of what ran before it.
                 self._take_settled()
             consumer.flush(self._link)
             self._look_at = mono_s()  # a lane may be open now

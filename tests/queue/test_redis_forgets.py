@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from streamtask.queue.consumer import Outcome
 from tests.queue.test_takeover import KEYS, Rig
 
 
@@ -75,6 +76,25 @@ def test_an_attempt_is_not_forgotten(rig):
     assert rig.client.hgetall(rig.keys.notes("workers")) == notes
     run_all(rig, consumer, False)
     assert rig.started == {key: list(range(rig.sent[key])) for key in KEYS}
+
+
+def test_a_second_attempt_is_not_forgotten_either(rig):
+    consumer = rig.owner()
+    rig.send(1)
+    rig.fetch(consumer)
+    rig.run(consumer, 1, False, fail={(b"a", 0)})
+    mark = rig.server.written()
+    consumer.lanes.open_due(float("inf"))
+    batch = consumer.take(rig.link, 1)
+    batch.outcomes.append((0, Outcome("retry")))
+    consumer.complete(batch)
+    consumer.flush(rig.link)
+    ((entry_id, note),) = rig.client.hgetall(rig.keys.notes("workers")).items()
+    assert note.startswith(b"2 ")
+
+    lose(rig, consumer, mark)
+
+    assert rig.client.hgetall(rig.keys.notes("workers")) == {entry_id: note}
 
 
 def test_by_a_slower_clock_an_id_may_be_a_new_messages(rig):
