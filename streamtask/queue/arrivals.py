@@ -251,6 +251,9 @@ class Arrivals(Settling):
                     lane = self.lanes.close(key, None, None)
                     touched.append(lane)
                 self.lanes.add(lane, item[1] if isinstance(item, tuple) else item)
+            elif lane is not None:
+                # Later ones of its key may wait there, and lanes are served before the buffer.
+                self.lanes.add(lane, item[1] if isinstance(item, tuple) else item)
             else:
                 assert isinstance(item, Delivery)
                 self.buffer.append(item)

@@ -113,6 +113,31 @@ def test_by_a_slower_clock_an_id_may_be_a_new_messages(rig):
     assert sum(map(len, rig.started.values())) == 17, "what was acknowledged runs once more"
 
 
+def test_what_runs_again_runs_before_later_ones_of_its_key(rig):
+    """It was acknowledged too long ago to be told again, and later ones of its keys wait in lanes."""
+    consumer = rig.owner()
+    rig.send(40)
+    rig.fetch(consumer)
+    mark = rig.server.written()
+    rig.run(consumer, 10, True)
+    batches = consumer.take_free(rig.link, 100)  # one of each key; the rest waits in lanes
+    assert len(batches) == len(KEYS)
+    assert consumer.lanes.waiting > 0
+
+    consumer._sent.clear()
+    lose(rig, consumer, mark)
+
+    for batch in batches:
+        (delivery,) = batch.deliveries
+        rig.started[delivery.key].append(delivery.args[0])
+        consumer.complete_free(batch)
+    run_all(rig, consumer, True)
+    for key in KEYS:
+        after = rig.started[key][2:]
+        assert rig.started[key][:2] == [0, 1]
+        assert after == [0, *range(2, 8)], "what runs again comes before all that has not started"
+
+
 def test_a_takeover_reads_what_is_pending_and_not_what_lies_between(rig):
     rig.send(2000)
     former = rig.owner()
