@@ -14,6 +14,9 @@ between the check and the body's first write a process may be paused for an hour
 heartbeat for most of a lease time, or a broken connection) lets a former owner go first, for one lease time from its own
 return (``acquire.lua``; ``since`` below).
 
+*Each lease has its own length*, which stands with its record: processes with different settings live side by side while
+they are replaced, and none judges another by its own lease time.
+
 *A process is heard once for all its shared streams.* What its leases there say is who it is; until when they hold is one
 number for all of them (``QueueKeys.alive``), where a server holds them all: see ``Contact``.
 
@@ -32,7 +35,7 @@ from typing import Any
 
 from ..clock import mono_s
 from ..errors import LeaseLost
-from ..redis.keys import ShardKeys
+from ..redis.keys import ShardKeys, lease_times
 from ..redis.link import Link
 from ..redis.scripts import Code, script
 
@@ -71,7 +74,14 @@ class Lease:
         args = (self.token, self.incarnation, self.lease_ms)
         if self.shared:
             return script("renew_shared").pack(
-                (self.key, self.keys.consumers(self.group), self.keys.token(self.group), self.alive), args
+                (
+                    self.key,
+                    self.keys.consumers(self.group),
+                    self.keys.token(self.group),
+                    self.alive,
+                    lease_times(self.alive),
+                ),
+                args,
             )
         return script("renew").pack((self.key, self.keys.token(self.group)), args)
 
@@ -118,17 +128,19 @@ def acquire(
     since_ms: int = 0,
     lowest_token: int = 0,
     missed_at_ms: int = 0,
+    its_lease_ms: int = 0,
 ) -> Lease | Refused:
     """Takes a shard's lease if it is free.
 
     ``since_ms``: since when this process has been heard without a gap; ``missed_at_ms``: when it first found a record
-    gone that it had seen (a flush), or 0; both on Redis' clock.
+    gone that it had seen (a flush), or 0; both on Redis' clock. ``its_lease_ms``: the lease time of the owner that it saw
+    there.
     """
     sent_at = mono_s()
     answer = link.run(
         "acquire",
         [keys.lease(group), keys.token(group)],
-        [incarnation, lease_ms, since_ms, lowest_token, missed_at_ms],
+        [incarnation, lease_ms, since_ms, lowest_token, missed_at_ms, its_lease_ms or lease_ms],
     )
     if answer[0] == 0:
         return Refused(int(answer[1]))
@@ -143,7 +155,7 @@ def join_shared(link: Link, keys: ShardKeys, group: str, incarnation: str, lease
     alive = alive or keys.alive(group)
     answer = link.run(
         "join_shared",
-        [keys.lease(group, incarnation), keys.consumers(group), keys.token(group), alive],
+        [keys.lease(group, incarnation), keys.consumers(group), keys.token(group), alive, lease_times(alive)],
         [incarnation, lease_ms],
     )
     lease = Lease(keys, group, incarnation, lease_ms, True, int(answer[0]), 0.0, alive=alive)
@@ -170,7 +182,7 @@ class Contact:
     _outages: int = -1
 
     def pack_beat(self, incarnations: Iterable[str]) -> bytes:
-        return script("beat").pack((self.alive,), (self.lease_ms, self.since_ms, *incarnations))
+        return script("beat").pack((self.alive, lease_times(self.alive)), (self.lease_ms, self.since_ms, *incarnations))
 
     def heard(self, answer: Any, sent_at: float, outages: int) -> list[bool]:
         """Takes the answer to ``pack_beat``: for each incarnation whether all its leases are prolonged, else each is to be
@@ -200,6 +212,7 @@ def reap(
 
     True if it is gone now. False while its lease holds, or while nobody else lives to take its entries.
     """
+    alive = alive or keys.alive(group)
     while True:
         ended, moved = link.run(
             "reap_consumer",
@@ -210,7 +223,8 @@ def reap(
                 keys.requeued(group),
                 keys.wake,
                 keys.notes(group),
-                alive or keys.alive(group),
+                alive,
+                lease_times(alive),
             ],
             [group, incarnation, 1 if gone else 0, since_ms, lease_ms, 1000],
         )

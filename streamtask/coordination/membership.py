@@ -33,7 +33,7 @@ class Membership:
     def pack_beat(self, infos: Mapping[str, Mapping[str, Any]]) -> bytes:
         args: list[str | int] = [self.lease_ms, 1 if self.cut_off else 0, self.heard_ms, self.since_ms]
         for incarnation, info in infos.items():
-            args += [incarnation, json.dumps(info, separators=(",", ":"))]
+            args += [incarnation, json.dumps({"lease_ms": self.lease_ms, **info}, separators=(",", ":"))]
         return script("heartbeat").pack((self.keys.members(self.group), self.keys.member_info(self.group)), tuple(args))
 
     def heard(self, answer: Any, sent_ms: int) -> bool:

@@ -135,6 +135,11 @@ class QueueKeys:
         return ShardKeys(f"{self.namespace}:{{{self._tag}.{epoch}.{shard}}}:")
 
 
+def lease_times(alive: str) -> str:
+    """Beside ``QueueKeys.alive``: the lease time of each of its consumers, ms."""
+    return alive + ":times"
+
+
 def app_queues(namespace: str, app: str) -> str:
     """The set of an app's queue names, for the commands that list them."""
     return f"{namespace}:{{{segment(app)}}}:queues"

@@ -55,7 +55,7 @@ class QueueWatch:
         """Nothing more of it is to be owned here."""
         self.joined = False  # others were told
         self.look_at = 0.0  # monotonic: when to compare ownership next
-        self.seen_owner: set[int] = set()  # shards whose lease record was there once
+        self.seen_owner: dict[int, int] = {}  # shards whose lease record was there once: its lease time
         self.missed_ms: dict[int, int] = {}
         self.ask = True  # for its shape, at the next beat
         self.revoked: set[str] = set()
@@ -508,12 +508,12 @@ class Coordinator:
                         owners[at[held.lease.keys]] = member.incarnation
                 elif held.watch is watch and not held.lease.shared:
                     self._give_up(member, held)  # the queue was made anew, with fewer shards or another epoch
-        watch.seen_owner.update(owners)
+        watch.seen_owner.update(dict.fromkeys(owners, self._lease_ms))
         for shard in owners:
             watch.missed_ms.pop(shard, None)
         others = [shard for shard in shards if shard not in owners]
         keys = [watch.shard_keys(shard).lease(self._group) for shard in others]
-        records = self.links.pipeline([(key, pack("HMGET", key, "owner", "expires_at")) for key in keys])
+        records = self.links.pipeline([(key, pack("HMGET", key, "owner", "expires_at", "lease_ms")) for key in keys])
         redis_now = membership.redis_now_ms()
         expiry: dict[int, int] = {}
         for shard, record in zip(others, records, strict=True):
@@ -522,12 +522,12 @@ class Coordinator:
             if record[0]:
                 owners[shard] = record[0].decode()
                 expiry[shard] = int(record[1] or 0)
-                watch.seen_owner.add(shard)
+                watch.seen_owner[shard] = int(record[2] or self._lease_ms)
                 watch.missed_ms.pop(shard, None)
             elif record[0] is None and shard in watch.seen_owner:
                 watch.missed_ms.setdefault(shard, redis_now)
             elif record[0] == b"":
-                watch.seen_owner.add(shard)
+                watch.seen_owner[shard] = int(record[2] or self._lease_ms)
                 watch.missed_ms.pop(shard, None)
         for shard, named in owners.items():
             # The record names a process of ours that does not know of it: a lost reply, or the keeper before this one.
@@ -575,6 +575,7 @@ class Coordinator:
             self._lease_ms,
             since_ms=watch.membership.since_ms,
             missed_at_ms=watch.missed_ms.get(shard, 0),
+            its_lease_ms=watch.seen_owner.get(shard, 0),
         )
         if isinstance(answer, Refused):
             wait = max(0.01, (answer.ask_at_ms - watch.membership.redis_now_ms()) / 1000)

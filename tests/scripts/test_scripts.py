@@ -21,6 +21,7 @@ from streamtask.queue.declare import Queue
 from streamtask.queue.lanes import Note
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
+from streamtask.redis.keys import lease_times
 from streamtask.redis.scripts import Code, by_sha, script
 from streamtask.transport.consumer import StreamConsumer
 from tests.helpers import wait_until
@@ -514,6 +515,63 @@ def test_whose_time_is_over_is_named_until_all_have_seen_it(shard):
     living.beat()
     assert "long ago" not in living.contact.over
     assert shard.client.zscore(living.contact.alive, "gone") == now
+
+
+SHORT, LONG = LEASE, 40 * LEASE
+
+
+def test_a_member_with_a_longer_lease_time_keeps_it(shard):
+    short, long = membership(shard, SHORT), membership(shard, LONG)
+    members, info = shard.queue.keys.members(GROUP), shard.queue.keys.member_info(GROUP)
+    long.beat(shard.link, {"long": {}})
+    ends = shard.client.zscore(members, "long")
+    for _ in range(2):
+        short.beat(shard.link, {"short": {}})
+    assert shard.client.zscore(members, "long") == ends
+    # Until the next of its beats, which are rarer.
+    assert shard.client.pttl(members) > 5 * LONG < shard.client.pttl(info)
+    shard.client.zadd(members, {"long": ends + 1_000_000})  # the clock was set back since
+    short.beat(shard.link, {"short": {}})
+    assert ends <= shard.client.zscore(members, "long") <= shard.now_ms() + LONG
+
+
+def test_a_consumer_with_a_longer_lease_time_keeps_it(shard):
+    lease = join_shared(shard.link, shard.keys, GROUP, "long", LONG)
+    short, long = Living(shard, "short"), Living(shard, "long", lease_ms=LONG)
+    long.beat()
+    ends = shard.client.zscore(lease.alive, "long")
+    short.beat()
+    short.beat()
+    assert shard.client.zscore(lease.alive, "long") == ends
+    shard.client.zadd(lease.alive, {"long": ends + 1_000_000})  # the clock was set back since
+    short.beat()
+    assert ends <= shard.client.zscore(lease.alive, "long") <= shard.now_ms() + LONG
+    # It is not forgotten before it could have come back, either, after an outage of all.
+    now = shard.now_ms()
+    shard.client.zadd(lease.alive, {"long": now - 4 * SHORT})
+    short.contact.since_ms = now - 4 * SHORT + 1
+    short.beat()
+    assert "long" in short.contact.over
+    assert not reap(shard.link, shard.keys, GROUP, "long", SHORT, gone=False, since_ms=now - 2 * SHORT)
+    short.contact.since_ms = now - 4 * LONG
+    shard.client.zadd(lease.alive, {"long": now - 4 * LONG})
+    short.beat()
+    assert "long" not in short.contact.over
+    assert not shard.client.hexists(lease_times(lease.alive), "long")
+
+
+def test_who_takes_a_lease_waits_as_long_as_its_owner_was_given(shard):
+    """Where the clock was set back, after an outage of all, and after a flush."""
+    lease = shard.acquire("long", LONG)
+    shard.client.hset(lease.key, "expires_at", shard.now_ms() + 10 * LONG)
+    refused = shard.acquire("short", SHORT)
+    assert isinstance(refused, Refused)
+    assert refused.ask_at_ms > shard.now_ms() + LONG - SHORT
+    now = shard.now_ms()
+    shard.client.hset(lease.key, "expires_at", now - 10)
+    assert shard.acquire("short", SHORT, since_ms=now) == Refused(now + LONG)
+    shard.client.delete(lease.key)
+    assert shard.acquire("short", SHORT, missed_at_ms=now, its_lease_ms=LONG) == Refused(now + LONG)
 
 
 def test_since_begins_anew_after_a_broken_connection(shard):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
+
 from tests.helpers import wait_until
 from tests.worker.rig import TASKS, keys_on
 
@@ -139,3 +143,44 @@ def test_who_survives_takes_what_it_can_and_leaves_the_rest(redis_server, site):
     site.wait_ended()
     site.check()
     site.ready(2)
+
+
+@pytest.mark.parametrize("old,new", [(30.0, 2.0), (2.0, 30.0)])
+def test_processes_with_different_lease_times_live_side_by_side(redis_server, site, old, new):
+    """A deployment that changes the setting: nobody is taken for dead, nothing runs twice."""
+    long = """
+@app.task(name="long")
+def long(n):
+    note("S", None, n)
+    while not os.path.exists("gate-long"): time.sleep(0.02)
+    note("E", None, n)
+"""
+    site = site(redis_server, TASKS + long, shards=4)
+    first = site.pod(1, 2, lease=old)
+    site.ready(1)
+    site.task("long").delay(n=1)
+    wait_until(lambda: site.of("S", None, 1))
+    second = site.pod(1, 2, lease=new)
+    site.ready(2, 40)  # who beats rarely looks rarely
+    children, members = first.children() + second.children(), set(site.members())
+    keys = [keys_on(shard, 1, site.shards)[0] for shard in range(site.shards)]
+    consumers = site.keys.shard(0, "shared").consumers("workers")
+    alive = site.keys.alive("workers", site.keys.shard(0, "shared"), cluster=False)
+    often = (second if new < old else first).children()[0]
+    name = next(one for one, info in site.members().items() if info["pid"] == often)
+    beats: set[float] = set()
+    n = 0
+    while len(beats) < 12:  # of the one that is heard more often: some of its lease times
+        beats.add(site.redis.zscore(alive, name))
+        assert set(site.members()) == members
+        assert site.redis.zcard(consumers) == 2
+        for key in keys:
+            site.send(key, [n])
+        n += 1
+        time.sleep(0.1)
+    (site.folder / "gate-long").write_text("")
+    wait_until(lambda: site.ended() == 1 + n * len(keys), 30)
+    starts = [(event.key, event.n) for event in site.of("S")]
+    assert len(starts) == len(set(starts)) == 1 + n * len(keys)
+    assert first.children() + second.children() == children
+    assert "is gone" not in str(first.log) + str(second.log)

@@ -7,6 +7,7 @@
 -- ARGV[3] since when the caller has been heard without a gap, ms on Redis' clock
 -- ARGV[4] the lowest token to hand out
 -- ARGV[5] when the caller first missed a lease record that it had seen before, ms, or 0
+-- ARGV[6] the lease time of the owner that the caller saw last, ms; its own if it saw none
 -- Returns: {token, expires_at, by_expiry} when taken, else {0, when to ask again (ms)}
 -- A lease that expired while the caller itself was cut off from Redis stays its last owner's for one more lease time:
 -- an outage that silences everybody moves no shard.
@@ -17,9 +18,10 @@ local now = now_ms()
 local lease_ms = tonumber(ARGV[2])
 local record = redis.call('HMGET', KEYS[1], 'owner', 'token', 'expires_at', 'how', 'lease_ms')
 local owner, expires_at = record[1], tonumber(record[3] or '0')
-if owner ~= ARGV[1] and expires_at > now + math.max(lease_ms, tonumber(record[5] or '0')) then
+local its_lease_ms = tonumber(record[5] or ARGV[6])
+if owner ~= ARGV[1] and expires_at > now + its_lease_ms then
   -- The clock was set back since: it is counted from here on.
-  expires_at = now + lease_ms
+  expires_at = now + its_lease_ms
   redis.call('HSET', KEYS[1], 'expires_at', expires_at)
 end
 local by_expiry = 0
@@ -31,10 +33,10 @@ elseif owner and owner ~= '' then
   free_from = expires_at
 elseif not owner and tonumber(ARGV[5]) > 0 then
   by_expiry = 1
-  free_from = tonumber(ARGV[5]) + lease_ms
+  free_from = tonumber(ARGV[5]) + math.max(lease_ms, its_lease_ms)
 end
 if owner ~= ARGV[1] and by_expiry == 1 and tonumber(ARGV[3]) > free_from then
-  free_from = tonumber(ARGV[3]) + lease_ms
+  free_from = tonumber(ARGV[3]) + math.max(lease_ms, its_lease_ms)
 end
 if now < free_from then
   return { 0, free_from }

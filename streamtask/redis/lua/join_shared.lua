@@ -3,13 +3,15 @@
 -- KEYS[2] consumers  sorted set of names: 0 behind one that is known to be gone, else 1
 -- KEYS[3] token      counter without TTL
 -- KEYS[4] alive      sorted set incarnation -> expires_at (ms)
+-- KEYS[5] times      hash incarnation -> lease time, ms
 -- ARGV[1] incarnation
 -- ARGV[2] lease time, ms
 -- Returns: {token, expires_at}
 --- @include now
+--- @include times
 -- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
 redis.call('HDEL', KEYS[1], '')
-local expires_at = now_ms() + tonumber(ARGV[2])
+local now = now_ms()
 local token = redis.call('HGET', KEYS[1], 'token')
 if not token then
   local time = redis.call('TIME')
@@ -19,5 +21,5 @@ if not token then
   redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', token)
 end
 redis.call('ZADD', KEYS[2], 1, ARGV[1])
-redis.call('ZADD', KEYS[4], expires_at, ARGV[1])
-return { tonumber(token), expires_at }
+says_alive(KEYS[4], KEYS[5], ARGV[1], now, tonumber(ARGV[2]))
+return { tonumber(token), now + tonumber(ARGV[2]) }

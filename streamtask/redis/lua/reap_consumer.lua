@@ -7,6 +7,7 @@
 -- KEYS[5] wake       stream
 -- KEYS[6] notes      hash
 -- KEYS[7] alive      sorted set incarnation -> expires_at (ms)
+-- KEYS[8] times      hash incarnation -> lease time, ms
 -- ARGV[1] group
 -- ARGV[2] incarnation of the consumer to end
 -- ARGV[3] '1' if it is known to be gone; else only when its lease has expired
@@ -18,12 +19,14 @@
 --- @include now
 --- @include pending
 --- @include requeued
+--- @include times
 local now = now_ms()
 local score = alive_until(KEYS[2], KEYS[7], ARGV[2])
 if ARGV[3] ~= '1' and score > 0 then
   local free_from = score
   if tonumber(ARGV[4]) > score then
-    free_from = tonumber(ARGV[4]) + tonumber(ARGV[5])
+    local lease_ms = tonumber(ARGV[5])
+    free_from = tonumber(ARGV[4]) + math.max(lease_ms, lease_time(KEYS[8], ARGV[2], lease_ms))
   end
   if now < free_from then
     return { 0, 0 }

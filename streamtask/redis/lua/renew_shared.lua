@@ -5,6 +5,7 @@
 -- KEYS[2] consumers  sorted set of names
 -- KEYS[3] token      counter
 -- KEYS[4] alive      sorted set incarnation -> expires_at (ms)
+-- KEYS[5] times      hash incarnation -> lease time, ms
 -- ARGV[1] token
 -- ARGV[2] incarnation
 -- ARGV[3] lease time, ms
@@ -13,6 +14,7 @@
 --- @include codes
 --- @include fence
 --- @include now
+--- @include times
 -- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
 redis.call('HDEL', KEYS[1], '')
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
@@ -24,7 +26,7 @@ if not owns(KEYS[1], ARGV[1], ARGV[2]) then
 end
 local now = now_ms()
 redis.call('ZADD', KEYS[2], 1, ARGV[2])
-redis.call('ZADD', KEYS[4], now + tonumber(ARGV[3]), ARGV[2])
+says_alive(KEYS[4], KEYS[5], ARGV[2], now, tonumber(ARGV[3]))
 local over = {}
 local names = redis.call('ZRANGE', KEYS[2], 0, -1)
 for i = 1, #names do
