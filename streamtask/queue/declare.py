@@ -32,6 +32,7 @@ class Queue:
         self.shards = shards
         self.keys = QueueKeys(namespace, app, name)
         self._shape: Shape | None = None
+        self._groups: set[str] = set()  # all that were ever seen: a flush forgets them
         self._lock = threading.Lock()
 
     def shape(self) -> Shape:
@@ -59,7 +60,8 @@ class Queue:
     def declare(self, groups: tuple[str, ...] = ()) -> Shape:
         """Records the queue and opens its shards, unless that is done; adds groups to all of them, from the beginning.
 
-        A group is registered in the queue's metadata before any shard has it. Repeating this changes nothing.
+        A group is registered in the queue's metadata before any shard has it; so is each that this process has seen there
+        before, for after a flush what is sent is for all of them. Repeating this changes nothing.
         """
         link = self.broker.link(self.keys.meta)
         try:
@@ -74,12 +76,9 @@ class Queue:
                     f"configured with {self.shards}. Set shards={shape.shards} (queue_shards for one queue alone), or use a "
                     "queue of another name"
                 )
-            for group in groups:
+            for group in sorted(self._groups.union(groups)):
                 link.run("register_group", [self.keys.meta], [f"group:{group}"])
-            registered = [
-                field[6:].decode() for field in link.command("HKEYS", self.keys.meta) if field.startswith(b"group:")
-            ]
-            self._open_shards(link, shape, registered)
+            self._open_shards(link, shape, self.see_groups(link))
             names = app_queues(self.namespace, self.app)
             if not self._on(names, link, pack("SISMEMBER", names, self.name)):  # no write where Redis is full
                 self._on(names, link, pack("SADD", names, self.name))
@@ -87,6 +86,13 @@ class Queue:
             link.close()
         self._shape = shape
         return shape
+
+    def see_groups(self, link: Link) -> list[str]:
+        """The registered groups. The process remembers them."""
+        fields: list[bytes] = link.command("HKEYS", self.keys.meta)
+        groups = [field[6:].decode() for field in fields if field.startswith(b"group:")]
+        self._groups.update(groups)
+        return groups
 
     def _open_shards(self, link: Link, shape: Shape, groups: list[str]) -> None:
         opened = script("open_shard")

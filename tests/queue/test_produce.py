@@ -332,6 +332,26 @@ def test_flushall_in_mid_run_then_sending_works_again(redis_server_all, make):
         assert client.hget("streamtask:{t.default}:meta", "shards") == b"8"
 
 
+def test_after_a_flush_messages_are_for_all_groups_that_were_there(redis_server_all, make):
+    """Whoever opens the shards first does so for the groups that he knows: a producer, or the worker of one of them."""
+    client = redis_server_all.client()
+    sender, worker, late = (make(redis_server_all).queue("default") for _ in range(3))
+    late.declare(("a",))
+    worker.declare(("a", "b"))
+    sender.declare()
+    link = late.broker.link()
+    assert late.see_groups(link) == ["a", "b"]  # as a worker does once in a while
+    link.close()
+    for queue, own in ((sender, ()), (worker, ("b",)), (late, ("a",))):
+        client.flushall()
+        queue.forget()
+        queue.declare(own)
+        for shard in queue.all_shards():
+            state = client.hgetall(queue.shard_keys(shard).state)
+            assert {field for field in state if field.startswith(b"group:")} == {b"group:a", b"group:b"}
+            assert {info["name"] for info in client.xinfo_groups(queue.shard_keys(shard).stream)} == {b"a", b"b"}
+
+
 # --- dedupe ids --------------------------------------------------------------------------------------------------
 
 
