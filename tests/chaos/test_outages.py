@@ -25,7 +25,7 @@ def long_bodies(site, owned):
     site.send(None, range(30))
 
 
-def survives(site, pods, processes, away, back):
+def survives(site, pods, processes, away, back, leases=2.2):
     """An outage longer than the lease kills no body, runs none twice and moves no shard."""
     owned = site.ready(processes)
     children = [pod.children() for pod in pods]
@@ -34,7 +34,7 @@ def survives(site, pods, processes, away, back):
     long_bodies(site, owned)
     away()
     try:
-        time.sleep(LEASE * 2.2)
+        time.sleep(LEASE * leases)
         for i in range(len(owned)):
             if i % 2 == 0:
                 site.open_gate(i)  # some end while Redis is away, some later
@@ -69,10 +69,12 @@ def test_redis_is_killed_and_away_for_longer_than_the_lease(own_server_all, site
     survives(site, pods, 3, own_server_all.kill, own_server_all.start)
 
 
-def test_redis_hangs_for_longer_than_the_lease(own_server, site):
+@pytest.mark.parametrize("leases", [2.2, 6])
+def test_redis_hangs_for_longer_than_the_lease(own_server, site, leases):
+    """Also for so long that whoever is gone would have been forgotten: all calls that waited are answered at once then."""
     site = site(own_server, lease=LEASE, redis_timeout=1.0)
     pods = [site.pod(2), site.pod(1)]
-    survives(site, pods, 3, own_server.pause, own_server.resume)
+    survives(site, pods, 3, own_server.pause, own_server.resume, leases)
 
 
 def test_redis_refuses_the_password_for_longer_than_the_lease(own_server, site):

@@ -13,10 +13,11 @@ redis.call('ZREM', KEYS[1], '')
 local now = now_ms()
 local lease_ms = tonumber(ARGV[1])
 local expires_at = now + lease_ms
-local in_time = {}
+local in_time, all_in_time = {}, #ARGV > 2
 for i = 3, #ARGV do
   local before = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[i]) or '0')
   in_time[i - 2] = before > now and 1 or 0
+  all_in_time = all_in_time and before > now
   says_alive(KEYS[1], KEYS[2], ARGV[i], now, lease_ms)
 end
 -- Whose time ends later than if it was heard now was heard before the clock was set back.
@@ -27,9 +28,10 @@ for i = 1, #ahead, 2 do
     redis.call('ZADD', KEYS[1], latest, ahead[i])
   end
 end
--- By now all others have seen it, and it could have come back after an outage of all.
+-- By now all others have seen it, and it could have come back after an outage of all. An outage that the caller does not know
+-- of yet (this call may have waited for its end) would have let the caller's own time run out.
 local since = tonumber(ARGV[2])
-if since > 0 and since < now - 3 * lease_ms then
+if all_in_time and since > 0 and since < now - 3 * lease_ms then
   local past = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - 3 * lease_ms, 'WITHSCORES')
   for i = 1, #past, 2 do
     local long_ago = now - 3 * lease_time(KEYS[2], past[i], lease_ms)
