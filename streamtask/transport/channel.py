@@ -337,7 +337,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         if session.has_to_flush():
             session.flush()
         found = session.fetch(queue, 1)
-        if not found:
+        if not found or not session.deliveries.may_be_shown(found[0][1]):
             # Without a loop that looks for it, something else than a message may have come.
             session.look_again(queue)
             return None

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..clock import mono_s
 from ..errors import LeaseLost, StreamTaskError
 from ..queue.consumer import Batch
 from . import hooks
@@ -67,6 +68,28 @@ class Deliveries:
         """Until when (monotonic) a body of a shard may start though Redis can't be asked; takes no lock."""
         handed = self._handed.get(tag)
         return 0.0 if handed is None else self._session.ownership.trusted_until(handed.consumer)
+
+    def may_be_shown(self, tag: str) -> bool:
+        """Whether a message that was fetched may go to its consumer now: of a shard, if the keeper vouches for it, or if Redis
+        says that it is still this process'. If not, it goes back, or is another's. Raises ``StreamTaskError``
+        where Redis does not say."""
+        handed = self._handed.get(tag)
+        if handed is None or handed.consumer.lease.shared:
+            return True  # such a one keeps no order, or it was taken for good
+        session, consumer = self._session, handed.consumer
+        if not consumer.closing:
+            if mono_s() < session.ownership.trusted_until(consumer):
+                return True
+            try:
+                if session.says_owned(consumer.lease.key, consumer.lease.token):
+                    return True
+            except BaseException:
+                self.reject(tag, requeue=True)
+                raise
+            with session.lock:
+                session.lost(consumer, "")
+        self.reject(tag, requeue=True)
+        return False
 
     def ack(self, tag: str) -> bool:
         """A message has ended; False where this process does not hold it (any more)."""
@@ -155,12 +178,6 @@ class Deliveries:
             for tag in waiting:
                 handed = self._handed.pop(tag)
                 handed.consumer.give_back(handed.batch)
-
-    def leaves(self, tag: str) -> bool:
-        """Whether the shard of a delivery is to go to another process."""
-        with self._session.lock:
-            handed = self._handed.get(tag)
-            return handed is not None and handed.consumer.closing
 
     def start(self, tag: str, hold: bool, here: bool) -> bool:
         """A body starts, or a pool gets it: False if its message was given back before. ``hold``: closing its channel does not

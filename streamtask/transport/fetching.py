@@ -29,12 +29,17 @@ anybody."""
 def read(session: Session, consumed: Consumed, most: int) -> None:
     """Reads from Redis what there is into the consumers, and settles what has ended, in one round trip."""
     for consumer in list(consumed.consumers()):
-        if consumer.needs_audit:
-            consumer.recover(session.link(consumer), takeover=consumer.taken_over)
-            consumer.taken_over = False
-            consumer.read_at = 0.0
-        if consumer.has_to_recover():
-            consumer.recover_more(session.link(consumer))
+        try:
+            if consumer.needs_audit:
+                consumer.recover(session.link(consumer), takeover=consumer.taken_over)
+                consumer.taken_over = False
+                consumer.read_at = 0.0
+            if consumer.has_to_recover():
+                consumer.recover_more(session.link(consumer))
+        except LeaseLost as exc:
+            if consumer.lease.shared:
+                raise
+            session.lost(consumer, str(exc))
     now = mono_s()
     consumed.rung = False
     consumed.look_at = now + LOOK_S

@@ -157,10 +157,7 @@ class Poller:
             for channel in self.channels:
                 channel.consume_again()
             self._inherited = False
-        if session.epoch != self._epoch:
-            self._epoch = session.epoch
-            self._waiting.clear()
-            raise LeaseLost("messages that were delivered to this process are others' now; it begins anew")
+        self._check_epoch()
         # Who did not look for a while has to look before judging.
         if self.listener.overdue() and not self._look(self.listener.fileno()):
             self.listener.fail()
@@ -177,6 +174,17 @@ class Poller:
                 # Where nobody has looked for so long, its end says nothing of now: another is armed, and tells.
                 if not rested:
                     raise
+
+    def _check_epoch(self) -> None:
+        if self.session.epoch != self._epoch:
+            self._epoch = self.session.epoch
+            self._give_back()
+            raise LeaseLost("messages that were delivered to this process are others' now; it begins anew")
+
+    def _give_back(self) -> None:
+        """What waits here goes back, as far as it is still this process'."""
+        while self._waiting:
+            self.session.deliveries.reject(self._waiting.popleft()[3], requeue=True)
 
     def _look(self, fd: int) -> bool:
         """Reads from a socket if there is something to read."""
@@ -202,22 +210,27 @@ class Poller:
                 try:
                     while found:
                         payload, tag = found.popleft()
-                        if session.ownership.releasing and session.deliveries.leaves(tag):
-                            session.deliveries.reject(tag, requeue=True)
-                            continue
                         yield channel, queue, payload, tag
                 finally:
                     for _, tag in found:
                         session.deliveries.reject(tag, requeue=True)
 
-    def deliver(self, channel: Channel, queue: str, payload: dict[str, Any], tag: str) -> None:
+    def deliver(self, channel: Channel, queue: str, payload: dict[str, Any], tag: str) -> bool:
+        """False where a message goes back instead, or is another's. Time may have gone by since it was fetched."""
+        deliveries = self.session.deliveries
+        if self.session.epoch != self._epoch:
+            deliveries.reject(tag, requeue=True)
+            self._check_epoch()
+        if not deliveries.may_be_shown(tag):
+            return False
         if queue not in channel.consumed_queues():
             # It was cancelled meanwhile.
             channel = next((other for other in self.channels if queue in other.consumed_queues()), channel)
-        if queue in channel.consumed_queues():
-            channel.deliver(payload, tag, queue)
-        else:
-            self.session.deliveries.reject(tag, requeue=True)
+        if queue not in channel.consumed_queues():
+            deliveries.reject(tag, requeue=True)
+            return False
+        channel.deliver(payload, tag, queue)
+        return True
 
     def _deliver_fanout(self, most: int) -> int:
         count = 0
@@ -340,8 +353,7 @@ class Poller:
         for _ in range(TURNS):
             written_at = mono_s()
             for item in self._fetch():
-                count += 1
-                self.deliver(*item)
+                count += self.deliver(*item)
                 # A pool that runs bodies in this very thread takes its time.
                 if mono_s() > written_at + WRITE_S and self.session.has_to_flush():
                     self.session.flush()
@@ -403,8 +415,9 @@ class Poller:
                 for item in self._fetch():
                     self._waiting.append(item)
             if self._waiting:
-                self.deliver(*self._waiting.popleft())
-                return
+                if self.deliver(*self._waiting.popleft()):
+                    return
+                continue
             if self.session.has_to_flush():
                 self.session.flush()
                 continue
@@ -463,9 +476,7 @@ class Poller:
         if self.closed:
             return
         self.closed = True
-        for *_, tag in self._waiting:
-            self.session.deliveries.reject(tag, requeue=True)
-        self._waiting.clear()
+        self._give_back()
         if self.loop is not None:
             self.loop.on_tick.discard(self.tick)
             for fd in self._fds:

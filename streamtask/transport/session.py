@@ -390,11 +390,15 @@ class Session:
         names = self.queue(delivery["queue"]).keys.shard(delivery["epoch"], delivery["shard"])
         lease = names.lease(GROUP)
         try:
-            token = self.connections.once_more(lambda link: link.command("HGET", lease, "token"), lease)
+            return self.says_owned(lease, delivery["token"])
         except StreamTaskError as exc:
             log.info("who owns a shard can't be asked: %s", exc)
             return False
-        return token is None or int(token) == delivery["token"]
+
+    def says_owned(self, lease: str, token: int) -> bool:
+        """Whether Redis says that nobody has taken a lease over since. Raises ``StreamTaskError`` where it does not say."""
+        found = self.connections.once_more(lambda link: link.command("HGET", lease, "token"), lease)
+        return found is None or int(found) == token
 
     def has_to_flush(self) -> bool:
         return any(c.has_to_flush() for consumed in self.consumed.values() for c in consumed.consumers())
