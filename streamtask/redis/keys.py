@@ -145,6 +145,11 @@ def app_queues(namespace: str, app: str) -> str:
     return f"{namespace}:{{{segment(app)}}}:queues"
 
 
+def epochs(namespace: str, app: str) -> str:
+    """Of which epoch each queue of the kombu transport is, and, under the empty name, how many were deleted."""
+    return f"{namespace}:{{{segment(app)}}}:epochs"
+
+
 def expiring(namespace: str, app: str) -> str:
     """Queues of the kombu transport that expire unless they are used, by the instant (Redis' clock, ms)."""
     return f"{namespace}:{{{segment(app)}}}:expiring"

@@ -8,11 +8,12 @@ carry replies, never need them.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from ..queue.declare import Queue, Shape
 from ..redis.connection import Broker
-from ..redis.keys import SHARED, app_queues
+from ..redis.keys import SHARED, ShardKeys, app_queues, epochs
 from ..redis.link import Link, pack
 from ..redis.scripts import script
 from ..sharding import shard_of
@@ -77,14 +78,16 @@ class KombuQueue(Queue):
         if self._shape is None:
             self.broker.check_version()
             self.broker.warn_of_eviction()
+        keyed = any(isinstance(shard, int) for shard in wanted)
+        steps = [shard.partition(".")[2] for shard in wanted if isinstance(shard, str) and shard != SHARED]
 
         def make(link: Link) -> tuple[Shape, list[bytes], set[int | str]]:
-            keyed = any(isinstance(shard, int) for shard in wanted)
-            steps = [shard.partition(".")[2] for shard in wanted if isinstance(shard, str) and shard != SHARED]
             epoch, shards, *priorities = link.run(
-                "open_queue", [self.keys.meta], [str(self.shards) if keyed else "", GROUP, *steps]
+                "open_queue", [self.keys.meta], [named, str(self.shards) if keyed else "", GROUP, *steps]
             )
             shape = Shape(int(shards or 0), int(epoch))
+            if shape.epoch != named:
+                return shape, [], set()
             streams: set[int | str] = {*wanted, *(range(shape.shards) if keyed else ())}
             opened = script("open_shard")
             for shard in streams:
@@ -96,18 +99,58 @@ class KombuQueue(Queue):
                 wake = self.shard_keys(SHARED, shape).wake
                 self._on(wake, link, script("ring").pack((wake,), ("streams",)))
                 self._on("", link, pack("PUBLISH", self.keys.channel(GROUP), "keyed"))
-            names = app_queues(self.namespace, self.app)
-            if not self._on(names, link, pack("SISMEMBER", names, self.name)):
-                self._on(names, link, pack("SADD", names, self.name))
             return shape, priorities, streams
 
-        made: tuple[Shape, list[bytes], set[int | str]] = self._call(make, self.keys.meta)
-        shape, priorities, streams = made
+        made: tuple[Shape, list[bytes], set[int | str]]
+        named = self._name(0)
+        while True:
+            made = self._call(make, self.keys.meta)
+            shape, priorities, streams = made
+            # It may have been deleted meanwhile: then what was opened is no part of what has its name now.
+            before, named = named, self._name(shape.epoch)
+            if shape.epoch == before == named:
+                break
+            self.remove(named)
+        self._begin(shape)
         self._opened.update(streams)
-        self._shape = shape
         self.keyed = shape.shards > 0
         self.priorities = (0, *sorted(int(step) for step in priorities))
         return shape
+
+    def _name(self, least: int) -> int:
+        """Records the queue's name, and says of which epoch it is; ``least``: of which it must be at least."""
+        names = [app_queues(self.namespace, self.app), epochs(self.namespace, self.app)]
+        return int(self._call(lambda link: link.run("name_queue", names, [self.name, least]), names[0]))
+
+    def _begin(self, shape: Shape) -> None:
+        if self._shape is not None and self._shape.epoch != shape.epoch:
+            self._opened = set()
+        self._shape = shape
+
+    def remove(self, before: int) -> None:
+        """Removes the streams of an epoch before that one. Harmless at any time: nothing is of it any more, who still writes to
+        it finds out, and what is declared anew has other keys."""
+        shards = self.recorded()
+        shape = self._shape
+        if not shards or shape is None or shape.epoch >= before:
+            return
+        self.forget()
+
+        def unlink(names: ShardKeys, shard: int | str, link: Link) -> None:
+            found = [
+                names.stream, names.state, names.delayed, names.wake, names.requeued(GROUP), names.consumers(GROUP),
+                names.token(GROUP), names.notes(GROUP), names.replaced(GROUP), names.lease(GROUP), names.dlq,
+            ]  # fmt: skip
+            if isinstance(shard, str):
+                living = link.command("ZRANGE", names.consumers(GROUP), 0, -1)
+                found += [names.lease(GROUP, name.decode()) for name in living]
+            link.call(pack("UNLINK", *found))
+
+        for shard in shards:
+            names = self.shard_keys(shard, shape)
+            self._call(partial(unlink, names, shard), names.stream)
+        keys = [self.keys.meta, self.keys.members(GROUP), self.keys.member_info(GROUP)]
+        self._call(lambda link: link.run("forget_queue", keys, [shape.epoch]), self.keys.meta)
 
     def shard_for(self, key: bytes | None) -> int | str:
         if key is None:
@@ -122,7 +165,8 @@ class KombuQueue(Queue):
         meta = dict(zip(flat[::2], flat[1::2], strict=True))
         if not meta:
             return []
-        self._shape = Shape(int(meta.get(b"shards", 0)), int(meta.get(b"epoch", 0)))
+        self._begin(Shape(int(meta.get(b"shards", 0)), int(meta.get(b"epoch", 0))))
+        assert self._shape is not None
         self.keyed = self._shape.shards > 0
         steps = sorted(int(name[9:]) for name in meta if name.startswith(b"priority:"))
         self.priorities = (0, *steps)

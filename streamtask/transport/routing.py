@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ..clock import mono_s
 from ..redis import keys
 from ..redis.keys import SHARED
-from ..redis.link import Link, pack
+from ..redis.link import Link
 from .queues import GROUP
 from .session import Session
 
@@ -29,8 +29,10 @@ _swept_at: dict[int, float] = {}
 def declare(session: Session, queue: str, expires_ms: int | None) -> None:
     """Records a queue. ``expires_ms``: how long it is kept unused, None for ever."""
     now = mono_s()
-    while not _bind(session, queue, "", "", expires_ms or 0):
+    while (epoch := _bind(session, queue, "", "", expires_ms or 0)) is None:
         drop_expired(session, queue)
+    # Whoever deletes the one that had its name may not be done yet, and others may still publish to that.
+    session.queue(queue).remove(epoch)
     session.declared(queue)
     if expires_ms:
         session.touched_at(queue, expires_ms, now)
@@ -56,21 +58,25 @@ def keep(session: Session, queue: str) -> None:
 
 def drop_expired(session: Session, queue: str) -> None:
     """Removes a queue with all that is in it, if its time is over."""
-    if _unbind(session, queue, "expired"):
+    ended = _unbind(session, queue, "expired")
+    if ended:
         log.info("queue %s has expired, unused", queue)
-        _delete_streams(session, queue)
+        _remove(session, queue, ended)
 
 
-def _bind(session: Session, queue: str, exchange: str, member: str, expires_ms: int | str) -> bool:
-    """False where the queue has expired."""
+def _bind(session: Session, queue: str, exchange: str, member: str, expires_ms: int | str) -> int | None:
+    """The queue's epoch, None where it has expired."""
     namespace, app = session.options.namespace, session.options.app
     names = [
         keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue),
-        keys.bindings(namespace, app, exchange), keys.born(namespace, app),
+        keys.bindings(namespace, app, exchange), keys.born(namespace, app), keys.epochs(namespace, app),
     ]  # fmt: skip
-    born = session.connections.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP, uuid.uuid4().hex])
-    session.born = session.born or born or b""
-    return bool(born)
+    bound = session.connections.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP, uuid.uuid4().hex])
+    if not bound:
+        return None
+    born, epoch = bound
+    session.born = session.born or born
+    return int(epoch)
 
 
 def flushed(session: Session) -> bool:
@@ -87,13 +93,17 @@ def unbind(session: Session, queue: str, exchange: str, binding: Sequence[str | 
     _unbind(session, queue, exchange + SEP + SEP.join(part or "" for part in binding))
 
 
-def _unbind(session: Session, queue: str, what: str) -> bool:
+def _unbind(session: Session, queue: str, what: str) -> int:
+    """Where the queue's declaration was taken away: all of its epochs before that have ended."""
     namespace, app = session.options.namespace, session.options.app
-    names = [keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue)]
+    names = [
+        keys.app_queues(namespace, app), keys.expiring(namespace, app), keys.bound(namespace, app, queue),
+        keys.epochs(namespace, app),
+    ]  # fmt: skip
     args = [queue, keys.bindings(namespace, app, ""), SEP, what]
     while (done := session.connections.run("unbind_queue", names, args)) == 2:
         pass  # it has very many bindings
-    return bool(done)
+    return int(done[0]) if isinstance(done, list) else 0
 
 
 def table(session: Session, exchange: str) -> list[Binding]:
@@ -109,8 +119,13 @@ def table(session: Session, exchange: str) -> list[Binding]:
 
 def delete(session: Session, queue: str) -> None:
     """Removes a queue with its messages and bindings."""
-    _unbind(session, queue, "all")
-    _delete_streams(session, queue)
+    _remove(session, queue, _unbind(session, queue, "all"))
+
+
+def _remove(session: Session, queue: str, before: int) -> None:
+    session.drop_queue(queue)
+    session.queue(queue).remove(before)
+    session.queues.pop(queue, None)
 
 
 def sweep(session: Session) -> None:
@@ -125,27 +140,6 @@ def sweep(session: Session) -> None:
 
     for member in session.connections.once_more(overdue, name):
         drop_expired(session, member.decode())
-
-
-def _delete_streams(session: Session, queue: str) -> None:
-    session.drop_queue(queue)
-    found = session.queue(queue)
-    streams = found.recorded()
-    for shard in streams:
-        prefix = found.shard_keys(shard)
-        names = [
-            prefix.stream, prefix.state, prefix.delayed, prefix.wake, prefix.requeued(GROUP), prefix.consumers(GROUP),
-            prefix.token(GROUP), prefix.notes(GROUP), prefix.replaced(GROUP), prefix.lease(GROUP), prefix.dlq,
-            prefix.alive(GROUP),
-        ]  # fmt: skip
-        with session.connections.borrow(prefix.stream) as link:
-            if isinstance(shard, str):
-                leases = [prefix.lease(GROUP, name.decode()) for name in link.command("ZRANGE", names[5], 0, -1)]
-                names += leases
-            link.call(pack("UNLINK", *names))
-    with session.connections.borrow(found.keys.meta) as link:
-        link.call(pack("UNLINK", found.keys.meta, found.keys.members(GROUP), found.keys.member_info(GROUP)))
-    session.queues.pop(queue, None)
 
 
 def size(session: Session, queue: str) -> int:

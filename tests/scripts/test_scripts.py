@@ -1254,14 +1254,14 @@ def given_back(shard, much):
 
 
 def unbound(shard, much):
-    queues, expiring, bound = "{t}:queues", "{t}:expiring", "{t}:bound"
+    queues, expiring, bound, epochs = "{t}:queues", "{t}:expiring", "{t}:bound", "{t}:epochs"
     shard.client.sadd(queues, "q")
     for start in range(0, much, 1000):
         shard.client.sadd(bound, *(f"ex|{n}|p|q" for n in range(start, start + 1000)))
     done = 2
     while done == 2:
-        done = shard.link.run("unbind_queue", [queues, expiring, bound], ["q", "{t}:bindings:", "|", "all"])
-    assert done == 1
+        done = shard.link.run("unbind_queue", [queues, expiring, bound, epochs], ["q", "{t}:bindings:", "|", "all"])
+    assert done == [1]
     assert not shard.client.exists(queues, bound)
 
 

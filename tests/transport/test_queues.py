@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from kombu import Connection, Exchange, Producer, Queue
 
+from streamtask.redis.link import Link
+from streamtask.transport.routing import drop_expired
 from tests.fix_redis import RedisServer
 from tests.helpers import wait_until
 from tests.transport.kit import Inbox, Kit, publish
@@ -171,6 +175,103 @@ def test_an_expired_queue_is_gone(kit: Kit, make_kit: Any, redis_server: RedisSe
     assert code_of(kit.connect(), "long") is None
     publish(channel, 2, to="long")
     assert passive(channel, "long").message_count == 1
+
+
+@contextlib.contextmanager
+def step_in(number: int, what: Callable[[], None], armed: list[bool]) -> Iterator[list[bool]]:
+    """Does something before one of the calls of Redis that follow, counted from when it is armed. Says whether it did."""
+    real, count, done = Link.call, 0, []
+
+    def call(link: Link, packed: bytes) -> Any:
+        nonlocal count
+        if armed and not done:
+            count += 1
+            if count == number:
+                done.append(True)
+                what()
+        return real(link, packed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, "call", call)
+        yield done
+
+
+@pytest.mark.parametrize("how", ["delete", "expire"])
+@pytest.mark.parametrize("key", [None, "u1"], ids=["plain", "keyed"])
+def test_what_is_published_to_a_new_queue_outlives_the_removal_of_the_old(
+    kit: Kit, make_kit: Any, how: str, key: str | None
+) -> None:
+    """Whoever removes it has to do several things, and between any two of them others may declare a queue of its name, publish
+    to it, and have published to the old one all the time."""
+    others = [make_kit(kit.server, namespace=kit.namespace, eta_hold=59 - n).channel() for n in range(2)]
+    declarer, knows_it = others
+    headers = {"headers": {"shard_key": key}} if key else {}
+    number, went_on = 1, [True]
+    while went_on:
+        name = f"q{number}"
+        remover = kit.channel()
+        kit.queue(remover, name, **({"expires": 0.05} if how == "expire" else {}))
+        knows_it.session.queue(name)
+        for channel in (remover, knows_it):
+            publish(channel, "old", to=name, **headers)
+        if how == "expire":
+            wait_until(lambda name=name: code_of(kit.connect(), name) == "404")
+        connections, armed = remover.session.connections, []
+
+        def run_and_arm(script: str, *args: Any, run: Any = connections.run, armed: list[bool] = armed) -> Any:
+            answer = run(script, *args)
+            if script == "unbind_queue" and answer:
+                armed.append(True)
+            return answer
+
+        def meanwhile(name: str = name) -> None:
+            kit.queue(declarer, name)
+            for channel in (knows_it, declarer, knows_it):
+                publish(channel, "new", to=name, **headers)
+
+        with pytest.MonkeyPatch.context() as patch, step_in(number, meanwhile, armed) as went_on:
+            patch.setattr(connections, "run", run_and_arm)
+            if how == "delete":
+                remover.queue_delete(name)
+            else:
+                drop_expired(remover.session, name)
+        if went_on:
+            inbox = Inbox(declarer, name)
+            for _ in range(3):
+                inbox.take()[0].ack()
+            assert inbox.bodies == ["new"] * 3
+            assert passive(declarer, name).message_count == 0
+            number += 1
+    assert number > 3
+
+
+@pytest.mark.parametrize("key", [None, "u1"], ids=["plain", "keyed"])
+def test_a_queue_is_deleted_while_its_streams_are_made(kit: Kit, make_kit: Any, key: str | None) -> None:
+    """Between any two steps of a first publish: whatever is published after the new declaration is in the new queue."""
+    declarer = make_kit(kit.server, namespace=kit.namespace, eta_hold=59).channel()
+    headers = {"headers": {"shard_key": key}} if key else {}
+    number, went_on = 1, [True]
+    while went_on:
+        name = f"q{number}"
+        kit.queue(declarer, name)
+        publish(declarer, "old", to=name, **headers)
+        publisher = kit.channel()
+
+        def meanwhile(name: str = name) -> None:
+            declarer.queue_delete(name)
+            kit.queue(declarer, name)
+            publish(declarer, "new", to=name, **headers)
+
+        with step_in(number, meanwhile, [True]) as went_on:
+            publish(publisher, "between", to=name, **headers)
+        if went_on:
+            publish(publisher, "after", to=name, **headers)
+            inbox = Inbox(declarer, name)
+            for _ in range(3):
+                inbox.take()[0].ack()
+            assert sorted(inbox.bodies) == ["after", "between", "new"]
+            number += 1
+    assert number > 3
 
 
 def test_an_expired_queue_is_missing_at_once(kit: Kit) -> None:
