@@ -22,6 +22,10 @@ GROUP = "workers"
 """The consumer group of all that consume a kombu queue."""
 
 
+RINGS_MS = 600_000
+"""How long the bell of a stream that was removed rings."""
+
+
 def shared(priority: int) -> str:
     """The SHARD of the shared stream of a priority step; the most urgent one is the queue's shared stream."""
     return f"{SHARED}.{priority}" if priority else SHARED
@@ -145,6 +149,9 @@ class KombuQueue(Queue):
                 living = link.command("ZRANGE", names.consumers(GROUP), 0, -1)
                 found += [names.lease(GROUP, name.decode()) for name in living]
             link.call(pack("UNLINK", *found))
+            # Who waits for something in it hears of it, finds its lease gone, and goes on with what is declared anew.
+            link.run("ring", [names.wake], ["gone"])
+            link.call(pack("PEXPIRE", names.wake, RINGS_MS))
 
         for shard in shards:
             names = self.shard_keys(shard, shape)
