@@ -210,7 +210,7 @@ class Claimer(Arrivals):
         """A fetch may still be on its way, or blocked, over a connection that broke for this process and not yet for Redis: it
         reads nothing any more. Its entries would be pending, and here unknown."""
         args = [self.lease.token, self.lease.incarnation]
-        self._run(link, "void_fetches", [self.lease.key, self.lease.guard], args)
+        self.voided = self._run(link, "void_fetches", [self.lease.key, self.lease.guard], args)
 
     def _lift_last_id(self, link: Link) -> None:
         """Redis may have lost that it gave the last entries (a failover, the end of its append-only file), and its clock may be

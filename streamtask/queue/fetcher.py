@@ -35,8 +35,18 @@ def pack_fetch(streams: Sequence[Held], most: int, new: bool) -> bytes:
     what is due, what is on offer, and what is ``new``."""
     lease = streams[0].lease
     keys = tuple(key for stream in streams for key in stream.fetch_keys)
-    args = (lease.token, lease.incarnation, lease.group, streams[0].consumer_name, most, int(new))
-    return script("fetch").pack(keys, (*args, *(stream.lease.token for stream in streams[1:])))
+    args: list[str | int] = [
+        lease.token,
+        lease.incarnation,
+        lease.group,
+        streams[0].consumer_name,
+        most,
+        int(new),
+        streams[0].voided,
+    ]
+    for stream in streams[1:]:
+        args += [stream.lease.token, stream.voided]
+    return script("fetch").pack(keys, tuple(args))
 
 
 @dataclass(slots=True)

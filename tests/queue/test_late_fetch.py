@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from streamtask.coordination.lease import reap
 from streamtask.errors import BrokerUnavailable
 from streamtask.queue.consumer import Outcome
-from streamtask.queue.fetcher import Fetcher
+from streamtask.queue.fetcher import Fetcher, pack_fetch
 from streamtask.redis.keys import SHARED
+from streamtask.redis.scripts import Code
 from tests.helpers import wait_until
 from tests.queue.test_takeover import GROUP, KEYS, Rig
 
@@ -38,6 +40,37 @@ def test_a_blocked_fetch_of_a_broken_connection_takes_nothing(redis_server_all, 
     assert rig.pending() == 5
     former.drop()
     fetcher.drop()
+    rig.close()
+
+
+@pytest.mark.parametrize("shard", [0, SHARED])
+def test_a_fetch_by_script_that_comes_late_takes_nothing(redis_server_all, shard):
+    """Its request was sent over a connection that broke, and reaches Redis only now."""
+    rig = Rig(redis_server_all, shard)
+    consumer = rig.owner()
+    packed = pack_fetch([consumer], 50, True)
+    consumer.connection_lost()
+    assert consumer.recover(rig.link, takeover=False) == 0
+    rig.send(5)
+    assert rig.link.call(packed) == Code.LEASE_LOST
+    assert rig.pending() == 0
+    assert rig.fetch(consumer) == 5
+    assert len(consumer.buffer) == 5
+    rig.close()
+
+
+def test_a_look_that_comes_late_takes_nothing_that_is_on_offer(redis_server_all):
+    rig = Rig(redis_server_all, SHARED)
+    gone, consumer = rig.owner(), rig.owner()
+    rig.send(3)
+    rig.fetch(gone)
+    assert reap(rig.link, rig.keys, GROUP, gone.lease.incarnation, 60_000, gone=True)
+    packed = pack_fetch([consumer], 50, False)
+    consumer.connection_lost()
+    consumer.recover(rig.link, takeover=False)
+    assert rig.link.call(packed) == Code.LEASE_LOST
+    consumer.look(rig.link)
+    assert len(consumer.buffer) == 3
     rig.close()
 
 

@@ -636,7 +636,7 @@ def fenced_calls(shard, ids, due_key):
         "unmark": ([lease, k.notes(GROUP)], [ids[0]]),
         "fetch": (
             [lease, k.stream, k.state, k.notes(GROUP), due_key, k.wake, k.requeued(GROUP)],
-            [GROUP, "owner", 10, 1],
+            [GROUP, "owner", 10, 1, 0],
         ),
         "dead_letter": (
             [lease, k.stream, k.state, k.notes(GROUP), k.dlq, k.replaced(GROUP)],
@@ -1124,6 +1124,7 @@ def test_a_fetch_that_was_sent_before_can_be_made_void(shard, kind):
         shard.client.config_set("maxmemory", 0)
         with pytest.raises(redis.WatchError):
             pipe.execute()
+    assert shard.client.hincrby(lease.key, "voided", -1) == 0
     assert shard.everything() == before
 
 
@@ -1407,7 +1408,7 @@ def take(shard, lease, count):
     _, (_, _, _, more, entries, new) = shard.link.run(
         "fetch",
         [lease.key, k.stream, k.state, k.notes(GROUP), k.delayed, k.wake, k.requeued(GROUP)],
-        [lease.token, lease.incarnation, GROUP, lease.incarnation, count, 0],
+        [lease.token, lease.incarnation, GROUP, lease.incarnation, count, 0, 0],
     )
     assert not new
     assert more == shard.client.exists(shard.keys.requeued(GROUP))
@@ -1433,7 +1434,7 @@ def test_one_fetch_gives_what_is_due_on_offer_and_new_in_all_streams(redis_serve
         keys += [lease.key, k.stream, k.state, k.notes(GROUP), k.delayed, k.wake, k.requeued(GROUP)]
 
     def fetch(most, new, token=leases[1].token):
-        return streams[0].link.run("fetch", keys, [leases[0].token, "a", GROUP, "a", most, new, token])
+        return streams[0].link.run("fetch", keys, [leases[0].token, "a", GROUP, "a", most, new, 0, token, 0])
 
     before = streams[0].everything()
     assert fetch(9, 1, token=1) == Code.LEASE_LOST
@@ -1632,7 +1633,7 @@ def call_of(shard, way):
         ),
     }
     answer = shard.link.run(way, *calls[way])
-    while isinstance(answer, list):
+    while isinstance(answer, list) and answer[0] == Code.SEEN_LAYOUT:
         shard.layout = answer[1]
         return call_of(shard, way)
     return answer
@@ -1655,9 +1656,10 @@ def test_what_is_due_goes_first_some_of_it_with_each_call(shard, way, count):
     assert bodies(shard) == [*due, b"new"]
     assert shard.client.zcard(shard.keys.delayed) == 0
     assert state_of(shard) == b"0"
-    if way != "produce_many":
-        assert call_of(shard, way) == Code.STORED_ALREADY
-    assert bodies(shard) == [*due, b"new"]
+    # Repeated after a lost reply it is known, also where more has fallen due meanwhile.
+    overdue(shard, 201)
+    assert call_of(shard, way) in (Code.STORED_ALREADY, [Code.STORED_ALREADY, 1])
+    assert bodies(shard).count(b"new") == 1
 
 
 @pytest.mark.parametrize("way", PRODUCE)

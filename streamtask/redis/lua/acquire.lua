@@ -46,5 +46,6 @@ local micros = tonumber(time[1]) * 1000000 + tonumber(time[2])
 local token = math.max(tonumber(redis.call('GET', KEYS[2]) or '0') + 1, tonumber(record[2] or '0') + 1, micros, tonumber(ARGV[4]))
 local text = string.format('%.0f', token)
 redis.call('SET', KEYS[2], text)
-redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', text, 'expires_at', now + lease_ms, 'lease_ms', lease_ms, 'how', by_expiry)
+redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', text, 'expires_at', now + lease_ms, 'lease_ms', lease_ms, 'how', by_expiry,
+  'voided', 0)
 return { token, now + lease_ms, by_expiry }

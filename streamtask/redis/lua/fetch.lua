@@ -14,9 +14,11 @@
 -- ARGV[4] consumer
 -- ARGV[5] most entries to give
 -- ARGV[6] 1: new ones, too; 0: only those on offer
--- ARGV[7...] token of the lease of each further stream
+-- ARGV[7] how often fetches were made void under the lease, as the caller knows
+-- ARGV[8...] token of the lease of each further stream, and how often there, ...
 -- Returns: {now (ms), {last delivered id, newest wake id, when the next is due (ms) or -1, 1 if more are on offer else 0, entries
--- from there {{id, fields, note or ''}, ...}, new entries} for each stream ...}, or LEASE_LOST where any is another's
+-- from there {{id, fields, note or ''}, ...}, new entries} for each stream ...}, or LEASE_LOST where any is another's, or the
+-- call comes late, over a connection that broke for the caller
 --- @include codes
 --- @include fence
 --- @include delayed
@@ -27,8 +29,16 @@
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
-for i = 7, #ARGV do
-  if not owns(KEYS[7 * i - 41], ARGV[i], ARGV[2]) then
+local function is_late(lease, voided)
+  return tonumber(redis.call('HGET', lease, 'voided') or '0') > tonumber(voided)
+end
+if is_late(KEYS[1], ARGV[7]) then
+  return LEASE_LOST
+end
+local streams = (#ARGV - 7) / 2
+for i = 1, streams do
+  local lease = KEYS[7 * i + 1]
+  if not owns(lease, ARGV[2 * i + 6], ARGV[2]) or is_late(lease, ARGV[2 * i + 7]) then
     return LEASE_LOST
   end
 end
@@ -62,7 +72,7 @@ local function look(stream, state, notes, delayed, wake, requeued)
 end
 
 local reply = { now, look(KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]) }
-for i = 7, #ARGV do
-  reply[#reply + 1] = look(unpack(KEYS, 7 * i - 40, 7 * i - 35))
+for i = 1, streams do
+  reply[#reply + 1] = look(unpack(KEYS, 7 * i + 2, 7 * i + 7))
 end
 return reply

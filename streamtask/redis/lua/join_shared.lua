@@ -20,6 +20,7 @@ if not token then
   redis.call('SET', KEYS[3], token)
   redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', token)
 end
+redis.call('HSET', KEYS[1], 'voided', 0)
 redis.call('ZADD', KEYS[2], 1, ARGV[1])
 says_alive(KEYS[4], KEYS[5], ARGV[1], now, tonumber(ARGV[2]))
 return { tonumber(token), now + tonumber(ARGV[2]) }

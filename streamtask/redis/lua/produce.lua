@@ -35,14 +35,14 @@ end
 --- @include delayed
 --- @include overdue
 local admitted, due = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
+if admitted == 1 and move_overdue(KEYS[1], KEYS[3], KEYS[4], due) then
+  admitted = MORE_DUE
+end
 if admitted ~= 1 then
   if redis.call('GETBIT', KEYS[2], ARGV[2]) == 1 then
     return STORED_ALREADY
   end
   return admitted
-end
-if move_overdue(KEYS[1], KEYS[3], KEYS[4], due) then
-  return MORE_DUE
 end
 if redis.call('SETBIT', KEYS[2], ARGV[2], 1) == 1 then
   return STORED_ALREADY

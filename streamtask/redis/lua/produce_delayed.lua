@@ -20,14 +20,14 @@
 --- @include overdue
 --- @include schedule
 local admitted, due_first = admit(KEYS[1], KEYS[3], KEYS[4], ARGV[1], tonumber(ARGV[4]))
+if admitted == 1 and move_overdue(KEYS[1], KEYS[3], KEYS[4], due_first) then
+  admitted = MORE_DUE
+end
 if admitted ~= 1 then
   if redis.call('GETBIT', KEYS[2], ARGV[2]) == 1 then
     return STORED_ALREADY
   end
   return admitted
-end
-if move_overdue(KEYS[1], KEYS[3], KEYS[4], due_first) then
-  return MORE_DUE
 end
 local due = tonumber(ARGV[7])
 if ARGV[8] == '1' then

@@ -34,7 +34,7 @@ if admitted ~= 1 then
 end
 local pending = is_pending(KEYS[3], ARGV[7], ARGV[8])
 if not pending and move_overdue(KEYS[1], KEYS[3], KEYS[4], due) then
-  return MORE_DUE
+  return redis.call('GETBIT', KEYS[2], ARGV[2]) == 1 and STORED_ALREADY or MORE_DUE
 end
 if pending then
   -- Redis allows it above maxmemory, and with it what follows: the message is there already.
