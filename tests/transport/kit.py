@@ -172,7 +172,7 @@ def wait_until_closed(client: redis.Redis, port: int) -> None:
     ours = own_addresses(port)
 
     def left() -> set[str]:
-        return ours & {row["addr"] for row in client.client_list(_type="normal") if row["cmd"] != "client|list"}
+        return ours & {row["addr"] for row in client.client_list(_type="normal") if not row["cmd"].startswith("client")}
 
     assert left()
     wait_until(lambda: not left(), 15, lambda: str(client.client_list()), poll=0.1)
