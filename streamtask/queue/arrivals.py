@@ -251,17 +251,19 @@ class Arrivals(Settling):
                     lane = self.lanes.close(key, None, None)
                     touched.append(lane)
                 self.lanes.add(lane, item[1] if isinstance(item, tuple) else item)
-            elif lane is not None:
-                # Later ones of its key may wait there, and lanes are served before the buffer.
-                self.lanes.add(lane, item[1] if isinstance(item, tuple) else item)
             else:
                 assert isinstance(item, Delivery)
                 self.buffer.append(item)
         for lane in touched:
             self.lanes.open(lane)
-        if len(self.buffer) > 1:
-            ordered = sorted(deliveries_of(self.buffer), key=lambda d: id_order(d.entry_id))
-            self.buffer = deque(ordered)
+        waiting, self.buffer = self.buffer, deque()
+        for delivery in sorted(deliveries_of(waiting), key=lambda d: id_order(d.entry_id)):
+            lane = self.lanes.get(delivery.lane_key)
+            if lane is None:
+                self.buffer.append(delivery)
+            else:
+                # Later ones of its key may wait there, and lanes are served before the buffer.
+                self.lanes.add(lane, delivery)
 
     def reread_notes(self, link: Link) -> None:
         """Looks whether held lanes may open: their dead letter was replayed (no note) or dropped."""

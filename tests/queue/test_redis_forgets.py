@@ -156,3 +156,32 @@ def test_a_takeover_reads_what_is_pending_and_not_what_lies_between(rig):
 
     assert [item.entry_id for item in consumer.buffer] == kept
     assert shipped < (3 * len(kept)) * size + 20_000, "some hundred entries, and not two thousand"
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["in-sequence", "side-by-side"])
+def test_what_a_lost_reply_brought_does_not_overtake_what_is_here(rig, parallel):
+    """Its key has a lane, whose next message was read before and has not got there yet."""
+    consumer = rig.owner()
+    rig.send(4, KEYS[:1])
+    consumer.absorb(rig.link, consumer.fetch(rig.link, 2))
+    order = []
+    if parallel:
+        (batch,) = consumer.take_free(rig.link, 1)  # 0 runs
+        order.append(0)
+    else:
+        batch = consumer.take(rig.link, 1)
+        batch.outcomes.append((0, Outcome("retry")))
+        consumer.complete(batch)
+        consumer.flush(rig.link)
+    consumer.fetch(rig.link, 2)  # the reply with 2 and 3 is lost
+    consumer.connection_lost()
+    assert consumer.recover(rig.link, takeover=False) == 2
+    if parallel:
+        consumer.complete_free(batch)
+    consumer.lanes.open_due(float("inf"))
+    while len(order) < 4:
+        batches = consumer.take_free(rig.link, 4) if parallel else [consumer.take(rig.link, 1)]
+        for batch in batches:
+            order += [delivery.args[0] for delivery in batch.deliveries]
+            (consumer.complete_free if parallel else consumer.complete)(batch)
+    assert order == [0, 1, 2, 3]

@@ -174,11 +174,11 @@ def test_what_waits_of_other_shards_comes_again(make_kit: Any, redis_server: Red
     kit = make_kit(redis_server, lease=1.0, shards=4)
     channel = kit.channel()
     kit.queue(channel)
-    for n in range(40):
+    for n in range(200):
         publish(channel, n, headers={"shard_key": f"k{n % 20}"})
-    publish(channel, 40, 41)
+    publish(channel, 200, 201)
     connection = kit.connect()
-    inbox = Inbox(connection.channel(), "q", prefetch=200)
+    inbox = Inbox(connection.channel(), "q", prefetch=300)
     session = connection.transport.session
     wait_until(lambda: inbox.drain(0.1) and len(connection.transport.poller._waiting) > 10)
     with session.lock:
@@ -188,7 +188,7 @@ def test_what_waits_of_other_shards_comes_again(make_kit: Any, redis_server: Red
         inbox.drain()
     connection.collect()
     seen: set[int] = set()
-    inbox = Inbox(connection.channel(), "q", prefetch=200)
+    inbox = Inbox(connection.channel(), "q", prefetch=300)
 
     def all_came() -> bool:
         with quiet():
@@ -197,7 +197,7 @@ def test_what_waits_of_other_shards_comes_again(make_kit: Any, redis_server: Red
             message = inbox.messages.pop(0)
             seen.add(message.payload)
             message.ack()
-        return len(seen) == 42
+        return len(seen) == 202
 
     wait_until(all_came, 20, lambda: str(sorted(seen)))
 
