@@ -23,6 +23,9 @@ from .lanes import Delivery, Note, id_order
 
 log = logging.getLogger("streamtask.consumer")
 
+MOST_ACKED = 200
+"""Ids in one call that acknowledges."""
+
 SENT_S = 3.0
 """How long what was acknowledged is remembered: Redis' append-only file loses a second or two, should the machine die."""
 
@@ -31,7 +34,7 @@ class Settling(Held):
     """See the module."""
 
     def settle(self, link: Link) -> int:
-        """Acknowledges and removes what is finished, at most ``ack_batch`` messages a call. Returns how many."""
+        """Acknowledges and removes what is finished, at most ``MOST_ACKED`` messages a call. Returns how many."""
         count = 0
         while self.finished:
             packed = self.begin_settle()
@@ -49,7 +52,7 @@ class Settling(Held):
         if not self._in_order:
             self.finished.sort(key=id_order)
             self._in_order = True
-        self.settling = self.finished[: self.settings.ack_batch]
+        self.settling = self.finished[:MOST_ACKED]
         self.finished = self.finished[len(self.settling) :]
         self.finished_since = now = mono_s()
         packed = self.pack_settle(self.settling)

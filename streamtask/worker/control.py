@@ -89,6 +89,8 @@ class Control:
         self._revoked_ids: dict[str, set[bytes | str]] = {name: set() for name in self._queues}
         self.executor: Executor | None = None
         self._parallel = settings.concurrency > 1
+        # Of ``ack_batch``; with ack="each" one, or one for each executor.
+        self._half = max(settings.consumer.ack_batch // 2, settings.concurrency)
         broker = settings.broker
         self._link = broker.link()
         self._fetcher = Fetcher(broker)
@@ -183,7 +185,7 @@ class Control:
             if owned.quiet_until > now:
                 wake = min(wake, owned.quiet_until)
                 continue
-            if consumer.finished:
+            if consumer.finished and not consumer.settling:  # whose answer wakes the loop
                 wake = min(wake, max(consumer.finished_since + self._settings.ack_interval_s, self._outbox.again_at))
             if consumer.halted and not consumer.closing:
                 wake = min(wake, now + 0.02)
@@ -553,7 +555,7 @@ class Control:
         room = executor.capacity - len(executor.out)
         if room <= 0:
             return False
-        limit = self._batch_limit()
+        most = self._room()
         served: list[Owned] = []
         for owned in list(self._turn_order):
             if room <= 0:
@@ -563,6 +565,9 @@ class Control:
                 continue
             if self._memory.trusted[owned.number] <= mono_s():
                 continue
+            limit = min(most, self._room_of(consumer))
+            if limit <= 0:
+                continue  # the answer to an acknowledgement makes room
             try:
                 if self._parallel:
                     share = max(1, room // 2) if len(self._turn_order) > 1 else room
@@ -579,6 +584,7 @@ class Control:
                 continue
             for batch in batches:
                 executor.submit(batch)
+                most -= len(batch.ids)
             if batches:
                 room -= len(batches)
                 served.append(owned)
@@ -592,22 +598,32 @@ class Control:
             return False
         return not any(o.full or o.consumer.has_work() or o.consumer.has_to_write() for o in self._turn_order)
 
-    def _batch_limit(self) -> int:
-        """How many messages to hand out: no more than ``ack_batch`` may have ended and not be acknowledged, should this
-        process die now. What has ended is acknowledged first where it leaves too little room."""
+    def _room(self) -> int:
+        """How many messages to hand out. Were this process to die now, no more than ``ack_batch`` may have ended and not be
+        acknowledged: one half of these runs, or has ended, while the other's acknowledgement is on its way."""
         executor = self.executor
         assert executor is not None
-        most = self._settings.consumer.ack_batch
         out: int = sum(len(batch.ids) - batch.collected for batch in executor.out)
-        ended = sum(len(owned.consumer.finished) for owned in self._owned.values())
-        if ended and most - out - ended < most // 2:
-            for owned in list(self._owned.values()):
+        room = self._half - out - self._ended()
+        if room <= self._half // 2:
+            for owned in [o for o in self._owned.values() if o.consumer.finished]:
                 self._write_guarded(owned, settle=True)
-            ended = sum(len(owned.consumer.finished) for owned in self._owned.values())
-        room = most - out - ended
-        if not self._parallel:
-            room = min(room, most // executor.capacity, self._settings.consumer.ack_batch)
-        return max(1, room)
+            room = self._half - out - self._ended()
+        return room
+
+    def _ended(self) -> int:
+        # A shard whose acknowledgements are refused holds up no other.
+        now = mono_s()
+        return sum(len(o.consumer.finished) for o in self._owned.values() if o.quiet_until <= now)
+
+    def _room_of(self, consumer: ShardConsumer) -> int:
+        """As ``_room``, of a shard: what is on its way may be refused, and with ``ack="each"`` a message waits for the
+        acknowledgement of the one before the last."""
+        ended = len(consumer.finished)
+        if ended >= max(1, self._settings.consumer.ack_batch // 2):
+            return 0
+        out = sum(len(batch.ids) - batch.collected for batch in consumer.handed.values())
+        return 2 * self._half - out - ended - len(consumer.settling)
 
     def _write(self, owned: Owned, settle: bool) -> None:
         consumer = owned.consumer
@@ -628,7 +644,7 @@ class Control:
             self._handed_over(owned)
 
     def _settle_now(self, consumer: ShardConsumer) -> bool:
-        if len(consumer.finished) >= self._settings.consumer.ack_batch or consumer.closing:
+        if len(consumer.finished) >= self._half or consumer.closing:
             return True
         executor = self.executor
         if executor is not None and not executor.out:
