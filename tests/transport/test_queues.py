@@ -197,7 +197,7 @@ def step_in(number: int, what: Callable[[], None], armed: list[bool]) -> Iterato
 
 
 @pytest.mark.parametrize("how", ["delete", "expire"])
-@pytest.mark.parametrize("key", [None, "u1"], ids=["plain", "keyed"])
+@pytest.mark.parametrize("key", [None, pytest.param("u1", marks=pytest.mark.slow)], ids=["plain", "keyed"])
 def test_what_is_published_to_a_new_queue_outlives_the_removal_of_the_old(
     kit: Kit, make_kit: Any, how: str, key: str | None
 ) -> None:

@@ -175,7 +175,7 @@ def test_what_waits_of_other_shards_comes_again(make_kit: Any, redis_server: Red
     channel = kit.channel()
     kit.queue(channel)
     for n in range(200):
-        publish(channel, n, headers={"shard_key": f"k{n % 20}"})
+        publish(channel, n, headers={"shard_key": f"k{n % 100}"})
     publish(channel, 200, 201)
     connection = kit.connect()
     inbox = Inbox(connection.channel(), "q", prefetch=300)

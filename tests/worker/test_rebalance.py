@@ -145,6 +145,7 @@ def test_who_survives_takes_what_it_can_and_leaves_the_rest(redis_server, site):
     site.ready(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old,new", [(30.0, 2.0), (2.0, 30.0)])
 def test_processes_with_different_lease_times_live_side_by_side(redis_server, site, old, new):
     """A deployment that changes the setting: nobody is taken for dead, nothing runs twice."""
