@@ -12,7 +12,7 @@
 redis.call('ZREM', KEYS[1], '')
 local now = now_ms()
 local lease_ms = tonumber(ARGV[1])
-local expires_at = now + lease_ms
+local expires_at = now + alive_for(lease_ms)
 local in_time, all_in_time = {}, #ARGV > 2
 for i = 3, #ARGV do
   local before = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[i]) or '0')
@@ -23,7 +23,7 @@ end
 -- Whose time ends later than if it was heard now was heard before the clock was set back.
 local ahead = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. expires_at, '+inf', 'WITHSCORES')
 for i = 1, #ahead, 2 do
-  local latest = now + lease_time(KEYS[2], ahead[i], lease_ms)
+  local latest = now + alive_for(lease_time(KEYS[2], ahead[i], lease_ms))
   if tonumber(ahead[i + 1]) > latest then
     redis.call('ZADD', KEYS[1], latest, ahead[i])
   end
