@@ -26,7 +26,7 @@ demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, an
 PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 .PHONY: test
-test: $(VENV)/.test ## Run the quick tests, some 5 minutes on two cores (make test ARGS='-k lease -x')
+test: $(VENV)/.test ## Run the quick tests, some 7 minutes on two cores (make test ARGS='-k lease -x')
 	$(PYTEST) --part quick $(ARGS)
 
 .PHONY: test-rest
@@ -34,7 +34,7 @@ test-rest: $(VENV)/.test ## Run the tests that make test leaves out: chaos, Cele
 	$(PYTEST) --part rest $(ARGS)
 
 .PHONY: test-all
-test-all: $(VENV)/.test ## Run all tests, some 15 minutes on two cores
+test-all: $(VENV)/.test ## Run all tests, some 19 minutes on two cores
 	$(PYTEST) $(ARGS)
 
 .PHONY: fuzz

@@ -207,8 +207,10 @@ def reap(
     gone: bool,
     since_ms: int = 0,
     alive: str = "",
+    token: int = 0,
 ) -> bool:
-    """Ends a consumer of a shared stream and puts its entries on offer. ``gone``: it is known to be dead.
+    """Ends a consumer of a shared stream and puts its entries on offer. ``gone``: it is known to be dead. ``token``: only if
+    that is its lease's.
 
     True if it is gone now. False while its lease holds, or while nobody else lives to take its entries.
     """
@@ -226,7 +228,7 @@ def reap(
                 alive,
                 lease_times(alive),
             ],
-            [group, incarnation, 1 if gone else 0, since_ms, lease_ms, 1000],
+            [group, incarnation, 1 if gone else 0, since_ms, lease_ms, 1000, token],
         )
         if ended or not moved:
             return bool(ended)

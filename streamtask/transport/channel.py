@@ -331,6 +331,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         session = self.session
         session.take_orders()
+        self.poller.check_epoch()  # who only gets is told, too
         if queue not in self._got and queue not in self._no_ack:
             self._got.add(queue)
             self._consume(queue, no_ack)

@@ -157,7 +157,7 @@ class Poller:
             for channel in self.channels:
                 channel.consume_again()
             self._inherited = False
-        self._check_epoch()
+        self.check_epoch()
         # Who did not look for a while has to look before judging.
         if self.listener.overdue() and not self._look(self.listener.fileno()):
             self.listener.fail()
@@ -175,7 +175,8 @@ class Poller:
                 if not rested:
                     raise
 
-    def _check_epoch(self) -> None:
+    def check_epoch(self) -> None:
+        """Raises ``LeaseLost``, once, where messages that were delivered to this process have become others'."""
         if self.session.epoch != self._epoch:
             self._epoch = self.session.epoch
             self._give_back()
@@ -220,7 +221,7 @@ class Poller:
         deliveries = self.session.deliveries
         if self.session.epoch != self._epoch:
             deliveries.reject(tag, requeue=True)
-            self._check_epoch()
+            self.check_epoch()
         if not deliveries.may_be_shown(tag):
             return False
         if queue not in channel.consumed_queues():

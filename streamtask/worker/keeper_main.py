@@ -389,7 +389,11 @@ class KeeperProcess:
         """Ends a lease that the client has let go of: while that lives it does not run out."""
         link = self._coordinator.links.at(lease.keys.stream)
         try:
-            reap(link, lease.keys, lease.group, lease.incarnation, lease.lease_ms, gone=True, alive=lease.alive)
+            # The client may have joined again meanwhile, and this process not have been told yet.
+            reap(
+                link, lease.keys, lease.group, lease.incarnation, lease.lease_ms,
+                gone=True, alive=lease.alive, token=lease.token,
+            )  # fmt: skip
         except ReplyError as exc:
             log.info("a lease was not ended: %s", exc)  # its queue was deleted
 

@@ -389,6 +389,28 @@ def test_after_an_outage_the_last_owner_goes_first(shard):
     assert taken.by_expiry
 
 
+def test_after_a_shorter_outage_the_owner_has_the_time_to_connect_again(shard):
+    """The caller is back before the lease ends, and before its owner, which it has not heard since."""
+    lease_ms = 3 * LEASE
+    ends = shard.now_ms() + LEASE // 4
+    shard.acquire("a", lease_ms)
+    shard.client.hset(shard.keys.lease(GROUP), "expires_at", ends)
+    joined = join_shared(shard.link, shard.keys, GROUP, "a", lease_ms)
+    shard.client.zadd(joined.alive, {"a": ends})
+    back = shard.now_ms()
+
+    assert shard.acquire("b", lease_ms, since_ms=back) == Refused(back + lease_ms)
+    shard.wait_past(ends)
+    assert shard.acquire("b", lease_ms, since_ms=back) == Refused(back + lease_ms)
+    assert not reap(shard.link, shard.keys, GROUP, "a", lease_ms, gone=False, since_ms=back)
+    # So long as that takes, and no longer: a long lease is not waited for again.
+    assert shard.client.hset(shard.keys.lease(GROUP), "lease_ms", 60_000) == 0
+    assert shard.acquire("b", 60_000, since_ms=back) == Refused(back + 21_000)
+    assert shard.acquire("b", 60_000, since_ms=ends + 1) == Refused(ends + 1 + 60_000)
+    assert shard.acquire("b", lease_ms, since_ms=ends - 60_000).by_expiry
+    assert reap(shard.link, shard.keys, GROUP, "a", lease_ms, gone=False, since_ms=ends - 60_000)
+
+
 def test_who_was_heard_all_the_time_need_not_wait_after_the_expiry(shard):
     since = shard.now_ms()
     shard.acquire("a", LEASE)
@@ -470,6 +492,16 @@ def test_a_clock_that_was_set_back_keeps_no_consumer_for_longer_than_a_lease_tim
     assert ends <= shard.now_ms() + LEASE * 4 // 3
     shard.wait_past(ends)
     assert reap(shard.link, shard.keys, GROUP, "gone", LEASE, gone=False)
+
+
+def test_a_lease_that_was_let_go_of_is_ended_and_no_later_one(shard):
+    old = join_shared(shard.link, shard.keys, GROUP, "a", LEASE)
+    assert reap(shard.link, shard.keys, GROUP, "a", LEASE, gone=True, token=old.token)
+    new = join_shared(shard.link, shard.keys, GROUP, "a", LEASE)
+    before = shard.everything()
+    assert not reap(shard.link, shard.keys, GROUP, "a", LEASE, gone=True, token=old.token)
+    assert shard.everything() == before
+    assert reap(shard.link, shard.keys, GROUP, "a", LEASE, gone=True, token=new.token)
 
 
 class Living:

@@ -397,6 +397,7 @@ def test_an_outage_moves_nothing(own_rig, proxy):
     way.refuse()
     way.cut()
     own_rig.until(lambda: len(one.shards) == len(two.shards) == 4)
+    own_rig.until(lambda: own_rig.consumers() == ["one", "two"])  # to others it lives a moment longer there
     way.accept()
     own_rig.until(lambda: three.lost and "lost_shared" in three.ops() and len(three.shards) >= 2)
 

@@ -12,6 +12,7 @@ import pytest
 from kombu.simple import SimpleQueue
 
 from streamtask.clock import mono_s
+from streamtask.errors import LeaseLost
 from tests.fix_proxy import Proxy
 from tests.fix_redis import RedisServer
 from tests.helpers import wait_until
@@ -103,11 +104,8 @@ def take_by(rig: Rig, way: str, make_loop: Any, most: int, meanwhile: Callable[[
         inbox.drain(1)
 
 
-@pytest.mark.parametrize(
-    "way,how",
-    # Not "get" beside a stopped keeper: nothing ends a caller that polls for ever.
-    [(way, how) for way in WAYS for how in ("cut off", "keeper stopped") if (way, how) != ("get", "keeper stopped")],
-)
+@pytest.mark.parametrize("how", ["cut off", "keeper stopped"])
+@pytest.mark.parametrize("way", WAYS)
 def test_what_another_has_run_is_not_shown(rig: Rig, make_loop: Any, way: str, how: str) -> None:  # noqa: F811
     """A process that was cut off beyond its lease, or whose keeper was stopped with it, finds out before its consumer does."""
     many = 120  # more than are read at once, so that nothing need be asked to hand out the next
@@ -155,6 +153,17 @@ def test_what_is_still_its_own_is_shown_though_its_keeper_is_stopped(
     with pytest.raises(Enough):
         take_by(rig, way, make_loop, 5, meanwhile)
     assert rig.seen == list(range(5))
+
+
+def test_who_only_gets_is_told_that_its_messages_are_anothers(rig: Rig) -> None:
+    rig.publish(3)
+    channel = rig.connection.channel()
+    wait_until(lambda: channel.basic_get("q"))
+    (consumer,) = rig.session.consumed["q"].shards.values()
+    with rig.session.lock:
+        rig.session.lost(consumer, "")
+    with pytest.raises(LeaseLost):
+        channel.basic_get("q")
 
 
 def test_what_is_vouched_for_costs_no_question(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

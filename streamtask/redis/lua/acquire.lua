@@ -9,9 +9,9 @@
 -- ARGV[5] when the caller first missed a lease record that it had seen before, ms, or 0
 -- ARGV[6] the lease time of the owner that the caller saw last, ms; its own if it saw none
 -- Returns: {token, expires_at, by_expiry} when taken, else {0, when to ask again (ms)}
--- A lease that expired while the caller itself was cut off from Redis stays its last owner's for one more lease time:
--- an outage that silences everybody moves no shard.
+-- An outage that silences everybody moves no shard: see returns_until.
 --- @include now
+--- @include times
 -- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.
 redis.call('HDEL', KEYS[1], '')
 local now = now_ms()
@@ -25,18 +25,18 @@ if owner ~= ARGV[1] and expires_at > now + its_lease_ms then
   redis.call('HSET', KEYS[1], 'expires_at', expires_at)
 end
 local by_expiry = 0
-local free_from = 0
+local free_from, heard_at = 0, math.huge
 if owner == ARGV[1] then
   by_expiry = tonumber(record[4] or '0')
 elseif owner and owner ~= '' then
   by_expiry = 1
-  free_from = expires_at
+  free_from, heard_at = expires_at, expires_at - its_lease_ms
 elseif not owner and tonumber(ARGV[5]) > 0 then
   by_expiry = 1
   free_from = tonumber(ARGV[5]) + math.max(lease_ms, its_lease_ms)
 end
-if owner ~= ARGV[1] and by_expiry == 1 and tonumber(ARGV[3]) > free_from then
-  free_from = tonumber(ARGV[3]) + math.max(lease_ms, its_lease_ms)
+if owner ~= ARGV[1] and by_expiry == 1 then
+  free_from = returns_until(free_from, heard_at, tonumber(ARGV[3]), math.max(lease_ms, its_lease_ms))
 end
 if now < free_from then
   return { 0, free_from }

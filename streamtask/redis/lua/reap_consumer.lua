@@ -14,21 +14,24 @@
 -- ARGV[4] since when the caller has been heard without a gap, ms
 -- ARGV[5] lease time, ms
 -- ARGV[6] most entries to move in this call
+-- ARGV[7] token of the lease that is to be ended, or 0: a lease that was taken since by the same process stays
 -- Returns: {1 if the consumer is gone now else 0, how many entries moved}
 --- @include alive
 --- @include now
 --- @include pending
 --- @include requeued
 --- @include times
+local token = redis.call('HGET', KEYS[1], 'token')
+if ARGV[7] ~= '0' and token and token ~= ARGV[7] then
+  return { 0, 0 }
+end
 local now = now_ms()
 local score = alive_until(KEYS[2], KEYS[7], ARGV[2])
 if ARGV[3] ~= '1' and score > 0 then
-  local free_from = score
-  if tonumber(ARGV[4]) > score then
-    local lease_ms = tonumber(ARGV[5])
-    free_from = tonumber(ARGV[4]) + math.max(lease_ms, lease_time(KEYS[8], ARGV[2], lease_ms))
-  end
-  if now < free_from then
+  local lease_ms = tonumber(ARGV[5])
+  local its_lease_ms = lease_time(KEYS[8], ARGV[2], lease_ms)
+  local heard_at = score - alive_for(its_lease_ms)
+  if now < returns_until(score, heard_at, tonumber(ARGV[4]), math.max(lease_ms, its_lease_ms)) then
     return { 0, 0 }
   end
 end

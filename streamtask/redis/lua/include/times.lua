@@ -14,3 +14,17 @@ end
 local function lease_time(times, name, lease_ms)
   return tonumber(redis.call('HGET', times, name) or lease_ms)
 end
+
+-- Until when another process may come back to its lease, after an outage that silenced it and the caller; all in ms.
+-- expires_at: when its lease ends; heard_at: when it was heard last; since: since when the caller is heard without a gap.
+-- Where the outage was longer than the lease, it has one lease time from the caller's return. Where it was shorter, so much
+-- as it takes to connect again: the caller may have been just a little faster.
+local function returns_until(expires_at, heard_at, since, lease_ms)
+  if since > expires_at then
+    return since + lease_ms
+  end
+  if since > heard_at then
+    return math.max(expires_at, since + math.min(lease_ms, math.floor(lease_ms / 3) + 1000))
+  end
+  return expires_at
+end
