@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -15,14 +17,20 @@ SHOWN = 20
 """Most messages that are named one by one in the output for people."""
 
 
+def _given(name: str, *names: str, **how: Any) -> Callable[[Any], Any]:
+    """An option that may hold a password: other users see a command's arguments, but neither its environment nor files."""
+    variable = "STREAMTASK_MIGRATE_" + name.strip("-").replace("-", "_").upper()
+    return click.option(name, *names, envvar=variable, **how)
+
+
 @click.command()
-@click.option("--from", "source_url", metavar="URL", required=True, help="The broker that holds the messages.")
-@click.option("--to", "target_url", metavar="URL", required=True, help="The broker that shall get them.")
+@_given("--from", "source_url", metavar="URL", required=True, help="The broker that holds the messages.")
+@_given("--to", "target_url", metavar="URL", required=True, help="The broker that shall get them.")
 @click.option("-q", "-Q", "--queues", metavar="QUEUE,...", help="These queues.")
 @click.option("--all", "everything", is_flag=True, help="All queues that are found in the old broker.")
 @click.option("--unacked", is_flag=True, help="Also what the old workers hold. Stop them first: else it runs twice.")
-@click.option("--from-options", metavar="JSON", help="broker_transport_options of the old broker.")
-@click.option("--to-options", metavar="JSON", help="broker_transport_options of the new broker.")
+@_given("--from-options", metavar="JSON", help="broker_transport_options of the old broker.")
+@_given("--to-options", metavar="JSON", help="broker_transport_options of the new broker.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only count.")
 @json_option
 def migrate(
@@ -40,13 +48,19 @@ def migrate(
 
     Nothing is lost, whenever it dies: run it again and it goes on. Queues and priorities stay, bodies, headers and
     properties are the same afterwards. Exit status 1 if a message stayed: those are named.
+
+    All users of the machine see a command's arguments. Give a URL that holds a password as @FILE, as - (a line of
+    stdin; the one of --from comes first), or as STREAMTASK_MIGRATE_FROM and STREAMTASK_MIGRATE_TO in the environment;
+    the options likewise (STREAMTASK_MIGRATE_FROM_OPTIONS, STREAMTASK_MIGRATE_TO_OPTIONS).
     """
+    source_url = _read("--from", source_url)
+    target_url = _read("--to", target_url)
+    options = [_json_object("--from-options", from_options), _json_object("--to-options", to_options)]
     names = [name.strip() for name in (queues or "").split(",") if name.strip()]
     if bool(names) == everything:
         raise click.UsageError("name the queues with --queues a,b, or give --all")
-    if source_url == target_url and from_options == to_options:
+    if source_url == target_url and options[0] == options[1]:
         raise click.UsageError("--from and --to are the same broker")
-    options = [_json_object("--from-options", from_options), _json_object("--to-options", to_options)]
     outcome = Outcome()
     # As Ctrl-C: what was set aside and not yet sent is put back.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -69,11 +83,26 @@ def migrate(
         click.get_current_context().exit(1)
 
 
+def _read(name: str, value: str) -> str:
+    """An option's value, from where it points to: ``@FILE``, or ``-`` for the next line of stdin."""
+    if value == "-":
+        value = sys.stdin.readline()
+    elif value.startswith("@"):
+        try:
+            with open(value[1:], encoding="utf-8") as file:
+                value = file.read()
+        except (OSError, ValueError) as exc:
+            raise click.UsageError(f"{name}: {value[1:]} can't be read: {exc}") from None
+    if not value.strip():
+        raise click.UsageError(f"{name}: nothing stands there")
+    return value.strip()
+
+
 def _json_object(name: str, text: str | None) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        value = json.loads(text)
+        value = json.loads(_read(name, text))
     except ValueError as exc:
         raise click.UsageError(f"{name} is no JSON: {exc}") from None
     if not isinstance(value, dict):

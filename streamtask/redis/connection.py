@@ -35,19 +35,37 @@ SLOTS_S = 0.1
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
 
 
+SHOWN_OPTIONS = frozenset({
+    "client_name", "db", "health_check_interval", "max_connections", "protocol", "retry_on_timeout", "socket_connect_timeout",
+    "socket_keepalive", "socket_timeout", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_keyfile",
+    "virtual_host",
+})  # fmt: skip
+"""What may stand in a URL's query and is no secret. All else is hidden: a password has many names."""
+
+
 def safe_url(url: str) -> str:
-    """The URL without its password and without secrets in its query, for logs and errors.
+    """The URL without its password and without secrets in its query, for logs and errors: the one place that hides them.
 
     A password that should have been percent-encoded ends the host's part for a URL parser, so all before the last ``@``
     counts as user and password.
     """
     head, separator, rest = url.partition("://")
     if not separator:
-        return "(unreadable URL)" if "@" in url else url
+        return "(unreadable URL)" if re.search("[@?#]", url) else url
     userinfo, at, rest = ("", "", rest) if rest.startswith("/") else rest.rpartition("@")
     user = re.split(r"[:/?#@]", userinfo, maxsplit=1)[0] + ":" if ":" in userinfo else ""
-    rest = re.sub(r"(?i)([?&][^=&]*(?:password|secret|token)[^=&]*)=[^&]*", r"\1=***", rest)
-    return f"{head}://{user if user != ':' else ''}***@{rest}" if at else f"{head}://{rest}"
+    place, mark, query = rest.partition("?")
+    place, hash_, _ = place.partition("#")
+    shown = "&".join(map(_safe_option, query.split("&")))
+    place += f"{hash_}***" if hash_ else ""
+    return f"{head}://{user if user != ':' else ''}***@{place}{mark}{shown}" if at else f"{head}://{place}{mark}{shown}"
+
+
+def _safe_option(pair: str) -> str:
+    name, equals, value = pair.partition("=")
+    if name in SHOWN_OPTIONS and re.fullmatch(r"[\w.:/%,+-]*", value):
+        return pair
+    return f"{name}=***" if equals else "***" * bool(name)
 
 
 class Broker:

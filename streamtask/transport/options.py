@@ -192,7 +192,9 @@ def _for_sentinel(given: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = given.get("sentinel_kwargs")
     if kwargs:
         if not isinstance(kwargs, Mapping):
-            raise ConfigError(f"sentinel_kwargs must be a dict of options for connections to Sentinels, not {kwargs!r}")
+            raise ConfigError(
+                f"sentinel_kwargs must be a dict of options for connections to Sentinels, not a {type(kwargs).__name__}"
+            )
         found["sentinel_kwargs"] = dict(kwargs)
     return found
 

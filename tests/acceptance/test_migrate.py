@@ -14,8 +14,10 @@ from typing import Any
 import kombu
 import pytest
 import redis
+from click.testing import CliRunner
 
 import streamtask.transport  # noqa: F401  registers its schemes
+from streamtask.cli import main
 from tests.fix_proxy import Proxy
 from tests.fix_redis import RedisServer
 from tests.helpers import free_port, spawn, wait_until
@@ -414,6 +416,35 @@ def test_wrong_use_and_dead_servers_get_one_line(old: Old, run: Run) -> None:
         assert "can't be reached" in error("--from", url[0], "--to", url[1], "--all", status=1)
     old.client.set("text", "x")
     assert "WRONGTYPE" in error(*both, "--queues", "text", status=1)
+
+
+@pytest.mark.parametrize("way", ["file", "stdin", "environment"])
+def test_urls_that_hold_a_password_need_not_be_arguments(old: Old, tmp_path: Path, way: str) -> None:
+    """Those are seen by all users of the machine."""
+    old.send(1)
+    old.client.execute_command("ACL", "SETUSER", "ann", "on", ">hunter2", "~*", "&*", "+@all")
+    source, target = (url.replace("//", "//ann:hunter2@") for url in (old.source, streams(old.target)))
+    args, given, variables = ["--from", "-", "--to", "-"], None, {}
+    if way == "file":
+        for name, url in (("source", source), ("target", target)):
+            (tmp_path / name).write_text(f"{url}\n")
+        args = ["--to", f"@{tmp_path}/target", "--from", f"@{tmp_path}/source", "--to-options", f"@{tmp_path}/options"]
+        (tmp_path / "options").write_text('{"shards": 2}')
+    elif way == "stdin":
+        args, given = ["--to", "-", "--from", "-"], f"{source}\n{target}\n"
+    else:
+        args = []
+        variables = {"STREAMTASK_MIGRATE_FROM": source, "STREAMTASK_MIGRATE_TO": target}
+    done = CliRunner().invoke(main, ["migrate", "--all", "--dry-run", *args], input=given, env=variables)
+    assert done.exit_code == 0, done.output
+    assert "celery: would move 1 message" in done.output
+
+
+@pytest.mark.parametrize("args", [["--from", "@nowhere"], ["--from", "-"], ["--from", "a", "--to-options", "-"]])
+def test_an_url_that_is_not_there_is_wrong_use(args: list[str]) -> None:
+    done = CliRunner().invoke(main, ["migrate", "--all", "--to", "redis://127.0.0.1:1/0", *args], input="")
+    assert done.exit_code == 2
+    assert ("can't be read" if "@nowhere" in args else "nothing stands there") in done.output
 
 
 def test_to_streams_with_every_byte(old: Old, run: Run) -> None:
