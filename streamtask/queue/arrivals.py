@@ -217,7 +217,8 @@ class Arrivals(Settling):
             return [d.entry_id for d, runs in zip(deliveries, answer, strict=True) if not runs]
 
     def _is_fresh(self, delivery: Delivery) -> bool:
-        return id_order(delivery.entry_id) > self._others_to
+        # What is found pending in a shared stream may be what somebody gave back, and the reply with it was lost.
+        return not self.lease.shared and id_order(delivery.entry_id) > self._others_to
 
     def _take_note(self, delivery: Delivery, note: Note) -> None:
         delivery.note = note
@@ -235,6 +236,9 @@ class Arrivals(Settling):
             found.sort(key=lambda item: id_order(item[1] if isinstance(item, tuple) else item.entry_id))
         now = mono_s()
         touched: list[Lane] = []
+        if found and self.lease.shared:
+            last = max(id_order(item[1] if isinstance(item, tuple) else item.entry_id) for item in found)
+            self._again_to = max(self._again_to, last)
         for item in found:
             key = item[0] if isinstance(item, tuple) else item.lane_key
             note = None if isinstance(item, tuple) else item.note

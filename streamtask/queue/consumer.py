@@ -17,7 +17,7 @@ from ..redis.link import Link
 from .batch import Batch, Outcome
 from .claimer import Claimer
 from .held import OWNER, ConsumerSettings
-from .lanes import KEEP_BODIES, Delivery, Entry, Lane, Note, deliveries_of, id_order, put_in_place
+from .lanes import KEEP_BODIES, Delivery, Entry, Lane, Note, deliveries_of, entry_id_of, id_order, put_in_place
 
 log = logging.getLogger("streamtask.consumer")
 
@@ -36,7 +36,7 @@ class ShardConsumer(Claimer):
         if self.halted or self.closing:
             return None
         buffer = self.buffer
-        if not self.lanes.lanes and not self.revoked and (not buffer or type(buffer[0]) is list or buffer[0].fresh):  # type: ignore[union-attr]
+        if not self.lanes.lanes and not self.revoked and (not buffer or self._all_fresh()):
             # The common case: nothing waits, so the batch is the next run of the stream.
             if not buffer:
                 return None
@@ -162,6 +162,14 @@ class ShardConsumer(Claimer):
         batch = Batch(self, self._numbers, items, reopened)
         self.handed[batch.number] = batch
         return batch
+
+    def _all_fresh(self) -> bool:
+        """Whether nothing that lies ready was delivered to another owner before: what was comes first, but in a shared stream
+        what is on offer may come behind new messages."""
+        first = self.buffer[0]
+        if not isinstance(first, list) and not first.fresh:
+            return False
+        return not self.lease.shared or id_order(entry_id_of(first)) > self._again_to
 
     def _needs_mark(self, delivery: Delivery) -> bool:
         return not delivery.fresh and (self.lease.by_expiry or self.lease.shared)

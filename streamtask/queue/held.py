@@ -92,6 +92,7 @@ class Held:
         self._pending_from: str | None = None
         self._read_to = (0, 0)  # before a connection broke
         self._others_to = (0, 0)  # up to this entry, what is pending was given to another owner before
+        self._again_to = (0, 0)  # up to this entry of a shared stream, what was another's lies among what is new
         self._layouts: dict[str, str] = {}
         self._head = (lease.token, lease.incarnation, settings.group)
         self._group = settings.group.encode()

@@ -45,10 +45,6 @@ class StreamConsumer(ShardConsumer):
     def _needs_mark(self, delivery: Delivery) -> bool:
         return False  # what is handed out need not run: see ``mark``
 
-    def _is_fresh(self, delivery: Delivery) -> bool:
-        # What is found pending in a shared stream may be what somebody gave back, and the reply with it was lost.
-        return not self.lease.shared and super()._is_fresh(delivery)
-
     def generation(self, entry_id: bytes) -> int:
         return self._generations.get(entry_id, 0)
 
