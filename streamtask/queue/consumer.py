@@ -62,9 +62,10 @@ class ShardConsumer(Claimer):
         batch.mixed = mixed
         return batch
 
-    def take_free(self, link: Link, limit: int) -> list[Batch]:
+    def take_free(self, link: Link, limit: int, *, at_once: int | None = None) -> list[Batch]:
         """Up to ``limit`` deliveries of different lanes, each a batch of its own, for executors that run side by side.
-        Each closes its lane until it has ended."""
+        Each closes its lane until it has ended. ``at_once``: how many of them start at once, where not all do: what needs a
+        start mark is among these, for whoever dies is charged with it."""
         if self.halted or self.closing:
             return []
         self._load_heads(link, self.lanes.peek_ready(), limit, 1)
@@ -75,6 +76,9 @@ class ShardConsumer(Claimer):
             if isinstance(head, bytes):
                 again.append(lane)
                 continue
+            if head is not None and self._must_wait(head, len(chosen), at_once):
+                again.append(lane)
+                break
             if head is not None:
                 self.lanes.pop(lane)
             if head is not None and self._may_run(head):
@@ -91,8 +95,11 @@ class ShardConsumer(Claimer):
                 self.lanes.open(lane)
         buffer = self.buffer
         while buffer and len(chosen) < limit:
-            item = buffer.popleft()
+            item = buffer[0]
             delivery = Delivery(*item) if isinstance(item, list) else item
+            if self._must_wait(delivery, len(chosen), at_once):
+                break
+            buffer.popleft()
             lane_or_none = self.lanes.get(delivery.lane_key)
             if lane_or_none is not None:
                 self.lanes.add(lane_or_none, delivery)
@@ -170,6 +177,9 @@ class ShardConsumer(Claimer):
         if not isinstance(first, list) and not first.fresh:
             return False
         return not self.lease.shared or id_order(entry_id_of(first)) > self._again_to
+
+    def _must_wait(self, delivery: Delivery, before: int, at_once: int | None) -> bool:
+        return at_once is not None and before >= at_once and self._needs_mark(delivery)
 
     def _needs_mark(self, delivery: Delivery) -> bool:
         return not delivery.fresh and (self.lease.by_expiry or self.lease.shared)

@@ -571,7 +571,8 @@ class Control:
             try:
                 if self._parallel:
                     share = max(1, room // 2) if len(self._turn_order) > 1 else room
-                    batches = consumer.take_free(self._link, min(share, limit))
+                    at_once = self._settings.concurrency - len(executor.out)
+                    batches = consumer.take_free(self._link, min(share, limit), at_once=at_once)
                 else:
                     # A start mark is written for what starts now, not for what waits behind another batch.
                     batch = consumer.take(self._link, limit, may_mark=not executor.out)

@@ -1,4 +1,4 @@
-"""What was on offer in a shared stream lies among new messages, by its entry id: it is dealt with as what it is all the same."""
+"""What was on offer in a shared stream lies among new messages, by its entry id, and is dealt with as what it is."""
 
 from __future__ import annotations
 
@@ -34,4 +34,24 @@ def test_what_may_be_deadly_is_marked_and_counted_behind_what_is_new(redis_serve
     assert deadly not in marked, "it had taken down too many processes"
     assert rig.client.xlen(rig.keys.dlq) == 1
     assert [mark is None for mark in marked.values()] == [True, True, False]
+    rig.close()
+
+
+def test_what_waits_for_an_executor_is_charged_with_nothing(redis_server):
+    rig = Rig(redis_server, SHARED)
+    former, gone, heir = rig.owner(), rig.owner(), rig.owner()
+    rig.send(5)
+    rig.fetch(former)
+    assert reap(rig.link, rig.keys, GROUP, former.lease.incarnation, 60_000, gone=True)
+    gone.look(rig.link)
+
+    # Of four places two are taken, and each executor finds its next message waiting.
+    ran = [batch.ids[0] for batch in gone.take_free(rig.link, 4, at_once=2)]
+    assert len(ran) == 2
+    assert len(gone.buffer) == 3
+    gone.lease.charge(rig.link, {entry_id.decode(): True for entry_id in ran})
+    assert reap(rig.link, rig.keys, GROUP, gone.lease.incarnation, 60_000, gone=True)
+    heir.look(rig.link)
+    crashes = {d.entry_id: d.note.crashes if d.note else 0 for d in deliveries_of(heir.buffer)}
+    assert sorted(crashes.values()) == [0, 0, 0, 1, 1]
     rig.close()
