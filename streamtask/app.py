@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
@@ -74,7 +74,9 @@ class StreamTask:
         self._before_send = overriding(self.middleware, "before_send")
         self._after_send = overriding(self.middleware, "after_send")[::-1]
         self._hooks = bool(self._before_send or self._after_send)
-        wire.accepted_content.update(_content_types((*self.settings.accept_content, self.settings.serializer)))
+        named = (*self.settings.accept_content, self.settings.serializer)
+        self._accepted = wire.SAFE_CONTENT | _content_types(named)
+        self._accepted_of: dict[str, frozenset[str]] = {}  # by task
 
     def _result_store(self, backend: str | bool | None) -> ResultStore | None:
         if backend is None or backend is False:
@@ -117,12 +119,16 @@ class StreamTask:
                 other = self.tasks[task.name].function
                 if (other.__module__, other.__qualname__) != (function.__module__, function.__qualname__):
                     raise ConfigError(f"two tasks are named {task.name!r}: give one of them another name=")
-            if task.options.serializer:
-                wire.accepted_content.update(_content_types([task.options.serializer]))
+            own = task.options.serializer
+            self._accepted_of[task.name] = self._accepted | _content_types([own] if own else [])
             self.tasks[task.name] = task
             return task
 
         return register if function is None else register(function)
+
+    def accepts(self, task: str) -> Collection[str]:
+        """The content types that messages of a task may have: those of the serializers that the app and the task name."""
+        return self._accepted_of.get(task, self._accepted)
 
     # Queues
 
@@ -381,6 +387,7 @@ class StreamTask:
                 deduped=deduped,
                 dedupe_all_ms=dedupe_all_ms,
                 max_message_bytes=s.max_message_bytes,
+                accepts=self.accepts,
             ),
             version=installed(),
             lease_ms=int(s.lease * 1000),

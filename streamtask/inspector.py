@@ -266,7 +266,7 @@ class Inspector:
                 ends = ("XREVRANGE", key, cursors[shard], "-") if newest_first else ("XRANGE", key, cursors[shard], "+")
                 calls.append((key, pack(*ends, "COUNT", page)))
             for shard, entries in zip(shards, self._ask(calls), strict=True):
-                rows = [_dead_letter(queue, shard, entry_id, fields) for entry_id, fields in entries]
+                rows = [_dead_letter(self.app, queue, shard, entry_id, fields) for entry_id, fields in entries]
                 found[shard] += [row for row in rows if task is None or row["task"] == task]
                 if len(entries) < page or len(found[shard]) >= limit:
                     del cursors[shard]
@@ -299,7 +299,7 @@ class Inspector:
             if shard in shape.all_shards():
                 key = shape.shard(shard).dlq
                 found += [
-                    _dead_letter(name, shard, *entry)
+                    _dead_letter(self.app, name, shard, *entry)
                     for entry in self._ask([(key, pack("XRANGE", key, entry_id, entry_id))])[0]
                 ]
         if len(found) > 1:
@@ -332,7 +332,7 @@ class Inspector:
             keys = shape.shard(shard)
             chosen = []
             for entry_id, fields in entries:
-                row = _dead_letter(queue, shard, entry_id, fields)
+                row = _dead_letter(self.app, queue, shard, entry_id, fields)
                 if task is None or row["task"] == task:
                     chosen.append((entry_id, keys.notes(row["group"])))
             if chosen:
@@ -746,7 +746,7 @@ def _worker_rows(shot: Snapshot) -> list[Row]:
 # One dead letter
 
 
-def _dead_letter(queue: str, shard: int | str, entry_id: bytes, fields: list[bytes]) -> Row:
+def _dead_letter(app: StreamTask, queue: str, shard: int | str, entry_id: bytes, fields: list[bytes]) -> Row:
     # dead_letter.lua writes four fields of its own before those of the message.
     own, message = _texts(fields[:8]), wire.whole(fields[8:])
     error = _load(own.get("error", ""))
@@ -774,7 +774,7 @@ def _dead_letter(queue: str, shard: int | str, entry_id: bytes, fields: list[byt
     try:
         if not message:
             raise DecodeError("the entry was gone from the stream")
-        task, key, message_id, row["args"], row["kwargs"], row["headers"] = wire.decode(message)
+        task, key, message_id, row["args"], row["kwargs"], row["headers"] = wire.decode(message, None, app.accepts)
     except DecodeError:
         row["fields"] = {_text(name): _text(value) for name, value in zip(message[::2], message[1::2], strict=False)}
         return row

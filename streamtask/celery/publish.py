@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from celery._state import _get_active_apps, get_current_worker_task
 from celery.exceptions import Reject
 from kombu.compression import decompress
-from kombu.exceptions import KombuError
-from kombu.serialization import loads
+from kombu.serialization import loads, prepare_accept_content
+from kombu.utils.uuid import uuid
 
 from ..errors import BrokerUnavailable, ShardKeyError
 from ..sharding import canonical
@@ -108,9 +109,19 @@ def with_key(original: Callable[..., Any]) -> Callable[..., Any]:
                 look_at_broker(app, [name])
             if private or not inherited.keys().isdisjoint(PRIVATE):
                 options["headers"] = {k: v for k, v in inherited.items() if k not in PRIVATE} | private
-        return original(app, name, args, kwargs, *rest, **options)
+        if not rest and not options.get("task_id"):
+            options["task_id"] = uuid()
+        token = _calling.set((app, options.get("task_id")))
+        try:
+            return original(app, name, args, kwargs, *rest, **options)
+        finally:
+            _calling.reset(token)
 
     return send_task
+
+
+_calling: ContextVar[tuple[Any, str | None] | None] = ContextVar("streamtask_calling", default=None)
+"""The app and the id of the call that is on its way to the transport."""
 
 
 def with_retry_kept(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,25 +147,29 @@ def stamp_missed(message: dict[str, Any]) -> None:
     headers, properties = message["headers"], message["properties"]
     if KEY in headers and DELIVERY not in headers:
         return
+    calling = _calling.get()
+    if calling is not None and properties.get("correlation_id") == calling[1]:
+        return  # ``with_key`` has found that it has none
     name = headers.get("task")
     if isinstance(name, str) and name in _plain and DELIVERY not in headers and OPTION not in properties:
         return
-    if not isinstance(name, str | None) or (name is None and not _speaks_protocol_1()):
-        return
-    rule = None if name is None else _rule_anywhere(name)
-    if name is not None and rule is None and OPTION not in properties and DELIVERY not in headers:
-        return
-    try:
-        body = _decoded(message)
-    except KombuError:
-        if name is None:
+    if name is None:
+        apps = [app for app in _apps() if _speaks_protocol_1(app)]
+        try:
+            said = _decoded(message, apps) if apps else None
+        except Exception:
             return
-        raise
-    if name is not None:
-        args, kwargs, said = body[0], body[1], headers
-    elif isinstance(body, dict) and "task" in body:
-        name, args, kwargs, said = body["task"], body.get("args") or (), body.get("kwargs") or {}, body
-        rule = _rule_anywhere(name)
+        if not isinstance(said, dict) or not isinstance(said.get("task"), str):
+            return
+        name, args, kwargs = said["task"], said.get("args") or (), said.get("kwargs") or {}
+        rule, _ = _rule_anywhere(name)
+    elif isinstance(name, str):
+        rule, apps = _rule_anywhere(name)
+        if rule is None and OPTION not in properties and DELIVERY not in headers:
+            return
+        said, args, kwargs = headers, (), {}
+        if rule is not None and OPTION not in properties:
+            args, kwargs = _arguments(message, name, rule, apps)
     else:
         return
     option = properties.pop(OPTION, None)
@@ -170,32 +185,46 @@ _plain: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 """Tasks without a key, by their names: so that their messages are told from missed ones quickly."""
 
 
-def _rule_anywhere(name: str) -> Rule | None:
-    """As the message does not say which app it is of: the first app's that has a rule."""
-    apps = list(_get_active_apps())
-    for app in apps:
-        rule = rule_by_name(app, name)
-        if rule is not None:
-            return rule
+def _apps() -> list[Any]:
+    """Those whose message it may be, as the message itself does not say it."""
+    calling = _calling.get()
+    return list(_get_active_apps()) if calling is None else [calling[0]]
+
+
+def _rule_anywhere(name: str) -> tuple[Rule | None, list[Any]]:
+    """The first rule that an app has for tasks of this name, and all apps that have one."""
+    apps = _apps()
+    found = [(rule, app) for app in apps if (rule := rule_by_name(app, name)) is not None]
+    if found:
+        return found[0][0], [app for _, app in found]
     for app in apps:
         if name in app._tasks:
             _plain[name] = app._tasks[name]
-    return None
+    return None, []
 
 
-def _speaks_protocol_1() -> bool:
-    """Whether a message without a task header may be a task all the same: protocol 1 has all in the body."""
-    for app in list(_get_active_apps()):
-        made = vars(app.__dict__.get("amqp", app)).get("create_task_message")  # kept there at the first task sent
-        if made is not None and made == app.amqp.as_task_v1:
-            return True
-    return False
+def _speaks_protocol_1(app: Any) -> bool:
+    """Whether an app's message without a task header may be a task all the same: protocol 1 has all in the body."""
+    made = vars(app.__dict__.get("amqp", app)).get("create_task_message")  # kept there at the first task sent
+    return made is not None and made == app.amqp.as_task_v1
 
 
-def _decoded(message: dict[str, Any]) -> Any:
+def _arguments(message: dict[str, Any], name: str, rule: Rule, apps: Sequence[Any]) -> tuple[Any, Any]:
+    try:
+        args, kwargs, *_ = _decoded(message, apps)
+    except Exception as exc:
+        raise ShardKeyError(
+            f"task {name}: its shard key ({rule.shown}) is in a body that can't be looked into: {exc}. Set accept_content, or "
+            f"give the key itself, in the header {KEY!r}"
+        ) from None
+    return args, kwargs
+
+
+def _decoded(message: dict[str, Any], apps: Sequence[Any]) -> Any:
+    """The body of a message, which may have come from anywhere: only what all of these apps accept is loaded."""
     body, compression = message["body"], message["headers"].get("compression")
     if compression:
         check_compressed(body, compression)
         body = decompress(body, compression)
-    # force: it was made by this process, so what it may contain is no question.
-    return loads(body, message.get("content-type"), message.get("content-encoding"), force=True)
+    accepted = [prepare_accept_content(app.conf.accept_content or ("json",)) for app in apps]
+    return loads(body, message.get("content-type"), message.get("content-encoding"), accept=set.intersection(*accepted))

@@ -144,7 +144,7 @@ class Arrivals(Settling):
             try:
                 if envelope is None and (size := max(map(len, fields), default=0)) > largest:
                     raise DecodeError(f"it has {size} bytes; max_message_bytes is {largest}")
-                envelope = wire.decode(fields, envelope)
+                envelope = wire.decode(fields, envelope, self.settings.accepts)
             except DecodeError as exc:
                 self._dead.append((entry_id, [], Outcome("dead", reason="undecodable", message=str(exc))))
                 continue

@@ -7,13 +7,14 @@ The state alone. What is done to it stands in a module each, one upon the other:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease
 from ..errors import LeaseLost
+from ..redis import wire
 from ..redis.link import Link, pack
 from ..redis.scripts import Code
 from .batch import Batch, Outcome
@@ -29,7 +30,7 @@ MOST_SENT = 10_000
 class ConsumerSettings:
     """``deduped``: time to live (ms) of the dedupe middleware's ids by task name; ``dedupe_all_ms``: for all others.
     ``max_waiting``: messages of a shard that wait in this process, beyond which reading stops. ``max_message_bytes``: what is
-    larger is not decoded."""
+    larger is not decoded. ``accepts``: which content types a task's messages may have."""
 
     group: str = "workers"
     fetch_count: int = 200
@@ -42,6 +43,7 @@ class ConsumerSettings:
     dedupe_all_ms: int = 0
     max_waiting: int = MAX_WAITING
     max_message_bytes: int = 1 << 40
+    accepts: Callable[[str], Collection[str]] = wire.only_safe
 
 
 class Reading(Protocol):

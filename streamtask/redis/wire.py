@@ -41,6 +41,15 @@ H_PRODUCED = "at"  # instant in ms when the produce call was made, where the ent
 H_CONTENT = "content"  # content type of args, which then is bytes: another serializer of kombu's registry
 H_ETA = "eta"  # instant in ms that was asked for
 
+SAFE_CONTENT = frozenset(("application/json", "application/x-msgpack"))
+"""Content types that are loaded whoever has sent them."""
+
+
+def only_safe(task: str) -> Collection[str]:
+    """The content types that messages of a task may have: no others than these."""
+    return SAFE_CONTENT
+
+
 _INSTANTS = frozenset((H_EXPIRES, H_PRODUCED, H_ETA))
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999
 
@@ -254,16 +263,18 @@ def replayed_for(fields: list[bytes]) -> bytes | None:
     return None
 
 
-def decode(fields: list[bytes], envelope: Any = None) -> list[Any]:
+def decode(
+    fields: list[bytes], envelope: Any = None, accepts: Callable[[str], Collection[str]] = only_safe
+) -> list[Any]:
     """The envelope of an entry's fields: ``[task, key, id, args, kwargs, headers]``. ``envelope``: what ``unpackb`` has made of
-    them already, to be looked at no second time.
+    them already, to be looked at no second time. ``accepts``: which content types a task's messages may have.
 
     Raises ``DecodeError``, and nothing else, for anything that is no message of this version.
     """
     try:
         fields = whole(fields)
         if fields[0] == MSGPACK:
-            return _check(unpack_body(fields[1]) if envelope is None else envelope)
+            return _check(unpack_body(fields[1]) if envelope is None else envelope, accepts)
         if fields[0] == JSON:
             return _decode_json(fields[1])
     except DecodeError:
@@ -273,7 +284,7 @@ def decode(fields: list[bytes], envelope: Any = None) -> list[Any]:
     raise DecodeError(f"the entry's field is {fields[0][:40]!r}: a message has the field m or j")
 
 
-def _check(envelope: Any) -> list[Any]:
+def _check(envelope: Any, accepts: Callable[[str], Collection[str]]) -> list[Any]:
     task, key, message_id, args, kwargs, headers = envelope
     if not (
         type(envelope) is list
@@ -287,28 +298,24 @@ def _check(envelope: Any) -> list[Any]:
         raise DecodeError("the envelope's elements are of wrong types")
     _check_headers(headers or {}, args)
     if type(args) is bytes:
-        _decode_content(envelope)
+        _decode_content(envelope, accepts(task))
     elif kwargs is None:
         envelope[4] = {}
     return envelope
 
 
-def _decode_content(envelope: list[Any]) -> None:
+def _decode_content(envelope: list[Any], accepted: Collection[str]) -> None:
     from kombu import serialization
 
     content_type = envelope[5][H_CONTENT]
     # What the sender names is not proof that it may be loaded: kombu refuses pickle and yaml unless accepted by name.
-    body = serialization.loads(envelope[3], content_type, "utf-8", accept=accepted_content)
+    body = serialization.loads(envelope[3], content_type, "utf-8", accept=accepted)
     args, kwargs = body
     if not (isinstance(args, list | tuple) and isinstance(kwargs, dict)):
         raise DecodeError("the arguments are no array and map")
     if b"\\u" in envelope[3]:
         refuse_surrogates(body)
     envelope[3], envelope[4] = list(args), kwargs
-
-
-accepted_content: set[str] = {"application/json", "application/x-msgpack"}
-"""Content types that ``decode`` loads; an app adds the serializers that it names, and thereby accepts."""
 
 
 def _decode_json(data: bytes) -> list[Any]:

@@ -8,9 +8,11 @@ import functools
 import gc
 import itertools
 import logging
+import os
 import types
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import Empty
 from typing import Any
 
@@ -21,7 +23,7 @@ from celery.app.amqp import AMQP
 import streamtask.celery  # noqa: F401
 from streamtask.celery.brokers import look_at_broker
 from streamtask.celery.keys import PRIVATE
-from streamtask.celery.publish import stamp_missed
+from streamtask.celery.publish import _calling, stamp_missed
 from streamtask.errors import ConfigError, ShardKeyError
 
 numbers = itertools.count()
@@ -499,7 +501,9 @@ def published_without_plugin(apps: Apps, app: Celery, send: Callable[[], object]
 @pytest.mark.parametrize("compression", [None, "zlib"])
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
 def test_a_missed_message_is_stamped(apps: Apps, protocol: int, serializer: str, compression: str | None) -> None:
-    app = apps(task_protocol=protocol, task_serializer=serializer, task_compression=compression)
+    app = apps(
+        task_protocol=protocol, task_serializer=serializer, task_compression=compression, accept_content=[serializer]
+    )
     task = app.task(pay, name="pay-missed", shard_key="user_id", ordered=False)
     plain = app.task(pay, name="plain-missed")
     message = published_without_plugin(apps, app, lambda: task.apply_async((UUID,), {"amount": 3}))
@@ -520,6 +524,82 @@ def test_a_missed_message_is_stamped(apps: Apps, protocol: int, serializer: str,
     message = published_without_plugin(apps, app, lambda: task.apply_async((None,)))
     with pytest.raises(ShardKeyError, match="task pay-missed, shard_key='user_id'"):
         stamp_missed(message)
+
+
+class Opened:
+    """Writes down that it was unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_no_body_is_loaded_that_its_app_does_not_accept(apps: Apps, protocol: int, tmp_path: Path) -> None:
+    """Neither what is published as it came from elsewhere, nor because another app of the process accepts it."""
+    strict = apps(task_protocol=protocol, accept_content=["json"], task_serializer="pickle")
+    trusting = apps(task_protocol=protocol, accept_content=["pickle"])
+    for app in (trusting, strict):
+        task = app.task(pay, name="pay-closed", shard_key="user_id")
+        task.delay(1)
+    apps.messages(strict)
+    file = tmp_path / "opened"
+    message = published_without_plugin(apps, strict, lambda: task.apply_async((7, Opened(file))))
+    file.rmdir() if file.exists() else None
+    again = copy.deepcopy(message)
+    if protocol == 1:
+        stamp_missed(message)
+        assert "shard_key" not in message["headers"]
+    else:
+        with pytest.raises(
+            ShardKeyError, match=r"task pay-closed.*can't be looked into.*untrusted content of type pickle"
+        ):
+            stamp_missed(message)
+    assert not file.exists()
+
+    token = _calling.set((trusting, "another"))
+    stamp_missed(again)
+    _calling.reset(token)
+    assert again["headers"]["shard_key"] == "7"
+    assert file.exists()
+
+
+def test_what_the_plugin_has_sent_is_not_looked_into_again(apps: Apps, protocol: int) -> None:
+    """A call without a key, of an app that accepts nothing of what it sends: it has no worker, or its tasks others'."""
+    app = apps(task_protocol=protocol, accept_content=["yaml"], task_serializer="pickle")
+    task = app.task(pay, name="pay-again")
+    stamped: list[dict[str, Any]] = []
+    from kombu.transport.memory import Channel
+
+    original = Channel.prepare_message
+
+    def prepare(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        message: dict[str, Any] = original(*args, **kwargs)
+        stamp_missed(message)
+        stamped.append(message["headers"])
+        return message
+
+    Channel.prepare_message = prepare
+    try:
+        task.map([1, 2]).apply_async()
+        task.delay(1)
+        app.send_task("pay-again", (1,), {}, None, None, "an-id")
+    finally:
+        Channel.prepare_message = original
+    assert len(stamped) == 3
+    assert not any(set(PRIVATE) & headers.keys() for headers in stamped)
+
+
+def test_where_the_key_is_named_no_body_is_loaded(apps: Apps, tmp_path: Path) -> None:
+    app = apps(accept_content=["pickle"], task_serializer="pickle")
+    task = app.task(pay, name="pay-named", shard_key="user_id")
+    file = tmp_path / "opened"
+    message = published_without_plugin(apps, app, lambda: task.apply_async((7, Opened(file)), shard_key=8))
+    file.rmdir() if file.exists() else None
+    stamp_missed(message)
+    assert message["headers"]["shard_key"] == "8"
+    assert not file.exists()
 
 
 def test_a_missed_retry_is_stamped(apps: Apps, protocol: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import uuid
 
 import pytest
 
 from streamtask import ConfigError, Dedupe, Middleware, Reject, ResultTimeout, StreamTask, TaskError
+from streamtask.inspector import Inspector
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -46,6 +49,45 @@ def test_runs_what_is_queued_in_order_with_retries_and_delays(make):
     assert [result.get(timeout=1) for result in results] == [0, 10, 20]
     assert late.get(timeout=1) == 90
     assert app.run_until_idle() == 0
+
+
+class Opened:
+    """Writes down that it was unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.makedirs, (self.path, 0o700, True)
+
+
+def test_what_an_app_or_a_task_accepts_it_accepts_for_itself(redis_server, tmp_path):
+    """Others of the same process load none of it, nor do an operator's commands."""
+    ran = []
+
+    def make(pickled="", **options):
+        app = StreamTask("app", broker=redis_server.url, **options)
+        for name in ("one", "other"):
+            serializer = "pickle" if name == pickled else None
+            app.task(lambda value, name=name: ran.append(name), name=name, serializer=serializer)
+        return app
+
+    trusting = make(serializer="pickle")
+    by_task, strict = make(pickled="one"), make()
+    file = tmp_path / "opened"
+    for app, accepted in ((strict, ()), (by_task, ("one",)), (trusting, ("one", "other"))):
+        for name in ("one", "other"):
+            trusting.tasks[name].delay(Opened(file))
+            app.run_until_idle(fail_fast=False)
+        with Inspector(app) as inspector:
+            letters = inspector.dead_letters("default")
+            assert all("untrusted content of type pickle" in letter["error"] for letter in letters)
+            assert inspector.drop("default") == len(letters) == 2 - len(accepted)
+        assert ran == [*accepted]
+        assert file.exists() == bool(accepted)
+        ran.clear()
+        shutil.rmtree(file, ignore_errors=True)
+        app.close()
 
 
 def test_a_dead_letter_fails_fast_and_says_why(make):
