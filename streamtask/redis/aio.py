@@ -66,19 +66,24 @@ class Pipe:
         if self._until:
             batch = self._in_time(batch)
         await self._conn.send_packed_command([b"".join(p for p, _ in batch)], check_health=False)
+        refused: BrokerUnavailable | None = None
         for _, future in batch:
             try:
                 reply: Any = await self._conn.read_response(disable_decoding=True)
             except (RedisError, OSError) as exc:
                 reply = self._error(exc)
                 if isinstance(reply, BrokerUnavailable):
-                    raise reply from None
+                    if reply.in_doubt:
+                        raise reply from None
+                    refused = reply  # this call alone: those behind it may have been done
             if future.done():
                 continue
             if isinstance(reply, Exception):
                 future.set_exception(reply)
             else:
                 future.set_result(reply)
+        if refused is not None:
+            raise refused  # by a server to connect to anew
 
     def _in_time(self, batch: list[tuple[bytes, asyncio.Future[Any]]]) -> list[tuple[bytes, asyncio.Future[Any]]]:
         """Without those that are late, also for what it took to connect."""
