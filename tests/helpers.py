@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "STREAMTASK_TEST_RUN"
@@ -89,7 +90,41 @@ def wait_until(
             elif spent - starved.seconds >= timeout or spent >= 6 * timeout:
                 text = (message() if callable(message) else message) or repr(condition)
                 raise AssertionError(f"not within {spent:.1f} s: {text}; last value: {last!r}")
-        time.sleep(poll)
+        # Whoever has waited for long looks less often: the looking takes its time from what is waited for.
+        time.sleep(max(poll, min(0.03, spent / 50)))
+
+
+class Record(Generic[T]):
+    """What the bodies under test wrote down, a line of JSON per event; each is read and parsed once."""
+
+    def __init__(self, path: Path, make: Callable[..., T], final: Callable[[T], object]) -> None:
+        self._path, self._make, self._final = path, make, final
+        self._read = 0
+        self._events: list[T] = []
+        self._ended: set[object] = set()
+        self._lock = threading.Lock()
+
+    def events(self) -> list[T]:
+        """All whole lines so far; a last line without its end is still being written."""
+        with self._lock:
+            if self._path.exists():
+                with open(self._path, "rb") as file:
+                    file.seek(self._read)
+                    data = file.read()
+                whole = data[: data.rfind(b"\n") + 1]
+                self._read += len(whole)
+                for line in whole.splitlines():
+                    event = self._make(*json.loads(line))
+                    self._events.append(event)
+                    if what := self._final(event):
+                        self._ended.add(what)
+            return list(self._events)
+
+    def ended(self) -> set[object]:
+        """What the final events among them are of."""
+        self.events()
+        with self._lock:
+            return set(self._ended)
 
 
 _ports: deque[int] = deque(maxlen=1000)

@@ -13,11 +13,9 @@ The record has one line per event; the order of the lines is the order of the wr
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 START, END, DEAD, FAIL, REQUEUED, ACK = "S", "E", "D", "F", "Q", "A"
@@ -39,15 +37,6 @@ class Event(NamedTuple):
     id: str
     redelivered: bool
     more: Any
-
-
-def parse(text: str) -> list[Event]:
-    """The whole lines of a record; a last line without its end is still being written."""
-    return [Event(*json.loads(line)) for line in text.split("\n")[:-1]]
-
-
-def read(path: Path) -> list[Event]:
-    return parse(path.read_text()) if path.exists() else []
 
 
 @dataclass

@@ -22,9 +22,9 @@ import pytest
 import redis
 
 from tests.celery import app as sut
-from tests.celery.checker import END, FINAL, START, Event, Report, check, read
+from tests.celery.checker import END, FINAL, START, Event, Report, check
 from tests.fix_redis import RedisServer
-from tests.helpers import Spawned, is_alive, our_processes, spawn, wait_until
+from tests.helpers import Record, Spawned, is_alive, our_processes, spawn, wait_until
 
 SCHEME = os.environ.get("CELERY_TEST_SCHEME", "streamtask")
 LEASE = 1.0
@@ -122,6 +122,7 @@ class Site:
         self.server = server
         self.folder = folder
         self.record = folder / "record"
+        self._record = Record(self.record, Event, lambda event: event.kind in FINAL and (event.key, event.n))
         self.options = {"lease": LEASE, **options} if SCHEME == "streamtask" else {}
         self.conf = conf
         self.killed: dict[int, float] = {}
@@ -217,7 +218,7 @@ class Site:
     # What the bodies wrote
 
     def events(self) -> list[Event]:
-        return read(self.record)
+        return self._record.events()
 
     def of(self, kind: str, key: str | None = None, n: int | None = None, main: int | None = None) -> list[Event]:
         return [
@@ -236,7 +237,7 @@ class Site:
 
     def ended(self) -> int:
         """How many messages have come to their end."""
-        return len({(event.key, event.n) for event in self.events() if event.kind in FINAL})
+        return len(self._record.ended())
 
     def wait_ended(self, count: int, timeout: float = 20) -> None:
         wait_until(
@@ -245,7 +246,7 @@ class Site:
 
     def open(self) -> list[tuple[str | None, int]]:
         """The published messages that have not come to their end."""
-        done = {(event.key, event.n) for event in self.events() if event.kind in FINAL}
+        done = self._record.ended()
         return [(key, n) for key, numbers in self.produced.items() for n in numbers if (key, n) not in done]
 
     def wait_done(self, timeout: float = 20, skip: set[tuple[str | None, int]] | None = None) -> None:

@@ -14,11 +14,9 @@ write calls. The rules, per message and per shard key:
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 START, END, FAIL = "S", "E", "F"
@@ -38,15 +36,6 @@ class Event(NamedTuple):
     shard: int | str
     id: str
     more: dict[str, Any]
-
-
-def parse(text: str) -> list[Event]:
-    """The whole lines of a record; a last line without its end is still being written."""
-    return [Event(*json.loads(line)) for line in text.split("\n")[:-1]]
-
-
-def read(path: Path) -> list[Event]:
-    return parse(path.read_text()) if path.exists() else []
 
 
 @dataclass

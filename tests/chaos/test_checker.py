@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.checker import Event, judge, parse
+from tests.chaos.checker import Event, judge
+from tests.helpers import Record
 
 pytestmark = pytest.mark.quick
 
@@ -68,5 +69,14 @@ def test_more_than_a_batch_run_again_is_found():
     assert problems(record(*first, *second[200:]), numbers, killed={1: 1.1}) == ""
 
 
-def test_a_half_written_line_is_left_for_later():
-    assert [e.n for e in parse('["S", 1.0, 1, "a", 5, 0, 7, 0, "x", {}]\n["E", 1.0')] == [5]
+def test_a_half_written_line_is_left_for_later(tmp_path):
+    path = tmp_path / "log"
+    record = Record(path, Event, lambda event: event.kind == "E" and event.n)
+    assert record.events() == []
+    path.write_text('["S", 1.0, 1, "a", 5, 0, 7, 0, "x", {}]\n["E", 1.0')
+    assert [e.n for e in record.events()] == [5]
+    assert record.ended() == set()
+    with open(path, "a") as file:
+        file.write(', 1, "a", 5, 0, 7, 0, "x", {}]\n')
+    assert [(e.kind, e.n) for e in record.events()] == [("S", 5), ("E", 5)]
+    assert record.ended() == {5}

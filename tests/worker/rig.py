@@ -23,10 +23,10 @@ from streamtask import StreamTask
 from streamtask.redis import wire
 from streamtask.redis.keys import SHARED, QueueKeys
 from streamtask.sharding import canonical, shard_of
-from tests.chaos.checker import END, START, Event, Report, check, read
+from tests.chaos.checker import END, START, Event, Report, check
 from tests.fix_proxy import Proxy
 from tests.fix_redis import RedisServer
-from tests.helpers import ROOT, Spawned, is_alive, spawn, wait_until
+from tests.helpers import ROOT, Record, Spawned, is_alive, spawn, wait_until
 
 HEAD = """
 import asyncio, ctypes, json, os, signal, sys, threading, time
@@ -157,6 +157,7 @@ class Site:
         self.options: dict[str, Any] = {"lease": 2.0, **options}
         self.shards = int(self.options.get("shards", 8))
         self.log = folder / f"log{number}"
+        self._record = Record(self.log, Event, lambda event: event.kind == END and (event.key, event.n))
         self.killed: dict[int, float] = {}
         """When each process was killed, on the monotonic clock."""
         self.produced: dict[str | None, list[int]] = defaultdict(list)
@@ -349,7 +350,7 @@ class Site:
     # What the bodies wrote
 
     def events(self) -> list[Event]:
-        return read(self.log)
+        return self._record.events()
 
     def of(self, kind: str, key: str | None = None, n: int | None = None) -> list[Event]:
         found = (event for event in self.events() if event.kind == kind)
@@ -360,7 +361,7 @@ class Site:
 
     def ended(self) -> int:
         """How many different messages have ended."""
-        return len({(event.key, event.n) for event in self.of(END)})
+        return len(self._record.ended())
 
     def wait_started(self, key: str | None = None, n: int | None = None, count: int = 1, timeout: float = 15) -> Event:
         found = wait_until(
