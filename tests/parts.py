@@ -14,6 +14,9 @@ counts. A quick run names at its end what took longer than a quick test should.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 
 from tests.fix_redis import chosen_binaries
@@ -39,6 +42,16 @@ def part_of(item: pytest.Item, newest: str | None) -> str:
         return REST
     folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
     return REST if folder in SLOW_FOLDERS else QUICK
+
+
+def sampled(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """The values for ``parametrize``, of which a quick run takes these alone."""
+    return [
+        value
+        if value in quick
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

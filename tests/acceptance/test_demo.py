@@ -17,6 +17,7 @@ import pytest
 from streamtask.cli.demo_check import Sent, Start, check, check_lane, percentile
 from streamtask.cli.demo_events import Events, EventsError
 from tests.helpers import Spawned, our_processes, spawn, wait_until
+from tests.parts import sampled
 
 # --- the check -----------------------------------------------------------------------------------------------------
 
@@ -276,7 +277,7 @@ def test_a_missing_redis_server_is_one_clear_message(tmp_path: Path) -> None:
         assert os.listdir(tmp_path / "tmp") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", sampled([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_interrupted(tmp_path: Path, number: int) -> None:
     before = set(our_processes())
     with demo_in(tmp_path, "--messages", "1000000") as demo:

@@ -10,6 +10,7 @@ import pytest
 
 from streamtask.errors import BrokerUnavailable, BulkSendError, InDoubt, QueueFull
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.queue.test_produce import (
     WAYS,
     delayed_count,
@@ -91,7 +92,7 @@ def there(client):
     return len(numbers(client)) + delayed_count(client)
 
 
-@every_way
+@pytest.mark.parametrize("way", sampled(WAYS, "many", next(iter(WAYS))))
 def test_a_call_is_not_repeated_when_redis_has_forgotten_its_id(redis_server_all, proxy, make, way):
     """The reply is lost; then Redis is out of reach until it has forgotten the call; then it is back."""
     through = proxy(redis_server_all)

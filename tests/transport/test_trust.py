@@ -16,6 +16,7 @@ from streamtask.errors import LeaseLost
 from tests.fix_proxy import Proxy
 from tests.fix_redis import RedisServer
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.transport.kit import Inbox, Kit, publish, quiet
 from tests.transport.test_loop import Loop, make_loop  # noqa: F401
 
@@ -105,7 +106,7 @@ def take_by(rig: Rig, way: str, make_loop: Any, most: int, meanwhile: Callable[[
 
 
 @pytest.mark.parametrize("how", ["cut off", "keeper stopped"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sampled(WAYS, "loop"))
 def test_what_another_has_run_is_not_shown(rig: Rig, make_loop: Any, way: str, how: str) -> None:  # noqa: F811
     """A process that was cut off beyond its lease, or whose keeper was stopped with it, finds out before its consumer does."""
     many = 120  # more than are read at once, so that nothing need be asked to hand out the next
@@ -135,7 +136,7 @@ def test_what_another_has_run_is_not_shown(rig: Rig, make_loop: Any, way: str, h
     assert len(rig.seen) == 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sampled(WAYS, "drain"))
 def test_what_is_still_its_own_is_shown_though_its_keeper_is_stopped(
     rig: Rig,
     make_loop: Any,  # noqa: F811

@@ -203,9 +203,14 @@ def test_the_sender_is_told_at_once(redis_server, site):
 
 @pytest.mark.parametrize("shard", [0, "shared"])
 @pytest.mark.parametrize(
-    "source,concurrency,how", [(TASKS, 1, b"exit"), (TASKS, 4, b"segv"), (ASYNC, 4, b"exit")],
+    "source,concurrency,how",
+    [
+        (TASKS, 1, b"exit"),
+        pytest.param(TASKS, 4, b"segv", marks=pytest.mark.slow),
+        pytest.param(ASYNC, 4, b"exit", marks=pytest.mark.slow),
+    ],
     ids=["one", "threads", "async"],
-)  # fmt: skip
+)
 def test_what_ends_its_process_when_it_is_read_is_a_dead_letter_in_the_end(
     redis_server, site, source, concurrency, how, shard
 ):

@@ -10,6 +10,7 @@ import uuid
 import pytest
 
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.worker.rig import keys_on
 
 LIMITS = """
@@ -153,7 +154,7 @@ def test_a_soft_limit_that_hits_at_the_end_leaves_nothing_behind(redis_server, s
     assert "Traceback" not in pod.log, pod.log
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", sampled([1, 4], 4))
 @pytest.mark.parametrize("task", ["hard", "hard_async"])
 def test_a_time_limit_ends_the_process_and_charges_the_overrunning_message_only(redis_server, site, task, concurrency):
     site = site(redis_server, LIMITS, max_crashes=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.worker.rig import keys_on
 
 PILLS = """
@@ -63,7 +64,9 @@ def neighbours(site, pill_key, pill_n):
     return rows[0]
 
 
-@pytest.mark.parametrize("how,concurrency", [("exit", 1), ("kill", 1), ("kill", 4), ("segv", 4)])
+@pytest.mark.parametrize(
+    "how,concurrency", sampled([("exit", 1), ("kill", 1), ("kill", 4), ("segv", 4)], ("exit", 1), ("kill", 4))
+)
 def test_a_pill_becomes_a_dead_letter_and_200_neighbours_run_once(redis_server, site, how, concurrency):
     site = site(redis_server, PILLS, max_crashes=2)
     key, *others = keys_on(0, 200)

@@ -100,6 +100,7 @@ def test_a_running_body_keeps_its_shard_where_it_is(redis_server, site):
     site.wait_empty()
 
 
+@pytest.mark.slow
 def test_one_process_owns_as_many_shards_as_a_queue_can_have(redis_server, site):
     site = site(redis_server, shards=1024)
     pod = site.pod(1)

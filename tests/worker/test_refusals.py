@@ -11,6 +11,7 @@ import pytest
 from streamtask import BrokerUnavailable, ConfigError, ReplyError
 from tests.fix_refusals import FAULTS, PASSING, refusing, server_for
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.worker.rig import TASKS, keys_on
 
 LEASE = 1.0
@@ -23,7 +24,9 @@ def server(own_server_all, request):
         yield server
 
 
-@pytest.mark.parametrize("code", [code for code in FAULTS if code != "CLUSTERDOWN"])  # workers run on no Cluster
+@pytest.mark.parametrize(
+    "code", sampled([code for code in FAULTS if code != "CLUSTERDOWN"], "BUSY", "OOM")
+)  # not on a Cluster
 def test_a_worker_and_its_bodies_outlive_it(server, site, code):
     site = site(server, lease=LEASE, backend=True, send_timeout=30)
     pod = site.pod(2)

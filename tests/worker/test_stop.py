@@ -103,16 +103,10 @@ def test_ctrl_c_stops_the_whole_group_warmly(redis_server, site):
     assert site.check(killed={}).repeated == 0
 
 
-def test_a_rolling_restart_under_load_repeats_nothing(redis_server, site):
-    rolling_restart(site(redis_server, lease=5.0), 4)
-
-
 @pytest.mark.slow
-def test_a_rolling_restart_at_concurrency_1(redis_server, site):
-    rolling_restart(site(redis_server, lease=5.0), 1)
-
-
-def rolling_restart(site, concurrency):
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_rolling_restart_under_load_repeats_nothing(redis_server, site, concurrency):
+    site = site(redis_server, lease=5.0)
     pods = [site.pod(2, concurrency), site.pod(2, concurrency)]
     site.ready(4)
     stop = threading.Event()
