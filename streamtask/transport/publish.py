@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StreamTaskError
@@ -24,7 +25,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Retry(Call):
+class KeyedCall(Call):
+    """Of a message with a shard key: where the queue was made anew, it may have another number of shards."""
+
+    key: bytes = b""
+
+    def renew(self) -> None:
+        Call.renew(self)
+        self.shard = self.queue.shard_for(self.key)
+
+
+@dataclass(slots=True)
+class Retry(KeyedCall):
     """A retry that is stored in the place of the entry that it repeats, as its message's ``replaces`` says; like any message
     where its key has changed, or the queue's shards have."""
 
@@ -69,8 +81,10 @@ def _call(session: Session, queue_name: str, message: dict[str, Any]) -> Call:
     page, number, *since = properties[PRODUCE_ID].split(" ")
     replaces = headers.get(REPLACES)
     call = Call(queue, shard, encode(message, key), due_ms=due, produce_id=(page, int(number)))
-    if isinstance(replaces, dict) and replaces.get("queue") == queue_name:
-        call = Retry(queue, shard, call.envelope, due_ms=due, produce_id=call.produce_id, replaces=replaces)
+    if key is not None:
+        again = isinstance(replaces, dict) and replaces.get("queue") == queue_name
+        kind = partial(Retry, replaces=replaces) if again else KeyedCall
+        call = kind(queue, shard, call.envelope, due_ms=due, produce_id=call.produce_id, key=key)
     if since:
         call.repeated, call.sent_at = True, float(since[0])
     return call

@@ -92,7 +92,8 @@ class KombuQueue(Queue):
             shape = Shape(int(shards or 0), int(epoch))
             if shape.epoch != named:
                 return shape, [], set()
-            streams: set[int | str] = {*wanted, *(range(shape.shards) if keyed else ())}
+            # Those that were opened before may be more than there are now.
+            streams = {shard for shard in wanted if isinstance(shard, str)} | set(range(shape.shards) if keyed else ())
             opened = script("open_shard")
             for shard in streams:
                 keys = self.shard_keys(shard, shape)
@@ -162,7 +163,7 @@ class KombuQueue(Queue):
     def shard_for(self, key: bytes | None) -> int | str:
         if key is None:
             return SHARED
-        if not self.keyed:
+        if not self.shape().shards:
             self.open(0)
         return shard_of(key, self.shape().shards)
 

@@ -12,6 +12,7 @@ import pytest
 from kombu import Connection, Exchange, Producer, Queue
 
 from streamtask.redis.link import Link
+from streamtask.sharding import shard_of
 from streamtask.transport.routing import drop_expired
 from tests.fix_redis import RedisServer
 from tests.helpers import wait_until
@@ -194,6 +195,41 @@ def step_in(number: int, what: Callable[[], None], armed: list[bool]) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Link, "call", call)
         yield done
+
+
+def test_a_queue_is_made_anew_with_fewer_shards(kit: Kit, make_kit: Any) -> None:
+    """Who has published to the old one finds that out with its next message, which goes to a shard that somebody reads."""
+    channel, other = (make_kit(kit.server, namespace=kit.namespace, eta_hold=59 - n).channel() for n in range(2))
+    key = next(f"u{n}" for n in range(99) if shard_of(f"u{n}".encode(), 8) > 3)
+    headers = {"headers": {"shard_key": key}}
+    kit.queue(channel)
+    publish(channel, "old", **headers)
+    other.queue_delete("q")
+    kit.queue(other, queue_arguments={"x-shards": 4})
+    publish(other, "first", **headers)
+    publish(channel, "new", **headers)
+    publish(channel, "newer", **headers)
+    inbox = Inbox(other, "q")
+    for _ in range(3):
+        inbox.take()[0].ack()
+    assert inbox.bodies == ["first", "new", "newer"]
+    assert not kit.keys("{kombu.q.1.[4-7]}:*")
+
+
+def test_a_consumer_publishes_to_the_queue_that_was_deleted(kit: Kit, make_kit: Any) -> None:
+    """It has read of the shards that others have made, which are none now."""
+    headers = {"headers": {"shard_key": "u1"}}
+    other = make_kit(kit.server, namespace=kit.namespace, eta_hold=59).channel()
+    kit.queue(other)
+    publish(other, "old", **headers)
+    channel = kit.channel()
+    inbox = Inbox(channel, "q")
+    inbox.take()[0].ack()
+    other.queue_delete("q")
+    with pytest.raises(channel.connection.client.connection_errors):
+        inbox.drain_all(10)
+    publish(channel, "new", **headers)
+    assert passive(channel, "q").message_count == 1
 
 
 @pytest.mark.parametrize("how", ["delete", "expire"])
