@@ -80,6 +80,8 @@ class Held:
         """Whether entries that were given back may be there to be taken (shared streams)."""
         self.revoked: set[bytes | str] = set()
         self.reading: Reading | None = None
+        self.number = -1
+        """Which of its process' leases this is, as their keeper numbers them."""
         self.voided = 0  # how often fetches that were on their way were made void, under this lease
         self.clock_ms = 0  # what to add to wall_ms() to get Redis' clock
         # Whether a new message may stay a plain entry until something happens to it.

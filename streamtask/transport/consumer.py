@@ -26,8 +26,6 @@ class StreamConsumer(ShardConsumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._plain = False
-        self.number = -1
-        """The keeper's number of the shard."""
         self.taken_over = False
         """Whether what is pending was another owner's."""
         self.woken = True

@@ -62,10 +62,10 @@ def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: i
     collect_garbage_less()
     executor: SequentialExecutor | ParallelExecutor
     if settings.concurrency == 1:
-        executor = SequentialExecutor(runner, memory, control.lease_number)
+        executor = SequentialExecutor(runner, memory)
         executor.signal_after_s = settings.ack_interval_s or 0.001
     else:
-        executor = ParallelExecutor(settings.concurrency, runner, memory, control.lease_number, control.tell_ended)
+        executor = ParallelExecutor(settings.concurrency, runner, memory, control.tell_ended)
     control.executor = executor
     # A process that a body forks must not work with its parent's connections when it comes back out of the body.
     os.register_at_fork(after_in_child=control.forked)

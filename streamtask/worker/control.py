@@ -84,7 +84,6 @@ class Control:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._owned: dict[int, Owned] = {}
-        self._numbers: dict[Held, int] = {}
         self._queues = {queue.name: queue for queue in settings.queues}
         self._revoked_ids: dict[str, set[bytes | str]] = {name: set() for name in self._queues}
         self.executor: Executor | None = None
@@ -123,9 +122,6 @@ class Control:
         """In a child that a body has forked: nothing more starts there."""
         for owned in self._owned.values():
             owned.consumer.halted = True
-
-    def lease_number(self, consumer: ShardConsumer) -> int:
-        return self._numbers[consumer]
 
     def tell_ended(self) -> None:
         """Called by executors after they have put a batch into ``ended``."""
@@ -267,10 +263,10 @@ class Control:
         consumer.on_revoked = self._store_revoked  # type: ignore[method-assign]
         consumer.on_dead = self._store_dead  # type: ignore[method-assign]
         consumer.revoked = self._revoked_ids[queue]
+        consumer.number = number
         consumer.reading = self._memory.reading(number)
         owned = Owned(number, consumer, home, mono_s() + self._settings.audit_s)
         self._owned[number] = owned
-        self._numbers[consumer] = number
         self._turn_order.append(owned)
         log.debug("owns queue=%s shard=%s token=%d", queue, shard, token)
 
@@ -358,7 +354,7 @@ class Control:
         self._listen(fetcher.link, self._take_fetch)
 
     def _of(self, consumer: Held) -> Owned | None:
-        owned = self._owned.get(self._numbers[consumer])
+        owned = self._owned.get(consumer.number)
         return owned if owned is not None and owned.consumer is consumer else None
 
     def _is_over(self, owned: Owned, now: float) -> bool:

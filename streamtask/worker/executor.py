@@ -52,14 +52,12 @@ class SequentialExecutor:
         self,
         runner: TaskRunner,
         memory: SharedMemory,
-        lease_of: Callable[[ShardConsumer], int],
         between: Callable[[], None] = lambda: None,
     ) -> None:
         """``between``: called between two bodies, every ``signal_after_s``: what has ended may be acknowledged."""
         self._runner = runner
         self._memory = memory
         self._slot = memory.slot(0)
-        self._lease_of = lease_of
         self.between = between
         self._next: Batch | None = None
         self._failed: dict[ShardConsumer, set[Hashable]] = {}
@@ -105,7 +103,7 @@ class SequentialExecutor:
 
     def run_batch(self, batch: Batch) -> None:
         consumer, items, slot = batch.consumer, batch.items, self._slot
-        lease = self._lease_of(consumer)
+        lease = consumer.number
         failed = self._failed.setdefault(consumer, set())
         if failed:
             failed.difference_update(batch.reopened)
@@ -193,7 +191,6 @@ class ParallelExecutor:
         concurrency: int,
         runner: TaskRunner,
         memory: SharedMemory,
-        lease_of: Callable[[ShardConsumer], int],
         wake: Callable[[], None],
     ) -> None:
         # Threads find their next delivery waiting; coroutines start as soon as they are handed over.
@@ -201,7 +198,6 @@ class ParallelExecutor:
         self._concurrency = concurrency
         self._runner = runner
         self._memory = memory
-        self._lease_of = lease_of
         self._wake = wake
         self._inbox: SimpleQueue[Batch] = SimpleQueue()
         self._slots: SimpleQueue[Slot] = SimpleQueue()
@@ -272,7 +268,7 @@ class ParallelExecutor:
     def _begin(self, batch: Batch, slot: Slot) -> Place | None:
         """Writes down that the body starts; None if the lease is not to be trusted any more."""
         consumer = batch.consumer
-        lease = self._lease_of(consumer)
+        lease = consumer.number
         if consumer.halted or mono_s() >= self._memory.trusted[lease]:
             consumer.halted = True
             return None

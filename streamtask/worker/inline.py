@@ -31,7 +31,7 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
     finally:
         os.close(memory_fd)
     memory.trusted[0] = float("inf")
-    executor = SequentialExecutor(runner, memory, lambda consumer: 0)
+    executor = SequentialExecutor(runner, memory)
     link = settings.broker.link()
     results = settings.result_broker.link() if settings.result_broker else None
     consumers = _own_all(settings, link, int(timeout_s * 1000) + 60_000)
@@ -97,7 +97,9 @@ def _own_all(settings: WorkerSettings, link: Link, lease_ms: int) -> list[ShardC
                 raise ConfigError(
                     f"shard {shard} of queue {queue.name!r} belongs to a worker process: stop the workers, or let them run it"
                 )
-            consumers.append(ShardConsumer(lease, queue.name, shard, settings.consumer))
+            consumer = ShardConsumer(lease, queue.name, shard, settings.consumer)
+            consumer.number = 0
+            consumers.append(consumer)
     return consumers
 
 
