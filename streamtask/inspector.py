@@ -10,6 +10,7 @@ import datetime as dt
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -433,6 +434,7 @@ class Inspector:
     def _check_all(self, checks: list[Row]) -> None:
         link, row = self._check_reachable()
         checks.append(row)
+        checks.append(self._check_access(link))
         try:
             info = _info(link.command("INFO"))
         except (ReplyError, ConfigError) as exc:
@@ -461,6 +463,25 @@ class Inspector:
             advice = "workers need a Redis nearby: every batch waits for round trips"
             return link, _check("redis", None, message, advice)
         return link, _check("redis", True, message)
+
+    def _check_access(self, link: Link) -> Row:
+        """Whether Redis does what somebody asks who has nothing but its address."""
+        broker = self.app.broker
+        if broker.scheme not in ("redis", "rediss", "redis+sentinel", "redis+cluster"):
+            return _check("access", True, "no network: the permissions of the socket say who may connect")
+        key = app_queues(self.app.settings.namespace, self.app.name)
+        with closing(broker.link(key, anonymous=True)) as stranger:
+            try:
+                stranger.command("EXISTS", key)
+            except StreamTaskError:
+                return _check("access", True, "a connection without a password is refused")
+            near = stranger.is_local() and _config(link, "protected-mode") == "yes"
+        return _check(
+            "access",
+            None,
+            f"{'every user of this machine' if near else 'whoever reaches Redis'} may use it: it asks for no password",
+            "give it users (deploy/users.acl is a start) or requirepass, and bind it to addresses that only workers reach",
+        )
 
     def _check_writes(self, link: Link) -> Row:
         """By a script that writes nothing, which Redis refuses as any that does (above maxmemory it allows that one)."""

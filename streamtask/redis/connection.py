@@ -320,9 +320,11 @@ class Broker:
         self._lock = threading.Lock()
         self._asking = threading.Lock()
 
-    def link(self, key: str = "", *, timeout_s: float | None = None, buffer_bytes: int = SMALL) -> Link:
+    def link(
+        self, key: str = "", *, timeout_s: float | None = None, buffer_bytes: int = SMALL, anonymous: bool = False
+    ) -> Link:
         """A new, unconnected link to the server that holds ``key``. ``timeout_s`` bounds the wait for a reply,
-        ``buffer_bytes`` is how much one read takes."""
+        ``buffer_bytes`` is how much one read takes. ``anonymous``: it does not say who we are."""
         client = self._node(key)[1] if self.is_cluster else self.client()
         with self.wrapped():
             return open_link(
@@ -332,6 +334,7 @@ class Broker:
                 buffer_bytes=buffer_bytes,
                 memory=self.scheme == "memory",
                 astray=self.forget_slots if self.is_cluster else None,
+                anonymous=anonymous,
             )
 
     def async_client(self) -> Any:

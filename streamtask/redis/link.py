@@ -8,6 +8,7 @@ connection end here: callers see ``BrokerUnavailable``, ``BrokerOutOfMemory``, `
 
 from __future__ import annotations
 
+import ipaddress
 import select
 import socket
 import struct
@@ -40,6 +41,11 @@ CODES = {
     rexc.ClusterDownError: "CLUSTERDOWN",  # the class of those above, too
 }
 """The error replies that redis-py has classes for."""
+
+IDENTITY = frozenset({
+    "username", "password", "credential_provider", "ssl_certfile", "ssl_keyfile", "client_name", "db",
+})  # fmt: skip
+"""What a connection tells of itself, of the options of redis-py."""
 
 ERRORS = (rexc.RedisError, rexc.RedisClusterException, OSError)  # the cluster's is no RedisError
 SMALL, LARGE = 1 << 14, 1 << 18
@@ -150,6 +156,12 @@ class Link:
     @property
     def connected(self) -> bool:
         return self._sock is not None
+
+    def is_local(self) -> bool:
+        """Whether it leads over the loopback interface."""
+        if self._sock is None or self._sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        return ipaddress.ip_address(self._sock.getpeername()[0]).is_loopback
 
     def fileno(self) -> int:
         """The socket's number, for a selector; -1 when not connected."""
@@ -381,11 +393,14 @@ def open_link(
     buffer_bytes: int = SMALL,
     memory: bool = False,
     astray: Callable[[], None] | None = None,
+    anonymous: bool = False,
 ) -> Link:
-    """A new, unconnected link to the server of a redis-py client; with ``astray`` one to a node of a Cluster."""
+    """A new, unconnected link to the server of a redis-py client; with ``astray`` one to a node of a Cluster; ``anonymous``:
+    as of one who has nothing but the address."""
     pool = client.connection_pool
+    options = {name: value for name, value in pool.connection_kwargs.items() if not (anonymous and name in IDENTITY)}
     # Not by the pool's make_connection: the pool counts these, and nobody would give them back to it.
-    conn: redis.Connection = pool.connection_class(**pool.connection_kwargs)
+    conn: redis.Connection = pool.connection_class(**options)
     if timeout_s is not None:
         conn.socket_timeout = timeout_s
     if astray is not None:

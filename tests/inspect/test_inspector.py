@@ -17,7 +17,7 @@ from streamtask.coordination.membership import Membership
 from streamtask.inspector import Inspector
 from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
 from streamtask.redis.link import Link
-from tests.fix_redis import RedisServer
+from tests.fix_redis import RedisServer, chosen_binaries
 
 ONE, TWO = "1" * 32, "2" * 32
 
@@ -546,10 +546,11 @@ def test_a_healthy_system_has_no_complaint(redis_server_all: RedisServer, make_r
     rig.join(ONE)
     rig.beat(ONE)
     checks = {check["name"]: check for check in rig.inspector.doctor()}
-    assert [check for check in checks.values() if check["ok"] is not True] == []
+    # The servers of the tests ask for no password.
+    assert [check["name"] for check in checks.values() if check["ok"] is not True] == ["access"]
     assert set(checks) >= {
-        "redis", "version", "role", "eviction", "memory", "persistence", "clock", "scripts", "id-sets", "shard-counts",
-        "shard-owners", "stale-consumers", "served", "dead-letters",
+        "redis", "access", "version", "role", "eviction", "memory", "persistence", "clock", "scripts", "id-sets",
+        "shard-counts", "shard-owners", "stale-consumers", "served", "dead-letters",
     }  # fmt: skip
 
 
@@ -649,7 +650,29 @@ def test_what_a_user_may_not_ask_is_a_warning(
     redis_server.client().execute_command("ACL", "SETUSER", "ann", "on", ">pw", "~*", "+@all", "-info", "-config")
     checks = make_rig(redis_server.url.replace("//", "//ann:pw@")).inspector.doctor()
     odd = {check["name"]: check["ok"] for check in checks if check["ok"] is not True}
-    assert odd == {"server": None, "id-sets": None}
+    assert odd == {"access": None, "server": None, "id-sets": None}
+
+
+def test_who_may_use_it_without_a_password(redis_server_all: RedisServer, make_rig: Callable[..., Rig]) -> None:
+    admin = redis_server_all.client()
+    admin.execute_command("ACL", "SETUSER", "ann", "on", ">hunter2", "~*", "&*", "+@all")
+    rig = make_rig(redis_server_all.url.replace("//", "//ann:hunter2@"))
+
+    def told() -> tuple[bool | None, str]:
+        check = rig.check("access")
+        return check["ok"], check["message"]
+
+    assert told() == (None, "every user of this machine may use it: it asks for no password")
+    admin.config_set("protected-mode", "no")
+    assert told() == (None, "whoever reaches Redis may use it: it asks for no password")
+    for rules in (["resetpass", ">pw"], ["nopass", "off"], ["on", "nopass", "-@all", "+ping"]):
+        admin.execute_command("ACL", "SETUSER", "default", *rules)
+        assert told() == (True, "a connection without a password is refused"), rules
+
+
+def test_a_socket_needs_no_password(request: pytest.FixtureRequest, make_rig: Callable[..., Rig]) -> None:
+    with RedisServer(list(chosen_binaries(request.config).values())[-1], unix=True) as server:
+        assert make_rig(server.url).check("access")["ok"] is True
 
 
 def test_dead_letters_are_a_warning(rig: Rig) -> None:
