@@ -36,8 +36,8 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
                 consumer.read_at = 0.0
             if consumer.has_to_recover():
                 consumer.recover_more(session.link(consumer))
-        except LeaseLost as exc:
-            if consumer.lease.shared:
+        except (LeaseLost, ReplyError) as exc:
+            if consumer.lease.shared or not (isinstance(exc, LeaseLost) or exc.code == "NOGROUP"):
                 raise
             session.lost(consumer, str(exc))
     now = mono_s()

@@ -225,7 +225,7 @@ class Ownership:
             for consumer in consumed.streams.values():
                 lease = consumer.lease
                 if lease.keys.prefix == order["prefix"] and lease.token == order["token"]:
-                    self._session.lost_streams(f"the lease of {order['prefix']} ran out")
+                    self._session.lost_streams(f"the lease of {order['prefix']} ran out", consumer.queue)
                     return
 
     def end_releases(self) -> None:

@@ -151,7 +151,7 @@ class Session:
 
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
         """A channel begins to take messages of a queue. ``no_ack``: it will not acknowledge any."""
-        with self.lock, self.guarded():
+        with self.lock, self.guarded(name):
             consumed = self.consumed.get(name) or Consumed(self.queue(name))
             self.consumed[name] = consumed
             consumed.gone = False
@@ -263,21 +263,22 @@ class Session:
     # Errors
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """What follows from an error of a call: a lost connection may have lost replies, a lost lease all deliveries."""
+    def guarded(self, name: str = "") -> Iterator[None]:
+        """What follows from an error of a call: a lost connection may have lost replies, a lost lease (of queue ``name``) all
+        deliveries."""
         try:
             yield
         except (BrokerUnavailable, QueueFull):
             self._outage()
             raise
         except LeaseLost as exc:
-            self.lost_streams(str(exc))
+            self.lost_streams(str(exc), name)
             raise
         except ReplyError as exc:
             if exc.code != "NOGROUP":  # a flush, or the queue was deleted
                 self._outage()
                 raise
-            self.lost_streams(f"a stream is gone: {exc}")
+            self.lost_streams(f"a stream is gone: {exc}", name)
             raise LeaseLost(f"a stream of {self.broker.safe_url} is gone: {exc}") from None
 
     def _outage(self) -> None:
@@ -288,9 +289,13 @@ class Session:
             for consumer in consumed.consumers():
                 consumer.connection_lost()
 
-    def lost_streams(self, why: str) -> None:
-        """Leases of shared streams ran out, or their records are gone: what was delivered is others'. Begins anew."""
+    def lost_streams(self, why: str, name: str) -> None:
+        """The leases of a queue's shared streams ran out, or their records are gone: what was delivered is others'. Begins
+        anew, also with other queues that have met the same. Those whose leases are still ours have lost nothing."""
+        lost = self._lost_beside(name)
         for consumed in self.consumed.values():
+            if consumed.queue.name != name and consumed.queue.name not in lost:
+                continue
             for consumer in consumed.streams.values():
                 self.deliveries.forget(consumer)
                 self.ownership.forget(consumer.lease)
@@ -298,9 +303,20 @@ class Session:
             consumed.queue.forget()
         self.say_lost(why)
 
+    def _lost_beside(self, name: str) -> set[str]:
+        """The other queues of whose shared streams Redis says that a lease is another's; where it can't be asked, the next use
+        tells."""
+        asked = [c for one in self.consumed.values() if one.queue.name != name for c in one.streams.values()]
+        try:
+            answers = self.connections.links.pipeline([(c.keys.stream, c.guard_command) for c in asked])
+        except StreamTaskError:
+            return set()
+        pairs = zip(asked, answers, strict=True)
+        return {c.queue for c, answer in pairs if not (isinstance(answer, Exception) or c.owns(answer))}
+
     def lost(self, consumer: StreamConsumer, why: str) -> None:
         if consumer.lease.shared:
-            self.lost_streams(why)
+            self.lost_streams(why, consumer.queue)
         else:
             self.ownership.lost(consumer)
 
@@ -318,7 +334,7 @@ class Session:
 
     def fetch(self, name: str, most: int) -> list[tuple[dict[str, Any], str]]:
         """Up to ``most`` messages of a queue, as (payload, delivery tag). Raises ``BrokerUnavailable``, ``LeaseLost``."""
-        with self.lock, self.guarded():
+        with self.lock, self.guarded(name):
             consumed = self._consumed(name)
             if consumed.gone:
                 return []

@@ -456,6 +456,52 @@ def test_a_queue_is_deleted_by_another_process(kit: Kit) -> None:
     assert inbox.bodies == [1]
 
 
+def test_a_lost_queue_costs_no_other_one_its_messages(kit: Kit) -> None:
+    """One of two queues is deleted by another process: what was delivered from the other one stays, and its end counts."""
+    channel = kit.channel()
+    for name in ("q", "kept"):
+        kit.queue(channel, name)
+    publish(channel, 1, to="kept")
+    inbox = Inbox(kit.channel(), "q", "kept", prefetch=5)
+    message = inbox.take()[0]
+    kit.connect(transport_options={"eta_hold": 59}).channel().queue_delete("q")
+    errors = inbox.connection.connection_errors
+    with pytest.raises(errors):
+        inbox.drain_all(10)
+    with contextlib.suppress(*errors):
+        inbox.drain_all()
+    message.ack()
+    inbox.drain_all()
+    assert inbox.bodies == [1]
+    assert kit.pending("kept") == 0
+
+
+def test_redis_comes_back_empty_while_a_keyed_body_runs(kit: Kit, make_kit: Any) -> None:
+    """Its shard is gone, and nothing in it can be looked up: that stops nothing else of the worker."""
+    other = make_kit(kit.server, namespace=kit.namespace, eta_hold=59).channel()
+    kit.queue(other)
+    publish(other, "before", headers={"shard_key": "u1"})
+    connection = kit.connect()
+    inbox = Inbox(connection.channel(), "q", prefetch=5)
+    message = inbox.take()[0]
+    session = inbox.channel.session
+    session.deliveries.start(message.delivery_tag, True, False)
+    (shard,) = (shard for shard in session.consumed["q"].shards.values() if shard.handed)
+    kit.client().flushall()
+    wait_until(lambda: kit.client().exists(shard.lease.key))  # its keeper goes on
+    session.look()  # a new connection
+    publish(make_kit(kit.server, namespace=kit.namespace, eta_hold=58).channel(), "after")
+    lost = 0
+    while inbox.bodies != ["after"] and lost < 5:
+        try:
+            inbox.take()
+        except connection.connection_errors:
+            lost += 1
+            connection.collect()
+            inbox = Inbox(connection.channel(), "q", prefetch=5)
+    assert lost < 5
+
+
 @pytest.mark.parametrize("kill", [False, True], ids=["clean", "killed"])
 def test_the_server_restarts_under_a_consumer(own_server: RedisServer, make_kit: Any, kill: bool) -> None:
     kit = make_kit(own_server)
