@@ -522,7 +522,8 @@ class Control:
             consumer.look(self._link)
             owned.woken = False
         consumer.lanes.open_due(now)
-        back = consumer.halted and not consumer.closing and not consumer.handed
+        # A batch in sequence has to come back first, with what it did not start. Side by side each message closes its lane.
+        back = consumer.halted and not consumer.closing and (self._parallel or not consumer.handed)
         if back and self._memory.trusted[owned.number] > now:
             consumer.halted = False
 

@@ -100,6 +100,24 @@ def test_a_running_body_keeps_its_shard_where_it_is(redis_server, site):
     site.wait_empty()
 
 
+def test_a_move_that_is_put_off_holds_up_no_other_key(redis_server, site):
+    """A body runs for long, beside others of its shard: the owner goes on with these when the time for the move is over."""
+    site = site(redis_server, shards=2, handover_timeout=0.5)
+    owner = site.pod(1, 2)
+    site.ready(1)
+    long, other = keys_on(1, 2, 2)
+    site.send_gated(long, 0)
+    site.wait_started(long, 0)
+    site.pod(1)
+    wait_until(lambda: "hand-over put off" in owner.log)
+    site.send(other, range(10))
+    wait_until(lambda: site.of("E", other, 9))
+    assert not site.of("E", long, 0)
+    site.open_gate(0)
+    site.ready(2)
+    site.wait_empty()
+
+
 @pytest.mark.slow
 def test_one_process_owns_as_many_shards_as_a_queue_can_have(redis_server, site):
     site = site(redis_server, shards=1024)
