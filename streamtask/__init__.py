@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TaskRevoked,
         UnknownTask,
         UnsupportedServer,
+        UntrustedServer,
     )
     from .middleware import Dedupe, Middleware
     from .results import AsyncResult
@@ -70,6 +71,7 @@ __all__ = [
     "TaskRevoked",
     "UnknownTask",
     "UnsupportedServer",
+    "UntrustedServer",
 ]
 
 

@@ -5,7 +5,8 @@
     StreamTaskError
     ├── ConfigError              a wrong URL, option, name or app
     │   ├── ShardCountMismatch   the queue is recorded with another number of shards
-    │   └── UnsupportedServer    the Redis server is too old
+    │   ├── UnsupportedServer    the Redis server is too old
+    │   └── UntrustedServer      another user could take the embedded server's place, or has done so
     ├── SendError                a message was not stored
     │   ├── ShardKeyError        the shard key is missing or of a wrong type
     │   ├── MessageTooLarge      the message is above max_message_bytes
@@ -68,6 +69,7 @@ __all__ = [
     "TaskRevoked",
     "UnknownTask",
     "UnsupportedServer",
+    "UntrustedServer",
 ]
 
 
@@ -85,6 +87,10 @@ class ShardCountMismatch(ConfigError):
 
 class UnsupportedServer(ConfigError):
     """The Redis server is older than 6.2."""
+
+
+class UntrustedServer(ConfigError):
+    """Another user of this machine could take the place of the embedded server, or has done so; nothing was sent."""
 
 
 class SendError(StreamTaskError):

@@ -177,7 +177,11 @@ class Broker:
         if self.scheme == "memory":
             return _memory_client(self.url)
         if self.scheme == "embedded":
-            return redis.Redis.from_url(self._embedded_url(), **self._for_scheme(options))
+            from .embedded import Connection
+
+            client = redis.Redis.from_url(self._embedded_url(), **self._for_scheme(options))
+            client.connection_pool.connection_class = Connection
+            return client
         if self.scheme == "redis+cluster":
             options.pop("retry")
             return self._open_cluster(options)
@@ -346,7 +350,12 @@ class Broker:
 
             options["retry"] = Retry(NoBackoff(), 0)
             url = self._embedded_url() if self.scheme == "embedded" else self.url
-            return redis.asyncio.Redis.from_url(url, **self._for_scheme(options))
+            client = redis.asyncio.Redis.from_url(url, **self._for_scheme(options))
+            if self.scheme == "embedded":
+                from .embedded import AsyncConnection
+
+                client.connection_pool.connection_class = AsyncConnection
+            return client
         raise ConfigError(
             f"asyncio produce calls need a redis://, rediss://, unix:// or embedded:// broker, not {self.scheme}://"
         )

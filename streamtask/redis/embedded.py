@@ -1,7 +1,9 @@
 """The embedded server of ``embedded://``: a real redis-server that the processes of one user share.
 
 The first process that joins a data directory starts the server, the last one that leaves (or dies, however) ends it;
-the data is there next time. Nothing listens on a port: the server has a unix socket that only its user can reach.
+the data is there next time. Nothing listens on a port: the server has a unix socket that only its user can reach. Nobody
+else can put a folder or a server in the place of ours: the folders above are ours or root's, and who listens is asked
+for before a word is sent.
 
 A small process of its own, the guardian, owns the server; ``embedded_guardian`` says which file locks tell who is
 alive. Joining goes: take ``start.lock`` (one newcomer at a time), share ``users.lock`` (from here on the guardian does
@@ -18,12 +20,15 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import grp
 import hashlib
 import importlib.util
 import os
+import pwd
 import re
 import select
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -32,11 +37,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from streamtask.errors import EmbeddedServerError
+import redis
+import redis.asyncio
+
+from streamtask.errors import EmbeddedServerError, UntrustedServer
 from streamtask.redis import embedded_guardian
-from streamtask.redis.embedded_guardian import is_ready, open_lock, try_lock
+from streamtask.redis.embedded_guardian import ForeignServer, is_ready, open_lock, refuse_foreign, try_lock
 
 from ..clock import mono_s
 
@@ -121,17 +130,69 @@ def default_data_dir() -> str:
 ELSEWHERE = "Give another folder as embedded://PATH, or set STREAMTASK_HOME."
 
 
+def _is_foreign(uid: int) -> bool:
+    """Whether that user is neither we nor root. Users outside of our user namespace, as the owners of a sandbox's own
+    folders, can't be told apart, and count as root."""
+    if uid in (0, os.geteuid()):
+        return False
+    try:
+        ranges = [
+            [int(number) for number in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()
+        ]
+    except (OSError, ValueError):
+        return True
+    return any(first <= uid < first + count for first, _, count in ranges)
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether that group is ours alone, as many systems make one for each user."""
+    try:
+        us, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return us.pw_gid == gid and us.pw_name == group.gr_name and not set(group.gr_mem) - {us.pw_name}
+
+
+def _make_parents(folder: str, what: str) -> None:
+    """Makes the folders above this one, or makes sure that nobody but us and root can put another in its place.
+
+    Raises ``UntrustedServer``."""
+    for parent in reversed(Path(os.path.realpath(folder)).parents):
+        try:
+            found = os.lstat(parent)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(parent, 0o700)
+            found = os.lstat(parent)
+        mode = stat.S_IMODE(found.st_mode)
+        if _is_foreign(found.st_uid):
+            raise UntrustedServer(
+                f"{what} {folder} is not safe: {parent} belongs to another user (uid {found.st_uid}), who could put "
+                f"a folder and a server of his own in its place. {ELSEWHERE}"
+            )
+        writers = mode & (0o002 if _is_own_group(found.st_gid) else 0o022)
+        if writers and not mode & stat.S_ISVTX:
+            raise UntrustedServer(
+                f"{what} {folder} is not safe: other users may write to {parent}, and so put a folder and a server of "
+                f"their own in its place. chmod go-w it, or: {ELSEWHERE}"
+            )
+        if found.st_uid == os.geteuid() and not mode & 0o077:
+            # What is below is out of others' reach, whatever it allows.
+            os.makedirs(os.path.dirname(folder), exist_ok=True)
+            return
+
+
 def _make_private(folder: str, what: str) -> None:
     """Makes the folder, or makes sure that nobody but us can enter it."""
     try:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        _make_parents(folder, what)
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         found = os.lstat(folder)
         if not stat.S_ISDIR(found.st_mode):
             raise EmbeddedServerError(f"{what} {folder} is not a folder. {ELSEWHERE}")
         if found.st_uid != os.geteuid():
-            raise EmbeddedServerError(f"{what} {folder} belongs to another user (uid {found.st_uid}). {ELSEWHERE}")
+            raise UntrustedServer(f"{what} {folder} belongs to another user (uid {found.st_uid}). {ELSEWHERE}")
         if stat.S_IMODE(found.st_mode) != 0o700:
             names = os.listdir(folder)
             # Somebody's project folder is not ours to close.
@@ -169,6 +230,42 @@ def _socket_path(data_dir: str) -> str:
     with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(os.fsencode(path))
     return path
+
+
+# --- connections
+
+
+def _refuse_foreign(connection: Any) -> None:
+    try:
+        refuse_foreign(connection)
+    except ForeignServer as error:
+        raise _foreign(connection.getpeername(), error) from None
+
+
+def _foreign(socket_path: str, error: ForeignServer) -> UntrustedServer:
+    return UntrustedServer(f"{socket_path} is not the embedded server's: {error}. Nothing was sent. {ELSEWHERE}")
+
+
+class Connection(redis.UnixDomainSocketConnection):
+    """To the server of our own user, or to none."""
+
+    def _connect(self) -> socket.socket:
+        connection: socket.socket = super()._connect()  # type: ignore[no-untyped-call]
+        try:
+            _refuse_foreign(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class AsyncConnection(redis.asyncio.UnixDomainSocketConnection):
+    """To the server of our own user, or to none."""
+
+    async def on_connect(self) -> None:
+        assert self._writer is not None
+        _refuse_foreign(self._writer.get_extra_info("socket"))
+        await super().on_connect()
 
 
 # --- joining and leaving
@@ -262,6 +359,8 @@ def join(path: str | os.PathLike[str] | None = None, *, timeout: float = JOIN_TI
         except BaseException as error:
             if new and membership.users_fd >= 0:
                 os.close(membership.users_fd)
+            if isinstance(error, ForeignServer):
+                raise _foreign(membership.socket_path, error) from None
             if isinstance(error, OSError) and not isinstance(error, EmbeddedServerError):
                 raise EmbeddedServerError(
                     f"the data directory {data_dir} can't be used: {error}. {ELSEWHERE}"

@@ -18,6 +18,7 @@ import fcntl
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -41,12 +42,27 @@ def try_lock(fd: int, operation: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
+class ForeignServer(Exception):
+    """Who listens on our socket is another user's process."""
+
+
+def refuse_foreign(connection: socket.socket) -> None:
+    """Raises ``ForeignServer`` where another user listens at the other end; to be called before a word is sent. Only Linux
+    tells; elsewhere the folders above the socket alone keep others away."""
+    if hasattr(socket, "SO_PEERCRED"):
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        uid = struct.unpack("3i", peer)[1] & 0xFFFFFFFF
+        if uid != os.geteuid():
+            raise ForeignServer(f"a process of another user (uid {uid}) listens there")
+
+
 def ask(socket_path: str, command: bytes, timeout: float = 1.0) -> bytes:
-    """The start of the server's reply; empty when nobody answers."""
+    """The start of the server's reply; empty when nobody answers. Raises ``ForeignServer``."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout)
             connection.connect(socket_path)
+            refuse_foreign(connection)
             connection.sendall(command + b"\r\n")
             return connection.recv(4096)
     except OSError:

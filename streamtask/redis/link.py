@@ -66,6 +66,8 @@ def translate(exc: Exception, where: str) -> StreamTaskError:
     """An error of redis-py or of the socket as one of ours."""
     if isinstance(exc, StreamTaskError):
         return exc
+    if isinstance(exc.__cause__, StreamTaskError):
+        return exc.__cause__  # redis-py has wrapped ours
     text = str(exc)
     for known, code in CODES.items():
         if isinstance(exc, known):

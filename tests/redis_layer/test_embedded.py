@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +21,12 @@ from typing import Any
 import pytest
 import redis
 
-from streamtask.errors import BrokerUnavailable, EmbeddedServerError
+from streamtask.errors import BrokerUnavailable, ConfigError, EmbeddedServerError, UntrustedServer
 from streamtask.redis import embedded
-from streamtask.redis.embedded_guardian import is_ready
+from streamtask.redis.aio import Pipe
+from streamtask.redis.connection import Broker
+from streamtask.redis.embedded_guardian import ForeignServer, is_ready
+from streamtask.redis.link import pack
 from tests.fix_redis import binary_version, chosen_binaries
 from tests.helpers import Spawned, is_alive, spawn, wait_until
 
@@ -439,7 +445,7 @@ def test_a_binary_that_ends_at_once(tmp_path: Path, data_dir: Path, monkeypatch:
         embedded.join(data_dir)
 
 
-def test_directories_that_can_not_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directories_that_can_not_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(EmbeddedServerError, match="STREAMTASK_HOME"):
@@ -450,10 +456,122 @@ def test_directories_that_can_not_be_used(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(EmbeddedServerError, match="open to others"):
         embedded.join(project)
     assert stat.S_IMODE(project.stat().st_mode) == 0o755
-    mine = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
-    with pytest.raises(EmbeddedServerError, match="belongs to another user"):
-        embedded.join(tmp_path)
+
+
+# --- neighbours on the machine
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Where others can go: the folders that pytest makes are in one that is closed to them."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def stat_as(monkeypatch: pytest.MonkeyPatch, path: Path, uid: int) -> None:
+    """Lets a folder be another user's."""
+    lstat = os.lstat
+
+    def changed(one: Any, **more: Any) -> os.stat_result:
+        found = lstat(one, **more)
+        return os.stat_result((*found[:4], uid, *found[5:10])) if Path(one) == path else found
+
+    monkeypatch.setattr(os, "lstat", changed)
+
+
+@pytest.mark.parametrize(
+    "mode, own_group, safe",
+    [(0o755, False, True), (0o777, False, False), (0o757, True, False), (0o775, False, False), (0o775, True, True),
+     (0o1777, False, True)],
+)  # fmt: skip
+def test_nobody_may_put_another_folder_in_the_place_of_ours(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch, mode: int, own_group: bool, safe: bool
+) -> None:
+    monkeypatch.setattr(embedded, "_is_own_group", lambda gid: own_group)
+    above = open_folder / "above"
+    (above / "data").mkdir(parents=True)
+    above.chmod(mode)
+    if safe:
+        embedded._make_private(str(above / "data"), "the data directory")
+        return
+    with pytest.raises(UntrustedServer, match=f"other users may write to {above}, .*STREAMTASK_HOME"):
+        embedded.join(above / "data")
+    assert not list((above / "data").iterdir())
+
+
+def test_no_folder_above_is_another_users(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    above = open_folder / "above"
+    above.mkdir()
+    stat_as(monkeypatch, above, os.geteuid() + 1)
+    with pytest.raises(ConfigError, match=f"{above} belongs to another user"):
+        embedded.join(above / "a" / "data")
+    assert not list(above.iterdir())
+    link = open_folder / "link"
+    link.symlink_to(above)
+    with pytest.raises(ConfigError, match=f"{above} belongs to another user"):
+        embedded.join(link / "data")
+
+
+def test_what_is_in_a_folder_of_our_own_is_out_of_reach(open_folder: Path) -> None:
+    open_folder.chmod(0o700)
+    (open_folder / "above").mkdir()
+    (open_folder / "above").chmod(0o777)
+    embedded._make_private(str(open_folder / "above" / "a" / "data"), "the data directory")
+
+
+def test_folders_that_are_made_are_closed(open_folder: Path) -> None:
+    old = os.umask(0)
+    try:
+        embedded._make_private(str(open_folder / "a" / "b" / "data"), "the data directory")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((open_folder / "a").stat().st_mode) == 0o700
+
+
+def test_a_users_data_directory_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir(0o700)
+    stat_as(monkeypatch, folder, os.geteuid() + 1)
+    with pytest.raises(UntrustedServer, match="belongs to another user"):
+        embedded.join(folder)
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="this system does not tell who listens")
+def test_not_a_word_is_said_to_another_users_server(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Broker(f"embedded://{data_dir}")
+    client, link = broker.client(), broker.link()
+    assert client.ping()
+    client.connection_pool.disconnect()
+    path = data_dir / "redis.sock"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        uid = os.geteuid()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "geteuid", lambda: uid + 1)
+            with pytest.raises(UntrustedServer, match=f"another user .uid {uid}. listens there. Nothing was sent"):
+                client.ping()
+            with pytest.raises(UntrustedServer, match="listens there"):
+                link.command("PING")
+
+            async def ask() -> None:
+                pipe = Pipe(broker)
+                try:
+                    await pipe.call(pack("PING"))
+                finally:
+                    await pipe.close()
+
+            with pytest.raises(UntrustedServer, match="listens there"):
+                asyncio.run(ask())
+            with pytest.raises(ForeignServer):
+                is_ready(str(path))
+        for _ in range(4):
+            connection, _ = other.accept()
+            with connection:
+                assert connection.recv(100) == b""
+    broker.close()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
