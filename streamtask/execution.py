@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import datetime as dt
-import logging
 import signal
 import threading
 import time
@@ -23,13 +22,13 @@ from .redis import wire
 from .request import Request, here, in_coroutine
 from .results import FAILURE, REVOKED, SUCCESS, ResultStore
 from .task import FINAL, Task
-from .text import harmless, said
+from .text import MOST_LINES, harmless, logger, said, short
 from .worker.ports import Place
 
 if TYPE_CHECKING:
     from .settings import Settings
 
-log = logging.getLogger("streamtask.task")
+log = logger("streamtask.task")
 
 R = TypeVar("R")
 
@@ -132,12 +131,12 @@ class Runner:
     def _refuse(self, task: Task[Any] | None, delivery: Delivery) -> tuple[Outcome | None, bytes | None] | None:
         """What becomes of a message that is not to run now, or None."""
         if task is None:
-            known = ", ".join(sorted(self._tasks)) or "none"
+            known = short(", ".join(sorted(self._tasks)) or "none")
             outcome = Outcome(
                 "dead",
                 reason=UNKNOWN_TASK,
-                message=f"no task is registered as {delivery.task!r} (registered: {known}). Deploy the code that has "
-                "it, or name its module with -A, then replay the dead letter",
+                message=f"no task is registered as {short(delivery.task, 200)!r} (registered: {known}). Deploy the code "
+                "that has it, or name its module with -A, then replay the dead letter",
             )
             return outcome, self._failure(delivery, outcome)
         headers = delivery.headers
@@ -238,7 +237,7 @@ class Runner:
         if isinstance(exc, Reject):
             if exc.requeue:
                 return Outcome("requeue")
-            return Outcome("dead", reason=REJECTED, message=harmless(str(exc.reason)), traceback=_text(exc))
+            return Outcome("dead", reason=REJECTED, message=short(harmless(str(exc.reason))), traceback=_text(exc))
         limit = options.max_retries
         if exc.__dict__.get(FINAL):
             limit = 0
@@ -322,12 +321,12 @@ def _asked_delay_s(exc: Retry) -> float | None:
 
 
 def _brief(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {said(exc)}"[:2000]
+    return short(f"{type(exc).__name__}: {said(exc)}")
 
 
 def _text(exc: BaseException) -> str:
     try:
-        return harmless("".join(tb.format_exception(type(exc), exc, exc.__traceback__))[-20_000:])
+        return harmless("".join(tb.format_exception(type(exc), exc, exc.__traceback__))[-MOST_LINES:])
     except Exception:  # also where its text, or that of its cause, can't be had
         return f"{type(exc).__name__}: {said(exc)}"
 

@@ -165,7 +165,7 @@ class Inspector:
     def queues(self) -> list[str]:
         """The names of the queues that Redis has recorded for this app, ``default`` first."""
         key = app_queues(self.app.settings.namespace, self.app.name)
-        names = [name.decode() for name in self._ask([(key, pack("SMEMBERS", key))])[0]]
+        names = [_text(name) for name in self._ask([(key, pack("SMEMBERS", key))])[0]]
         return sorted(names, key=lambda name: (name != "default", name))
 
     def _shapes(self, names: Sequence[str]) -> dict[str, Shape]:
@@ -572,7 +572,7 @@ def _read_members(shot: Snapshot, replies: list[Any]) -> None:
     for i, group in enumerate(shot.shape.groups):
         infos = _texts(replies[2 + 2 * i])
         shot.members[group] = {
-            member: _load(infos.get(member, ""))
+            member: _member(infos.get(member, ""))
             for member, expires_at in _texts(replies[1 + 2 * i]).items()
             if float(expires_at) > shot.now_ms
         }
@@ -631,6 +631,12 @@ def _read_shard(shape: Shape, shard: int | str, replies: list[Any]) -> ShardStat
         if not isinstance(listed, Exception):
             group.consumers = [(row["name"], int(row["pending"])) for row in map(_texts, listed)]
     return state
+
+
+def _member(text: str) -> Row:
+    """What a process says of itself, as far as it can be that."""
+    types = {"host": (str,), "pid": (int,), "started": (int, float), "concurrency": (int,)}
+    return {name: value for name, value in _load(text).items() if type(value) in types.get(name, (type(value),))}
 
 
 def _live_owner(shot: Snapshot, group: GroupState) -> str | None:
@@ -771,22 +777,27 @@ def _dead_letter(app: StreamTask, queue: str, shard: int | str, entry_id: bytes,
     # dead_letter.lua writes four fields of its own before those of the message.
     own, message = _texts(fields[:8]), wire.whole(fields[8:])
     error = _load(own.get("error", ""))
+
+    def stored(name: str, *types: type) -> Any:
+        # Whoever may write there may have written anything.
+        return value if type(value := error.get(name)) in types else None
+
     row: Row = {
         "id": f"{shard}:{entry_id.decode()}",
         "queue": queue,
         "shard": shard,
         "group": own.get("group", ""),
         "held": own.get("held") == "1",
-        "reason": error.get("reason", ""),
-        "error": error.get("message", ""),
-        "traceback": error.get("traceback"),
-        "task": error.get("task"),
-        "task_id": error.get("id"),
-        "key": error.get("key"),
-        "attempts": error.get("attempts"),
-        "crashes": error.get("crashes"),
-        "appended_at": _iso(error.get("appended_at")),
-        "dead_at": _iso(error.get("dead_at", id_order(entry_id)[0])),
+        "reason": stored("reason", str) or "",
+        "error": stored("message", str) or "",
+        "traceback": stored("traceback", str),
+        "task": stored("task", str),
+        "task_id": stored("id", str),
+        "key": stored("key", str),
+        "attempts": stored("attempts", int),
+        "crashes": stored("crashes", int),
+        "appended_at": _iso(stored("appended_at", int, float)),
+        "dead_at": _iso(stored("dead_at", int, float)) or _iso(id_order(entry_id)[0]),
         "args": None,
         "kwargs": None,
         "headers": None,
@@ -1064,13 +1075,14 @@ def _int(info: dict[str, str], name: str) -> int:
 def _load(text: str) -> Row:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _iso(ms: Any) -> str | None:
-    if not isinstance(ms, int | float):
+def _iso(ms: float | None) -> str | None:
+    """None, too, for an instant that the calendar lacks: the id of an entry can be of any year."""
+    if ms is None or not wire.FIRST_MS <= ms <= wire.LAST_MS:
         return None
     return dt.datetime.fromtimestamp(ms / 1000, dt.timezone.utc).isoformat(timespec="milliseconds")
 

@@ -101,8 +101,9 @@ class Request:
         return f"<Request {self.task} {self.id} attempt={self.attempt} shard={self.shard}>"
 
 
-def _instant(ms: int) -> dt.datetime:
-    return dt.datetime.fromtimestamp(ms / 1000, dt.timezone.utc)
+def _instant(ms: float) -> dt.datetime:
+    # An entry's id, which its producer may have chosen, can be of any year.
+    return dt.datetime.fromtimestamp(min(ms, wire.LAST_MS) / 1000, dt.timezone.utc)
 
 
 class _Here(threading.local):

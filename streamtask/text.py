@@ -1,6 +1,13 @@
-"""Text that comes from anywhere, made fit to be stored, sent and logged."""
+"""Text that comes from anywhere, made fit to be stored, sent, logged and shown."""
 
 from __future__ import annotations
+
+import logging
+
+MOST = 2_000
+"""Characters of one value in a log, a table or an error: messages, and what they are made of, are as long as a sender likes."""
+MOST_LINES = 20_000
+"""Characters of what is read as a whole: a traceback, the arguments of one message."""
 
 
 def harmless(text: str) -> str:
@@ -14,3 +21,40 @@ def said(exc: BaseException) -> str:
         return harmless(str(exc))
     except Exception:
         return f"a {type(exc).__name__} without a text"
+
+
+def short(text: str, most: int = MOST) -> str:
+    """The text, or its beginning and how many more characters there are."""
+    more = len(text) - most
+    return f"{text[:most]} ... ({more:,} more characters)" if more > 0 else text
+
+
+def printable(value: object, most: int = MOST, *, lines: bool = True) -> str:
+    """Anything as text that shows what it is made of and does nothing: control characters (C0, C1), marks that turn the
+    direction of writing, and whatever else is not seen become escapes; see also ``short``. ``lines``: a newline stays one."""
+    try:
+        text = value if type(value) is str else str(value)
+    except Exception:
+        text = f"a {type(value).__name__} without a text"
+    text = short(text, most)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode() for c in text)
+
+
+def logger(name: str) -> logging.Logger:
+    """The logger of that name. Its lines are printable and short, whoever formats them: Celery, say, or an app."""
+    found = logging.getLogger(name)
+    found.addFilter(_show)
+    return found
+
+
+def _show(record: logging.LogRecord) -> bool:
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            arg if arg is None or isinstance(arg, int | float) else printable(arg, lines=False) for arg in record.args
+        )
+    if record.exc_info and not record.exc_text:
+        # Formatters take it from here.
+        record.exc_text = printable(logging.Formatter().formatException(record.exc_info), MOST_LINES)
+    return True

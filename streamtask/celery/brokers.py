@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from ..text import logger
 from .keys import declared_key
 
-log = logging.getLogger("streamtask.celery")
+log = logger("streamtask.celery")
 
 
 _looked_at: weakref.WeakSet[Any] = weakref.WeakSet()

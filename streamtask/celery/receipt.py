@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +13,10 @@ from celery.worker import state
 from kombu.exceptions import OperationalError
 
 from ..errors import StreamTaskError
+from ..text import logger
 from .brokers import is_ours
 
-log = logging.getLogger("streamtask.celery")
+log = logger("streamtask.celery")
 
 
 def with_guard(original: Callable[..., Any]) -> Callable[..., Any]:

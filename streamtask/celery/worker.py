@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -17,12 +16,13 @@ from celery.local import Proxy
 from celery.worker import state
 
 from ..clock import mono_s
+from ..text import logger
 from ..transport import hooks
 from .brokers import is_ours
 from .keys import DELIVERY
 from .pools import consumers, given_back, hear_pools, running_kept
 
-log = logging.getLogger("streamtask.celery")
+log = logger("streamtask.celery")
 
 
 class LateTask(Proxy):  # type: ignore[misc]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 import traceback
 from functools import partial
 from importlib import metadata
@@ -13,7 +12,7 @@ from typing import Any
 import click
 
 from ..errors import ConfigError, ShardCountMismatch, StreamTaskError, UnsupportedServer
-from .common import load_app, printable
+from .common import load_app, say
 from .logs import FORMATS, LEVELS, set_up
 
 COMMANDS = {
@@ -106,8 +105,8 @@ def exit_status(exc: StreamTaskError) -> int:
 
 def _say(ctx: click.Context, message: str) -> None:
     if ctx.params.get("show_traceback"):
-        traceback.print_exc(file=sys.stderr)
-    click.echo(f"Error: {printable(message)}", err=True)
+        say(traceback.format_exc(), err=True)
+    say(f"Error: {message}", err=True)
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import EncodeError, ShardKeyError, StreamTaskError, UnknownTask
-from .common import json_option, print_json, printable
+from .common import json_option, print_json, say
 
 if TYPE_CHECKING:
     from ..app import StreamTask
@@ -95,9 +95,9 @@ def call(
         raise StreamTaskError(f"these arguments don't fit the task {task}: {exc}") from exc
     answer: dict[str, Any] = {"id": sent.id, "stored": sent.stored}
     if not as_json:
-        click.echo(sent.id)
+        say(sent.id)
         if not sent.stored:
-            click.echo(f"nothing was stored: the dedupe id {printable(repr(dedupe_id))} is known", err=True)
+            say(f"nothing was stored: the dedupe id {dedupe_id!r} is known", err=True)
     if wait is not None:
         answer["result"] = sent.get(timeout=wait)
         if not as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 import os
 import sys
 import uuid
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..text import MOST_LINES, printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns of a table that goes to a file or a pipe."""
+MOST_DEEP = 100
+"""Levels of arrays and maps that are shown."""
 
 
 def load_app(name: str | None) -> StreamTask:
@@ -42,21 +47,34 @@ def inspector_of(ctx: click.Context) -> Inspector:
     return inspector
 
 
-def printable(text: str) -> str:
-    """Text that can't move the cursor or change colours: messages and task names come from anywhere."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+def cell(value: object, most: int = 200) -> str:
+    """What stands in one line, or one cell of a table."""
+    return printable(value, most, lines=False)
 
 
-def jsonable(value: Any) -> Any:
-    """A value as JSON can hold it: dates in ISO 8601, UUIDs and decimals as text, bytes as text with escapes."""
+def say(text: str, *, err: bool = False) -> None:
+    """Prints lines that hold other people's text, on stdout or stderr."""
+    click.echo(printable(text, MOST_LINES), err=err)
+
+
+def jsonable(value: Any, deep: int = 0) -> Any:
+    """A value as JSON can hold it: dates in ISO 8601, UUIDs and decimals as text, bytes as text with escapes, what is no finite
+    number as text, and "..." for what is nested deeper than any reader would go."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Mapping | list | tuple | set | frozenset) and value and deep == MOST_DEEP:
+        return "..."
     if isinstance(value, Mapping):
-        return {name if isinstance(name, str) else str(jsonable(name)): jsonable(one) for name, one in value.items()}
+        return {
+            name if isinstance(name, str) else str(jsonable(name, deep + 1)): jsonable(one, deep + 1)
+            for name, one in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [jsonable(one) for one in value]
+        return [jsonable(one, deep + 1) for one in value]
     if isinstance(value, set | frozenset):
-        return sorted((jsonable(one) for one in value), key=str)
+        return sorted((jsonable(one, deep + 1) for one in value), key=str)
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, dt.datetime | dt.date | dt.time):

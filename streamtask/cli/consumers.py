@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .common import console, inspector_of, json_option, number, print_json, printable, queue_option
+from .common import cell, console, inspector_of, json_option, number, print_json, queue_option
 
 
 @click.command()
@@ -35,8 +35,8 @@ def state_of(row: dict[str, Any]) -> str:
 def place_of(row: dict[str, Any]) -> str:
     """Where a process runs: ``host:pid``, or what is known of it."""
     if row.get("host"):
-        return printable(f"{row['host']}:{row['pid']}")
-    return printable(str(row.get("worker") or row.get("id") or "-"))
+        return cell(f"{row['host']}:{row['pid']}")
+    return cell(row.get("worker") or row.get("id") or "-")
 
 
 def _print(rows: list[dict[str, Any]], nothing: str) -> None:
@@ -53,10 +53,10 @@ def _print(rows: list[dict[str, Any]], nothing: str) -> None:
     table.add_column("PROCESS", overflow="fold")
     for row in rows:
         table.add_row(
-            printable(row["queue"]),
+            cell(row["queue"]),
             str(row["shard"]),
-            printable(row["group"]),
-            printable(row["consumer"]),
+            cell(row["group"]),
+            cell(row["consumer"]),
             state_of(row),
             number(row["pending"]),
             place_of(row) if row["alive"] else "-",

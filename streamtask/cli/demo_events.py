@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import ShardKeyError, StreamTaskError
 from ..sharding import canonical
-from .common import printable
+from ..text import printable
 from .demo_app import MAX_MESSAGE_BYTES
 
 Key = str | int | None

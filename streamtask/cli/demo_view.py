@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..clock import mono_s
 from ..redis.keys import SHARED
-from .common import printable
+from ..text import printable
 from .demo_run import AT_REST_EVERY_S, WINDOW, Latency, Plan, Report, State, View
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import StreamTaskError
-from .common import console, inspector_of, json_option, jsonable, number, print_json, printable, queue_option
+from ..text import MOST, MOST_LINES, printable
+from .common import cell, console, inspector_of, json_option, jsonable, number, print_json, queue_option
 
 if TYPE_CHECKING:
     from ..inspector import Inspector
@@ -38,15 +39,14 @@ def list_(ctx: click.Context, queue: str | None, task: str | None, limit: int, o
     inspector = inspector_of(ctx)
     counts = inspector.count_dead(queue)
     rows = [row for name in counts for row in inspector.dead_letters(name, limit, not oldest, task)]
-    # Times are ISO 8601 in one zone: their order as text is their order.
-    rows.sort(key=lambda row: row["dead_at"] or "", reverse=not oldest)
+    rows.sort(key=lambda row: [int(part) for part in row["id"].rpartition(":")[2].split("-")], reverse=not oldest)
     rows = rows[:limit]
     if as_json:
         print_json(rows)
         return
     total = sum(counts.values())
     if not rows:
-        click.echo("no dead letters" + (f" of task {task} ({total:,} of others)" if task and total else ""))
+        click.echo("no dead letters" + (f" of task {cell(task)} ({total:,} of others)" if task and total else ""))
         return
     _print_list(rows)
     click.echo(f"\n{len(rows):,} of {total:,}. 'dlq show ID' has the traceback, 'dlq replay ID' runs one again")
@@ -67,14 +67,14 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
     table.add_column("WHY", overflow="fold", ratio=1)
     for row in rows:
         died = (row["dead_at"] or "-")[:19].replace("T", " ")
-        first = (printable(row["error"] or "").strip().splitlines() or [""])[-1]
+        first = ((row["error"] or "").strip().splitlines() or [""])[-1]
         why = f"{row['reason']}: {first}" if first else row["reason"]
         if row["held"]:
             why = "HOLDS ITS LANE; " + why
-        cells = [row["id"], died, printable(row["task"] or "-"), printable(row["key"] or "-"), number(row["attempts"])]
+        cells = [row["id"], died, cell(row["task"] or "-", 72), cell(row["key"] or "-", 40), number(row["attempts"])]
         if several:
-            cells.insert(1, printable(row["queue"]))
-        table.add_row(*cells, textwrap.shorten(why, 120, placeholder=" ..."))
+            cells.insert(1, cell(row["queue"]))
+        table.add_row(*cells, cell(textwrap.shorten(why[:1000], 120, placeholder=" ...")))
     console().print(table)
 
 
@@ -91,19 +91,25 @@ def show(ctx: click.Context, dead_id: str, queue: str | None, as_json: bool) -> 
         return
     for name in ("id", "queue", "task", "task_id", "key", "reason", "attempts", "crashes", "appended_at", "dead_at"):
         if row[name] is not None:
-            click.echo(f"{name.replace('_', ' '):<12} {printable(str(row[name]))}")
+            click.echo(f"{name.replace('_', ' '):<12} {cell(row[name], MOST)}")
     if row["held"]:
         click.echo(f"{'held':<12} its lane is closed until this is replayed or removed")
     for name in ("args", "kwargs", "headers"):
         if row[name]:
-            click.echo(f"{name:<12} {json.dumps(jsonable(row[name]), ensure_ascii=False)}")
+            text = json.dumps(jsonable(row[name]), ensure_ascii=False)
+            click.echo(f"{name:<12} {printable(text, MOST_LINES)}")
     if row["fields"] is not None:
         click.echo("the entry can't be decoded; its fields are:")
         for name, value in row["fields"].items():
-            click.echo(f"  {printable(name)}: {printable(value)}")
-    click.echo(f"{'error':<12} {printable(row['error'] or '-')}")
+            click.echo(f"  {cell(name)}: {cell(value, MOST_LINES)}")
+    click.echo(f"{'error':<12} " + _block(row["error"] or "-", 13))
     if row["traceback"]:
-        click.echo("\n" + printable(row["traceback"].replace("\t", "    ")).rstrip())
+        click.echo("\n" + _block(row["traceback"].replace("\t", "    ").rstrip(), 0))
+
+
+def _block(text: str, indent: int) -> str:
+    """Several lines, of which none looks like one of ours."""
+    return printable(text, MOST_LINES).replace("\n", "\n" + " " * indent)
 
 
 @dlq.command()
@@ -147,8 +153,8 @@ def purge(
     if found and not yes:
         what = f"{len(ids)} dead letter{'s' if len(ids) > 1 else ''}" if ids else "all dead letters"
         if task:
-            what += f" of task {task}"
-        click.confirm(f"Remove {what} of queue {', '.join(found)} for good?", abort=True, err=True)
+            what += f" of task {cell(task)}"
+        click.confirm(f"Remove {what} of queue {', '.join(map(cell, found))} for good?", abort=True, err=True)
     done = {name: inspector.drop(name, some, task) for name, some in found.items()}
     _report("removed", done, ids, as_json)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .common import inspector_of, json_option, print_json, printable
+from ..text import MOST
+from .common import cell, inspector_of, json_option, print_json
 
 _MARKS = {True: ("ok  ", "green"), None: ("warn", "yellow"), False: ("FAIL", "red")}
 
@@ -45,5 +46,5 @@ def _count(number: int, what: str) -> str:
 
 def _wrapped(text: str) -> str:
     return ("\n" + " " * 23).join(
-        textwrap.wrap(printable(text), 77, break_long_words=False, break_on_hyphens=False) or [""]
+        textwrap.wrap(cell(text, MOST), 77, break_long_words=False, break_on_hyphens=False) or [""]
     )

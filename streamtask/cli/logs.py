@@ -8,7 +8,7 @@ import logging
 import sys
 from typing import Any
 
-from .common import printable
+from ..text import MOST_LINES, printable, short
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 FORMATS = ("text", "json")
@@ -37,10 +37,10 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={_plain(value)}" for name, value in _extra(record).items())
-        message = printable(record.getMessage() + fields).replace("\n", "\\n")
+        message = printable(record.getMessage() + fields, MOST_LINES, lines=False)
         line = f"{_time(record)} {record.levelname:<7} {record.name}: {message}"
         if record.exc_info:
-            text = printable(self.formatException(record.exc_info))
+            text = printable(record.exc_text or self.formatException(record.exc_info), MOST_LINES)
             line += "".join(f"\n    {part}" for part in text.splitlines())
         return line
 
@@ -53,13 +53,13 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": short(record.getMessage(), MOST_LINES),
             "process": record.process,
         }
         for name, value in _extra(record).items():
             event.setdefault(name, value)
         if record.exc_info:
-            event["exception"] = self.formatException(record.exc_info)
+            event["exception"] = short(record.exc_text or self.formatException(record.exc_info), MOST_LINES)
         return json.dumps(event, default=_plain)
 
 

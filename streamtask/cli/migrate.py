@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from .common import json_option, print_json, printable
+from ..text import MOST_LINES
+from .common import cell, json_option, print_json
 from .migration import Outcome, open_broker
 
 SHOWN = 20
@@ -147,4 +148,4 @@ def _list(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _say(text: str) -> None:
-    click.echo(printable(text))
+    click.echo(cell(text, MOST_LINES))

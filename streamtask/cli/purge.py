@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .common import inspector_of, json_option, print_json
+from .common import cell, inspector_of, json_option, print_json, say
 
 
 @click.command()
@@ -22,9 +22,9 @@ def purge(ctx: click.Context, queue: str, keep_delayed: bool, yes: bool, as_json
     if not yes:
         row = inspector.status(queue, interval=0)[queue]
         what = f"{row['lag']:,} waiting" + ("" if keep_delayed else f" and {row['delayed']:,} delayed")
-        click.confirm(f"Remove the {what} messages of queue {queue!r} for good?", abort=True, err=True)
+        click.confirm(f"Remove the {what} messages of queue {cell(queue)} for good?", abort=True, err=True)
     removed = inspector.purge(queue, delayed=not keep_delayed)
     if as_json:
         print_json({"queue": queue, "removed": removed})
     else:
-        click.echo(f"removed {removed:,} message{'s' if removed != 1 else ''} from queue {queue}")
+        say(f"removed {removed:,} message{'s' if removed != 1 else ''} from queue {queue}")

@@ -11,7 +11,8 @@ import click
 
 from ..clock import wall_ms
 from ..errors import AccessRefused, BrokerUnavailable
-from .common import age, console, inspector_of, json_option, number, print_json, printable, queue_option
+from ..text import MOST
+from .common import age, cell, console, inspector_of, json_option, number, print_json, queue_option
 from .consumers import place_of
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _watch(inspector: Inspector, queue: str | None, seconds: float, as_json: boo
                     # What was seen last stays: it is what there is to go by while Redis is away.
                     error = str(exc)
                     time.sleep(seconds)
-                shown = Group(picture, Text(f"\n! {printable(error)}", style="bold red")) if error else picture
+                shown = Group(picture, Text(f"\n! {cell(error, MOST)}", style="bold red")) if error else picture
                 live.update(shown, refresh=True)
     except KeyboardInterrupt:
         screen.print(picture)
@@ -95,7 +96,7 @@ def _picture(inspector: Inspector, queues: dict[str, dict[str, Any]]) -> Rendera
 
     app = inspector.app
     now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-    parts: list[RenderableType] = [Text(f"{printable(app.name)} at {app.broker.safe_url}   {now}", style="dim")]
+    parts: list[RenderableType] = [Text(f"{cell(app.name)} at {app.broker.safe_url}   {now}", style="dim")]
     if not queues:
         parts.append(Text("\nno queue yet: one is recorded when its first message is sent or its first worker starts"))
     for name, row in queues.items():
@@ -113,7 +114,7 @@ def _headline(name: str, row: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     line = Text()
-    line.append(printable(name), style="bold")
+    line.append(cell(name), style="bold")
     line.append(f"   backlog {number(row['backlog'])}", style="bold")
     line.append(f" (lag {number(row['lag'])}, pending {number(row['pending'])}, delayed {number(row['delayed'])})")
     line.append(f"   in {number(row['in_per_s'], '/s')}   out {number(row['out_per_s'], '/s')}")
@@ -168,7 +169,7 @@ def _shard_table(row: dict[str, Any]) -> Table:
         table.add_row(
             str(one["shard"]),
             *(number(one[name]) for name in ("lag", "pending", "delayed", "dead", "length")),
-            printable(owner),
+            cell(owner),
             style="red" if lost else "",
         )
     return table
@@ -184,7 +185,7 @@ def _worker_table(row: dict[str, Any]) -> Table:
         up = age(wall_ms() / 1000 - started) if isinstance(started, int | float) else "-"
         cells = [place_of(worker), up, str(lanes or "-"), ranges(worker["shards"]) or "-"]
         if several:
-            cells.insert(1, printable(worker["group"]))
+            cells.insert(1, cell(worker["group"]))
         table.add_row(*cells)
     return table
 
@@ -193,7 +194,7 @@ def _group_table(row: dict[str, Any]) -> Table:
     table = _table(("GROUP", False), ("LAG", True), ("PENDING", True), ("PROCESSES", True))
     for one in row["groups"]:
         table.add_row(
-            printable(one["group"]),
+            cell(one["group"]),
             number(one["lag"]),
             number(one["pending"]),
             number(one["members"]),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from ..errors import StreamTaskError
+from .common import say
 
 if TYPE_CHECKING:
     from ..app import StreamTask
@@ -63,7 +64,7 @@ def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: 
         argv += ["-Q", ",".join(names)]
     version = app.broker.check_version()
     if sys.stderr.isatty() or ctx.obj.get("log_format") != "json":
-        click.echo(_banner(app, settings, count, version), err=True)
+        say(_banner(app, settings, count, version), err=True)
     ctx.exit(Supervisor(settings, argv, count).run())
 
 
@@ -107,6 +108,6 @@ def worker_process(ctx: click.Context, concurrency: int, queues: str) -> None:
         app.producer.full_timeout_s = 0.0
         runner = app.runner()
     except Exception as exc:
-        click.echo(f"Error: {exc}", err=True)
+        say(f"Error: {exc}", err=True)
         sys.exit(EXIT_CHILD_UNUSABLE)
     child.run(settings, runner, sock_fd, memory_fd)

@@ -4,7 +4,6 @@ by the dedupe middleware, and put in its place: behind what waits, or into its l
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,13 +14,14 @@ from ..errors import DecodeError
 from ..redis import wire
 from ..redis.link import Link
 from ..redis.scripts import Code
+from ..text import logger
 from .batch import Outcome
 from .fetcher import pack_fetch
 from .lanes import Delivery, Entry, Lane, Note, deliveries_of, id_order
 from .seen import generation_keys
 from .settler import Settling
 
-log = logging.getLogger("streamtask.consumer")
+log = logger("streamtask.consumer")
 
 
 class Arrivals(Settling):

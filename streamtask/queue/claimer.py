@@ -4,16 +4,16 @@ anything new, and put in its place. Where Redis itself has lost its last second,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Any
 
 from ..clock import wall_ms
 from ..redis.link import Link, pack
+from ..text import logger
 from .arrivals import Arrivals
 from .lanes import Delivery, Note, deliveries_of, id_order
 
-log = logging.getLogger("streamtask.consumer")
+log = logger("streamtask.consumer")
 
 PAGE = 1000
 RECOVER_BODIES = 1000

@@ -7,19 +7,19 @@ lease's token and incarnation and raises ``LeaseLost`` when these are no longer 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import islice
 
 from ..clock import mono_s
 from ..redis import wire
 from ..redis.link import Link
+from ..text import logger
 from .batch import Batch, Outcome
 from .claimer import Claimer
 from .held import OWNER, ConsumerSettings
 from .lanes import KEEP_BODIES, Delivery, Entry, Lane, Note, deliveries_of, entry_id_of, id_order, put_in_place
 
-log = logging.getLogger("streamtask.consumer")
+log = logger("streamtask.consumer")
 
 
 class ShardConsumer(Claimer):

@@ -6,7 +6,6 @@ time is over, or that for which Redis knows the id. What stays in doubt then is 
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import weakref
@@ -18,12 +17,13 @@ from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
 from ..redis.link import REPLIES, Link, not_done, too_late
 from ..redis.scripts import Code
+from ..text import logger
 from .bulk import Bulk
 from .calls import Call, ProducerSettings, Target, Waiting, window_s
 from .declare import Queue
 from .seen import Pages
 
-log = logging.getLogger("streamtask.queue")
+log = logger("streamtask.queue")
 T = TypeVar("T")
 
 MOST_TARGETS = 2048

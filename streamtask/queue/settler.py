@@ -5,7 +5,6 @@ acknowledges: a call for each shard may be on its way, and its answer is taken w
 from __future__ import annotations
 
 import json
-import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,12 +15,12 @@ from ..redis import wire
 from ..redis.connection import Broker
 from ..redis.link import Link
 from ..redis.scripts import script
-from ..text import harmless
+from ..text import MOST, harmless, logger, short
 from .batch import Outcome
 from .held import Held
 from .lanes import Delivery, Note, id_order
 
-log = logging.getLogger("streamtask.consumer")
+log = logger("streamtask.consumer")
 
 MOST_ACKED = 200
 """Ids in one call that acknowledges."""
@@ -122,7 +121,7 @@ class Settling(Held):
         note = (delivery.note if delivery else None) or Note()
         error: dict[str, Any] = {
             "reason": outcome.reason,
-            "message": harmless(outcome.message),
+            "message": short(harmless(outcome.message)),
             "traceback": outcome.traceback and harmless(outcome.traceback),
             "attempts": note.attempt + (0 if outcome.reason in ("crashed", "expired", "undecodable") else 1),
             "crashes": note.crashes,
@@ -135,6 +134,8 @@ class Settling(Held):
             error["task"] = delivery.task
             error["id"] = wire.id_text(delivery.id)
             error["key"] = None if delivery.key is None else delivery.key.decode("utf-8", "backslashreplace")
+            # What is longer is read from the message, which the dead letter has whole.
+            error |= {name: None for name in ("task", "id", "key") if len(error[name] or "") > MOST}
         held = ""
         if self.settings.hold_on_dead and delivery is not None and delivery.lane is not None:
             held = Note(note.attempt, 0, note.crashes, 0, note.charged, 1).format()
@@ -151,7 +152,7 @@ class Settling(Held):
         log.error(
             "dead letter: %s queue=%s shard=%s entry=%s task=%s id=%s: %s",
             outcome.reason, self.queue, self.shard, entry_id.decode(),
-            delivery.task if delivery else "-", error.get("id", "-"), error["message"],
+            delivery.task if delivery else "-", wire.id_text(delivery.id) if delivery else "-", error["message"],
         )  # fmt: skip
         if delivery is not None:
             self.on_dead(self, delivery, outcome)

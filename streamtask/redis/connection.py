@@ -6,7 +6,6 @@ gives a ``Link``: one connection that sends prepared bytes, for the path of the 
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,9 +19,10 @@ from redis.sentinel import SentinelManagedSSLConnection as _SentinelTLS
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, StreamTaskError, UnsupportedServer
+from ..text import logger
 from .link import ERRORS, SMALL, Link, open_link, translate
 
-log = logging.getLogger("streamtask.redis")
+log = logger("streamtask.redis")
 
 MIN_VERSION = (6, 2)
 SENTINEL_OPTIONS = ("sentinel_kwargs", "min_other_sentinels")

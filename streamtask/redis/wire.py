@@ -51,7 +51,7 @@ def only_safe(task: str) -> Collection[str]:
 
 
 _INSTANTS = frozenset((H_EXPIRES, H_PRODUCED, H_ETA))
-_FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999
+FIRST_MS, LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999
 
 MOST_NESTED_SETS = 4
 """A set in a set in ...: each level is a call of msgpack inside a call of msgpack, on the C stack of a thread."""
@@ -232,7 +232,7 @@ def _check_headers(headers: dict[Any, Any], args: object) -> None:
     """Raises ``DecodeError`` unless names are text, and what workers understand is of its type."""
     for name, value in headers.items():
         if name in _INSTANTS:
-            if value is not None and not (type(value) in (int, float) and _FIRST_MS <= value <= _LAST_MS):
+            if value is not None and not (type(value) in (int, float) and FIRST_MS <= value <= LAST_MS):
                 raise DecodeError(f"the header {name!r} is an instant in ms since the epoch, not {ascii(value)[:60]}")
         elif type(name) is not str:
             raise DecodeError(f"the name of a header is text, not {ascii(name)[:60]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -14,12 +13,13 @@ from kombu.utils.uuid import uuid
 
 from ..errors import BrokerUnavailable, ConfigError, InDoubt, StreamTaskError
 from ..redis.link import pack
+from ..text import logger
 from . import lifetime, publish, routing
 from .fanout import channel as fanout_channel
 from .message import PRODUCE_ID, encode
 from .session import Session
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 FOR_EVER_MS = 10**12  # some 30 years
 LET_GO_S = 0.5

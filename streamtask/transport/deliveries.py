@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING
 from ..clock import mono_s
 from ..errors import LeaseLost, StreamTaskError
 from ..queue.consumer import Batch
+from ..text import logger
 from . import hooks
 from .consumer import StreamConsumer
 
 if TYPE_CHECKING:
     from .session import Session
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 SUSPECT_S = 0.02
 """How often it is looked whether a message may start that waits for another one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from typing import Any
 
@@ -11,10 +10,11 @@ from ..errors import BrokerUnavailable
 from ..queue.lanes import Delivery
 from ..redis import keys, wire
 from ..redis.link import Link, pack
+from ..text import logger
 from .message import check, decode
 from .session import Session
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 PING_S = 25.0
 

@@ -8,7 +8,6 @@ URLs: ``streamtask://[user:password@]host[:port][/db]``; ``streamtasks://`` with
 from __future__ import annotations
 
 import functools
-import logging
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from kombu.utils.url import url_to_parts
 from ..errors import ConfigError
 from ..queue.calls import ProducerSettings
 from ..redis.connection import Broker
+from ..text import logger
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 SCHEMES = {
     "streamtask": "redis",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..coordination.lease import Lease
 from ..errors import StreamTaskError
+from ..text import logger
 from ..worker.keeper import Keeper
 from .consumed import Consumed
 from .consumer import StreamConsumer
@@ -17,7 +17,7 @@ from .queues import GROUP
 if TYPE_CHECKING:
     from .session import Session
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 KEEPER_PAUSE_S = 1.0
 """Between two starts of a keeper, where it keeps dying."""

@@ -6,7 +6,6 @@ A *bell* wakes it (``bells.py``), which brings no message itself. Fetching and s
 from __future__ import annotations
 
 import inspect
-import logging
 import select
 import socket
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
+from ..text import logger
 from ..worker.links import IDLE_S
 from . import hooks
 from .bells import BLOCK_S, Bells
@@ -26,7 +26,7 @@ from .session import Session
 if TYPE_CHECKING:
     from .channel import Channel
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 READ_ON_S = 2.0
 """How long an error waits at most for the rest of a message that a pool process is sending."""

@@ -3,7 +3,6 @@ its own, so no binding can vanish; a queue whose time is over is removed by whoe
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Sequence
 
@@ -11,10 +10,11 @@ from ..clock import mono_s
 from ..redis import keys
 from ..redis.keys import SHARED
 from ..redis.link import Link
+from ..text import logger
 from .queues import GROUP
 from .session import Session
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 SEP = "\x06\x16"
 SWEEP_S = 10.0

@@ -10,7 +10,6 @@ when this process dies.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -29,6 +28,7 @@ from ..redis import keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import Link
+from ..text import logger
 from . import fetching, hooks, lifetime, taking
 from .connections import Connections
 from .consumed import Consumed
@@ -39,7 +39,7 @@ from .options import Options
 from .ownership import Ownership, Read
 from .queues import GROUP, KombuQueue, shared
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 UPKEEP_S = 1.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
@@ -11,6 +10,7 @@ from ..queue.lanes import Delivery, id_order
 from ..redis import wire
 from ..redis.keys import ShardKeys
 from ..redis.link import Link
+from ..text import logger, said, short
 from .consumed import Consumed
 from .message import address, check, decode, expired
 from .queues import GROUP, shared
@@ -18,7 +18,7 @@ from .queues import GROUP, shared
 if TYPE_CHECKING:
     from .session import Session
 
-log = logging.getLogger("streamtask.transport")
+log = logger("streamtask.transport")
 
 
 def take(session: Session, consumed: Consumed, most: int) -> list[tuple[dict[str, Any], str]]:
@@ -64,7 +64,7 @@ def _payload(link: Link, queue: str, names: ShardKeys, entry_id: bytes, fields: 
         return decode(delivery)
     except Exception as exc:
         error = {
-            "reason": "undecodable", "message": str(exc), "traceback": None, "attempts": 0, "crashes": 0,
+            "reason": "undecodable", "message": short(said(exc)), "traceback": None, "attempts": 0, "crashes": 0,
             "dead_at": id_order(entry_id)[0], "appended_at": id_order(entry_id)[0], "queue": queue, "shard": "shared",
         }  # fmt: skip
         dead: list[str | bytes] = ["error", json.dumps(error), "entry", entry_id, "group", GROUP, "held", "0", *fields]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import os
 import signal
 import socket
 import sys
 
+from ..text import logger
 from .control import Control
 from .executor import ParallelExecutor, SequentialExecutor
 from .ports import TaskRunner, WorkerSettings
@@ -17,7 +17,7 @@ from .shared import SharedMemory
 from .turns import Turns
 from .wire import Closed, Wire
 
-log = logging.getLogger("streamtask.worker")
+log = logger("streamtask.worker")
 
 PR_SET_PDEATHSIG = 1
 ENV_FDS = "STREAMTASK_CHILD"

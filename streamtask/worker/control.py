@@ -9,7 +9,6 @@ however busy the process is.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import sys
@@ -25,13 +24,14 @@ from ..queue.lanes import Delivery, Entry
 from ..queue.settler import Settler
 from ..redis import wire
 from ..redis.link import Link
+from ..text import logger
 from .outage import Outage, Rarely
 from .outbox import Outbox
 from .owned import Owned
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory
 
-log = logging.getLogger("streamtask.worker")
+log = logger("streamtask.worker")
 
 COLD_FETCH_S = (0.005, 0.02)
 """How often idle shards are read, and what wakes any, while there is more to do: the interval doubles while nothing comes.

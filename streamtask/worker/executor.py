@@ -10,7 +10,6 @@ Before each body the executor checks that its lease is still to be trusted; what
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
 from collections import deque
@@ -21,11 +20,11 @@ from ..clock import mono_s
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.lanes import Delivery
 from ..redis import wire
-from ..text import said
+from ..text import logger, said
 from .ports import Place, TaskRunner
 from .shared import SharedMemory, Slot
 
-log = logging.getLogger("streamtask.executor")
+log = logger("streamtask.executor")
 
 SKIPPED = Outcome("skipped")
 UNSTARTED = Outcome("unstarted")

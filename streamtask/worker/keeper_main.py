@@ -36,13 +36,14 @@ from ..errors import ReplyError, StreamTaskError
 from ..queue.lanes import Note
 from ..redis.keys import QueueKeys, ShardKeys, expiring
 from ..redis.link import pack
+from ..text import logger
 from ..version import installed
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .keeper import ENV_KEEPER, LEASES, unpack_broker
 from .shared import SharedMemory
 from .wire import Closed, PatientWire
 
-log = logging.getLogger("streamtask.keeper")
+log = logger("streamtask.keeper")
 
 TICK_S = 0.5
 """How long at most until it is seen that the client was stopped or goes on."""

@@ -7,16 +7,15 @@ While Redis is away or full they wait, and so do the acknowledgements. What it r
 
 from __future__ import annotations
 
-import logging
-
 from ..clock import mono_s
 from ..errors import ReplyError
 from ..queue.lanes import Delivery
 from ..redis import wire
 from ..redis.connection import Broker
 from ..redis.link import Link
+from ..text import logger
 
-log = logging.getLogger("streamtask.worker")
+log = logger("streamtask.worker")
 
 GIVE_UP_S = 30.0
 AGAIN_S = 1.0

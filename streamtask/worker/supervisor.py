@@ -29,13 +29,14 @@ from ..clock import mono_s, wall_ms
 from ..coordination.lease import join_shared
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
+from ..text import logger
 from .child import ENV_FDS
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .ports import WorkerSettings
 from .shared import MAX_LEASES, SharedMemory, create_file
 from .wire import Closed, PatientWire
 
-log = logging.getLogger("streamtask.supervisor")
+log = logger("streamtask.supervisor")
 
 EXIT_OK = 0
 EXIT_FAILED = 1

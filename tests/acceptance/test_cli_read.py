@@ -11,15 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from streamtask import StreamTask
 from streamtask.cli import COMMANDS
-from streamtask.cli.common import age, jsonable, number, printable
+from streamtask.cli.common import age, jsonable, number
+from streamtask.cli.consumers import consumers
+from streamtask.cli.dlq import dlq
 from streamtask.cli.logs import JsonFormatter, TextFormatter
-from streamtask.cli.status import ranges
+from streamtask.cli.status import ranges, status
 from streamtask.coordination import lease as leases
 from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
+from streamtask.redis import wire
+from streamtask.text import harmless, printable
 from tests.fix_redis import RedisServer
 from tests.helpers import ROOT, spawn, wait_until
 
@@ -202,6 +208,68 @@ def test_dead_letters_are_removed_only_when_meant(run: Run, seeded: StreamTask) 
     assert "removed 0" in run("dlq", "purge", "--yes", "--task", "other").stdout
     assert "removed 1 dead letter" in run("dlq", "purge", stdin="y\n").stdout
     assert "removed 0" in run("dlq", "purge").stdout
+
+
+def test_forged_dead_letters_are_shown_and_harmless(seeded: StreamTask, redis_server: RedisServer) -> None:
+    """Whatever stands in a dead letter: whoever may append may have chosen all of it."""
+    client = redis_server.client()
+    key = seeded.queue("default").shard_keys(0).dlq
+    nasty = "\x1b]0;mine\x07\x9b31m\u202e\u2066\u200b\ud800\n  reason  fine"
+    deep: object = []
+    for _ in range(900):
+        deep = [deep]
+    as_key = nasty.encode("utf-8", "replace")
+    real = wire.encode("shop.push", b"1", b"i" * 16, [harmless(nasty), float("nan"), deep], {"x" * 100_000: as_key})
+    text = wire.encode(harmless(nasty), as_key, harmless(nasty) * 1000, [], {}, {"x": harmless(nasty)})
+    errors: list[object] = [
+        dict.fromkeys(("reason", "message", "traceback", "task", "id", "key", "attempts", "crashes", "dead_at"), value)
+        for value in (nasty, nasty * 1_000, 7, 1e300, -5, True, [nasty], {nasty: nasty}, None, 10**40)
+    ]
+    errors += [[], nasty, 3, None]
+    raw = [json.dumps(error).encode() for error in errors]
+    raw += [b"", b"\xff\x9b", b"[" * 100_000, b'{"attempts": NaN, "dead_at": Infinity}', b"9" * 20_000]
+    for i, error in enumerate(raw):
+        message = [real, text, b"\x9b\xff junk"][i % 3]
+        fields = ["error", error, "entry", as_key, "group", b"g\x9b", "held", b"x", "m", message]
+        client.execute_command("XADD", key, "*", *fields)
+    for entry in ([b"\x9b", b"\x1b"], [b"error", b"{}", b"m", real], [b"a", b"b"] * 5):
+        client.execute_command("XADD", key, "*", *entry)
+    client.xadd(key, {"error": b"{}", "entry": "1-1", "group": "g", "held": "0", "m": real}, id="9999999999999999-7")
+    app = seeded
+    client.hset(
+        app.queue("default").keys.member_info("workers"),
+        mapping={"a": "[1]", "b": b'{"pid": "x"}', "c": b'{"host": [1]}'},
+    )
+    client.zadd(app.queue("default").keys.members("workers"), dict.fromkeys("abc", 10**16))
+
+    def invoke(command: click.Command, *args: str) -> str:
+        fresh = StreamTask("shop", broker=redis_server.url, shards=2, lease=0.3)
+        done = CliRunner().invoke(command, args, obj={"app": lambda: fresh})
+        assert done.exit_code == 0, f"{args}: {done.exception!r}"
+        assert done.output.replace("\n", "").isprintable()
+        return done.output
+
+    def strict(text: str) -> Any:
+        assert text.isascii()
+        return json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+    table = invoke(dlq, "list", "-n", "100")
+    assert len(table) < 100_000
+    rows = strict(invoke(dlq, "list", "-n", "100", "--json"))
+    assert len(rows) == len(raw) + 5  # with the one of ``seeded``
+    assert rows[0]["id"] == "0:9999999999999999-7"
+    assert rows[0]["dead_at"] is None
+    assert "9999999999999999-7" in table
+    for row in rows:
+        assert type(row["attempts"]) in (int, type(None))
+        assert type(row["reason"]) is str
+        shown = invoke(dlq, "show", row["id"])
+        assert len(shown) < 200_000
+        assert "\nreason  fine" not in shown
+        assert strict(invoke(dlq, "show", row["id"], "--json")).keys() == row.keys()
+    strict(invoke(status, "--interval", "0", "--json"))
+    invoke(status, "--interval", "0")
+    invoke(consumers)
 
 
 # Acting

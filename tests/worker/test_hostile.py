@@ -89,6 +89,8 @@ def nothing_else_suffered(site, pod, children, dead):
     assert len(site.dead()) == dead
     assert site.started(KEY) == list(range(10))
     assert pod.children() == children
+    assert pod.log.replace("\n", "").isprintable()
+    assert len(pod.log) < 500_000
 
 
 @WAYS
@@ -122,7 +124,8 @@ def test_what_no_worker_may_decode_is_a_dead_letter_at_once(redis_server, site, 
 
 @WAYS
 def test_text_that_cant_be_encoded_harms_nobody(redis_server, site, source, concurrency):
-    """A lone surrogate, as JSON can write it, wherever text is; with ids that are remembered, and results."""
+    """A lone surrogate, as JSON can write it, wherever text is, or what moves a cursor; with ids that are remembered, and
+    results."""
     source = source.replace("make_app()", "make_app(backend=True, middleware=[Dedupe(ttl=60)])") + RAISES
     site = site(redis_server, source)
     pod = site.pod(1, concurrency)
@@ -135,6 +138,7 @@ def test_text_that_cant_be_encoded_harms_nobody(redis_server, site, source, conc
         {"task": "put", "id": "3", "kwargs": {"k": KEY, "n": 1, "ms": "\ud800"}},
         {"task": "put", "id": "4", "headers": {"\ud800": 1}},
         {"task": "put", "id": "5", "\ud800": 1},
+        {"task": "\x1b\x9b\u202e" * 20_000, "id": "\x9b" * 50_000},
     ]
     for one in hostile:
         append(site, json.dumps(one), "j")
@@ -146,7 +150,8 @@ def test_text_that_cant_be_encoded_harms_nobody(redis_server, site, source, conc
     for result in [*results, returned]:
         wait_until(lambda result=result: result.state == "FAILURE", 10)
     shown = {row["reason"]: f"{row['shard']}:{row['dlq_id']}" for row in site.dead()}
-    assert set(shown) == {"undecodable", "exhausted", "rejected", "broken"}
+    assert set(shown) == {"undecodable", "unknown-task", "exhausted", "rejected", "broken"}
+    assert all(len(row["message"]) < 10_000 and len(row.get("task") or "") < 10_000 for row in site.dead())
     for command in (["list"], *(["show", one] for one in shown.values())):
         with site.command("dlq", *command) as spawned:
             assert spawned.wait(20) == 0, str(spawned)

@@ -15,6 +15,7 @@ import click
 
 from ...clock import mono_s
 from ...errors import StreamTaskError
+from ..common import say
 from .broker import Broker, Outcome
 from .messages import NotMoved, held_by_worker, is_message, mark_redelivered, named, payload_of
 
@@ -84,7 +85,7 @@ class OldRedis(Broker):
             if mono_s() > end:
                 raise StreamTaskError(f"another migration is under way {holder}: wait for its end")
             if not waited:
-                click.echo(f"another migration is under way, or has died {holder}: waiting", err=True)
+                say(f"another migration is under way, or has died {holder}: waiting", err=True)
                 waited = True
             time.sleep(0.1)
         self.locked = True
