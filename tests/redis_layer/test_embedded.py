@@ -391,8 +391,15 @@ def test_find_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = fake_server(tmp_path / "bin", "6.0.16")
     with pytest.raises(EmbeddedServerError, match=r"6\.0\.16; 6\.2 or newer is needed"):
         embedded.find_server()
-    monkeypatch.setattr(embedded, "_from_wheel", lambda: newest)
-    assert embedded.find_server()[0] == newest
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    for version in ("7.4.1", "9.0.0", "80.1.1"):
+        wheel = str(fake_server(tmp_path / version, version))
+        monkeypatch.setattr(embedded, "_from_wheel", lambda wheel=wheel: wheel)
+        with pytest.raises(EmbeddedServerError, match=f"version {version}; 8.x is what its wheel has"):
+            embedded.find_server()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(embedded, "_from_wheel", lambda: str(fake_server(tmp_path / "wheel", "8.9.1")))
+    assert embedded.find_server() == (str(tmp_path / "wheel" / "redis-server"), "8.9.1")
     valkey = fake_server(tmp_path / "bin", "8.0.1", "valkey-server")
     assert embedded.find_server() == (str(valkey), "8.0.1")
     monkeypatch.setenv("STREAMTASK_REDIS_SERVER", str(old))

@@ -476,6 +476,22 @@ def test_fanout_by_routing_key(kit: Kit) -> None:
     assert inbox.bodies == ["worker.online"]
 
 
+def test_a_slash_in_the_name_of_a_fanout_exchange_is_no_routing_key(kit: Kit) -> None:
+    sender = kit.channel()
+    inboxes = {}
+    for name in ("x", "x/y", "x/y/z"):
+        channel = kit.channel()
+        queue = Queue(f"of {name}", Exchange(name, type="fanout"))(channel)
+        queue.declare()
+        inboxes[name] = Inbox(channel, queue, no_ack=True)
+    for name in inboxes:
+        for key in ("", "y", "y/z", "z"):
+            Producer(sender, Exchange(name, type="fanout")).publish([name, key], routing_key=key)
+    for name, inbox in inboxes.items():
+        inbox.take(4)
+        assert inbox.bodies == [[name, key] for key in ("", "y", "y/z", "z")]
+
+
 def test_fanout_keeps_databases_apart(kit: Kit) -> None:
     exchange = Exchange("f", type="fanout")
     channel = kit.channel()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from streamtask.redis.keys import SHARED, QueueKeys, app_queues, result, segment
+from streamtask.redis.keys import SHARED, QueueKeys, app_queues, fanout, result, segment
 
 # Whatever a user may call an app, a queue or a group.
 names = st.text(min_size=1, max_size=12, alphabet=st.characters(exclude_categories=["Cs"]))
@@ -124,3 +124,17 @@ def test_keys_of_a_queue_share_a_slot(app, queue):
     assert {hash_tag(key) for key in (q.meta, q.revoked, q.members("g"), q.member_info("g"))} == {
         f"{segment(app)}.{segment(queue)}"
     }
+
+
+@given(any_name, any_name, any_name, any_name)
+@example("x/y", "z", "x", "y/z")
+@example("x%2Fy", "z", "x/y", "z")
+def test_the_channel_of_a_fanout_exchange_is_its_own(one, key, other, other_key):
+    channel = fanout("s", "app", 0, one, key)
+    assert (channel == fanout("s", "app", 0, other, other_key)) == ((one, key) == (other, other_key))
+
+
+def test_a_fanout_exchange_of_an_ordinary_name_has_the_channel_that_it_had():
+    assert fanout("s", "app", 3, "celery.pidbox") == "s:{app}:fanout:3:celery.pidbox"
+    assert fanout("s", "app", 3, "celeryev", "task.#") == "s:{app}:fanout:3:celeryev/task.#"
+    assert fanout("s", "app", 3, "a/b%", "c/d") == "s:{app}:fanout:3:a%2Fb%25/c/d"
