@@ -70,6 +70,7 @@ class Bulk:
         self.unknown: set[int] = set()
         self.sent_at: dict[int | str, float] = {}
         """Of the shards whose batch is in doubt: since when."""
+        self._repeated: set[int | str] = set()  # those of which a try may have stored it, or may still do so
         self._ttl_ms = producer.settings.produce_ttl_ms
         self._window_s = window_s(self._ttl_ms, queue.broker.timeout_s)
         self.prepared: dict[int | str, tuple[list[int], bytes]] = {}  # what is sent, or was in vain
@@ -131,6 +132,7 @@ class Bulk:
                 for shard in shards:
                     self.unknown.update(self.prepared[shard][0])
                     self.sent_at.setdefault(shard, tried_at)
+                    self._repeated.add(shard)
             raise
         errors: list[StreamTaskError] = []
         fatal: StreamTaskError | None = None
@@ -159,11 +161,17 @@ class Bulk:
             if isinstance(answer, QueueFull):
                 return answer  # what was in doubt still is
             raise answer
-        batch, _ = self.prepared.pop(shard)
-        in_doubt = self.sent_at.pop(shard, None) is not None
+        batch, _ = self.prepared[shard]
+        self.sent_at.pop(shard, None)
         self.unknown.difference_update(batch)
+        if answer in (Code.MORE_DUE, Code.FULL):
+            # It keeps its id: a try that had no answer may still be on its way.
+            return self.producer.refusal(self.queue, shard, answer)
+        del self.prepared[shard]
+        repeated = shard in self._repeated
+        self._repeated.discard(shard)
         if isinstance(answer, list) and answer[0] == Code.STORED_ALREADY:
-            answer = answer[1] if in_doubt else Code.STORED_ALREADY
+            answer = answer[1] if repeated else Code.STORED_ALREADY
         if answer > 0:
             self.stored += batch[:answer]
             if answer < len(batch):

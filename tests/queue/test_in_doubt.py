@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 
 import pytest
 
 from streamtask.errors import BrokerUnavailable, BulkSendError, InDoubt, QueueFull
+from streamtask.redis.link import Link
 from tests.helpers import wait_until
 from tests.parts import sampled
 from tests.queue.test_produce import (
@@ -251,3 +253,25 @@ def test_an_async_call_waits_for_its_connection_no_longer_than_it_may(redis_serv
 
     asyncio.run(main())
     assert numbers(client) == [0, 1]
+
+
+@pytest.mark.parametrize("way", ["single", "many"])
+def test_a_try_that_comes_late_is_stored_no_second_time(redis_server, make, monkeypatch, way):
+    """Redis gets the first try, which had no answer, behind one that it answered without storing it."""
+    app = make(redis_server)
+    client = redis_server.client()
+    send(app, way)
+    for n in range(500):  # so many that a call is told to come again
+        app.tasks["keyed"].apply_async(kwargs={"user": 42, "n": n}, countdown=0.7)
+    time.sleep(0.8)
+    tries = []
+    for name in ("send", "call"):
+        real = getattr(Link, name)
+        monkeypatch.setattr(Link, name, lambda link, packed, real=real: tries.append(packed) or real(link, packed))
+    send(app, way)
+    monkeypatch.undo()
+    assert len(tries) > 1
+    before = there(client)
+    with contextlib.closing(app.queue("default").broker.link()) as late:
+        late.pipeline(tries)
+    assert there(client) == before
