@@ -303,6 +303,11 @@ class ShardConsumer(Claimer):
             return
         if kind in ("retry", "requeue", "dead") and delivery.lane is not None:
             self._closed.add(key)
+        note = delivery.note
+        if note is not None and note.mark and kind not in ("retry", "dead"):
+            # It waits again: should this process end before its body begins, that is none of its crashes.
+            note.mark = 0
+            self._notes.append((delivery.entry_id, note))
         if kind == "retry":
             note = delivery.note = delivery.note or Note()
             note.attempt += 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from streamtask.coordination.lease import reap
+from streamtask.queue.batch import Outcome
 from streamtask.queue.lanes import deliveries_of
 from streamtask.redis.keys import SHARED
 from tests.queue.test_takeover import GROUP, Rig
@@ -54,4 +57,25 @@ def test_what_waits_for_an_executor_is_charged_with_nothing(redis_server):
     heir.look(rig.link)
     crashes = {d.entry_id: d.note.crashes if d.note else 0 for d in deliveries_of(heir.buffer)}
     assert sorted(crashes.values()) == [0, 0, 0, 1, 1]
+    rig.close()
+
+
+@pytest.mark.parametrize("kind", ["requeue", "unstarted"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_did_not_run_is_charged_with_nothing(redis_server, kind, parallel):
+    """A process stops as it should: it had put a message off, for its rate limit say, or did not start it any more."""
+    rig = Rig(redis_server, SHARED)
+    former, stops, heir = rig.owner(), rig.owner(), rig.owner()
+    rig.send(1)
+    rig.fetch(former)
+    assert reap(rig.link, rig.keys, GROUP, former.lease.incarnation, 60_000, gone=True)
+    stops.look(rig.link)
+    batch = stops.take_free(rig.link, 1)[0] if parallel else stops.take(rig.link, 1)
+    batch.outcomes.append((0, Outcome(kind)))
+    (stops.complete_free if parallel else stops.complete)(batch)
+    stops.flush(rig.link)
+    assert reap(rig.link, rig.keys, GROUP, stops.lease.incarnation, 60_000, gone=True)
+    heir.look(rig.link)
+    (delivery,) = deliveries_of(heir.buffer)
+    assert delivery.note is None or delivery.note.crashes == 0
     rig.close()
