@@ -42,11 +42,12 @@ fuzz: $(VENV)/.test ## Decode bytes near valid messages for 10 minutes, and see 
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.lint ## Check style, format, types and layers
+lint: $(VENV)/.lint ## Check style, format, types, layers, and known vulnerabilities of what we depend on
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.audit
 
 .PHONY: check
 check: lint test ## What has to pass before a commit: lint, then the quick tests
