@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -186,9 +189,10 @@ def test_silence_and_a_second_worker(own_server, site, proxy):
     s.nothing_left()
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_a_worker_that_is_cut_off_starts_nothing_that_it_had_prefetched(own_server, site, proxy, pool):
-    """Once its lease is over, also before it finds out: another worker has taken over, and goes on alone."""
+@pytest.mark.parametrize("pool, what", [("prefork", "worker"), ("threads", "worker"), ("threads", "keeper")])
+def test_a_worker_that_is_cut_off_starts_nothing_that_it_had_prefetched(own_server, site, proxy, pool, what):
+    """Once its lease is over, also before it finds out: another worker has taken over, and goes on alone. Also where the
+    keeper of its leases alone is stopped, and it reaches Redis itself."""
     s, line = site(own_server, socket_timeout=1, shards=1), proxy(own_server)
     held = s.send("gated", "a")
     prefetched = [s.send("put", key) for key in ("b", "c")]
@@ -196,7 +200,11 @@ def test_a_worker_that_is_cut_off_starts_nothing_that_it_had_prefetched(own_serv
     s.wait("S", held)
     wait_until(lambda: lonely.log.count("] received") == 3, 10, lambda: lonely.log)
     s.paused[lonely.pid] = time.monotonic()
-    line.blackhole()
+    if what == "worker":
+        line.blackhole()
+    else:
+        (keeper,) = [pid for pid in lonely.children() if b"keeper_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(keeper, signal.SIGSTOP)
     other = s.worker("threads", c=4)
     behind = [s.send("put", key) for key in ("b", "c", "b")]
     s.wait("S", held, main=other.pid)
@@ -207,7 +215,10 @@ def test_a_worker_that_is_cut_off_starts_nothing_that_it_had_prefetched(own_serv
     told = ("is not started", "broker lost")
     wait_until(lambda: any(words in lonely.log for words in told) or len(s.of("S", main=lonely.pid)) > 1, 20)
     other.stop()
-    line.blackhole(False)
+    if what == "worker":
+        line.blackhole(False)
+    else:
+        os.kill(keeper, signal.SIGCONT)
     s.mix(keys=4, each=2, late=2)
     s.wait_done(timeout=30)
     assert all(len(s.of("S", n=n)) == 1 for n in (*prefetched, *behind)), s.of("S")
