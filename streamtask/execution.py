@@ -94,7 +94,7 @@ class Runner:
 
     def run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
         task = self._tasks.get(delivery.task)
-        refused = self._refuse(task, delivery)
+        refused = self._refuse(task, delivery, place)
         if refused is not None or task is None:
             return refused or (None, None)
         here.delivery, here.place = delivery, place
@@ -111,7 +111,7 @@ class Runner:
 
     async def arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
         task = self._tasks.get(delivery.task)
-        refused = self._refuse(task, delivery)
+        refused = self._refuse(task, delivery, place)
         if refused is not None or task is None:
             return refused or (None, None)
         token = in_coroutine.set((delivery, place))
@@ -128,7 +128,9 @@ class Runner:
             in_coroutine.reset(token)
         return self._ended(task, delivery, place, request, result, error)
 
-    def _refuse(self, task: Task[Any] | None, delivery: Delivery) -> tuple[Outcome | None, bytes | None] | None:
+    def _refuse(
+        self, task: Task[Any] | None, delivery: Delivery, place: Place
+    ) -> tuple[Outcome | None, bytes | None] | None:
         """What becomes of a message that is not to run now, or None."""
         if task is None:
             known = short(", ".join(sorted(self._tasks)) or "none")
@@ -138,13 +140,13 @@ class Runner:
                 message=f"no task is registered as {short(delivery.task, 200)!r} (registered: {known}). Deploy the code "
                 "that has it, or name its module with -A, then replay the dead letter",
             )
-            return outcome, self._failure(delivery, outcome)
+            return outcome, self._failure(delivery, place, outcome)
         headers = delivery.headers
         if headers is not None:
             expires = headers.get(wire.H_EXPIRES)
             if expires is not None and wall_ms() > expires:
                 log.info("expired task=%s id=%s", delivery.task, wire.id_text(delivery.id))
-                stored = self._store(delivery, task, REVOKED, error="expired before it ran")
+                stored = self._store(delivery, place, task, REVOKED, error="expired before it ran")
                 if self._settings.on_expired == "dead":
                     return Outcome("dead", reason=EXPIRED, message="expired before it ran"), stored
                 return None, stored
@@ -221,11 +223,11 @@ class Runner:
         for hook in self._after_run:
             _quietly(hook, request, result, error)
         if error is None:
-            return None, self._store(delivery, task, SUCCESS, result)
+            return None, self._store(delivery, place, task, SUCCESS, result)
         if isinstance(error, Ignore):
             return None, None
         outcome = self.failed(delivery, place, error)
-        return outcome, self._failure(delivery, outcome)
+        return outcome, self._failure(delivery, place, outcome)
 
     def failed(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
         """Retry or dead letter, by the task's options; see ``TaskOptions``."""
@@ -281,16 +283,17 @@ class Runner:
             request = Request(delivery, place)
             for hook in self._on_dead:
                 _quietly(hook, request, outcome.reason, outcome.message)
-        return self._failure(delivery, outcome) if outcome.reason in NOT_BY_THE_BODY else None
+        return self._failure(delivery, place, outcome) if outcome.reason in NOT_BY_THE_BODY else None
 
-    def revoked(self, delivery: Delivery) -> bytes | None:
-        return self._store(delivery, self._tasks.get(delivery.task), REVOKED, error="revoked")
+    def revoked(self, delivery: Delivery, place: Place) -> bytes | None:
+        return self._store(delivery, place, self._tasks.get(delivery.task), REVOKED, error="revoked")
 
-    def _failure(self, delivery: Delivery, outcome: Outcome) -> bytes | None:
+    def _failure(self, delivery: Delivery, place: Place, outcome: Outcome) -> bytes | None:
         if outcome.kind != "dead":
             return None
         return self._store(
             delivery,
+            place,
             self._tasks.get(delivery.task),
             FAILURE,
             error=f"{outcome.reason}: {outcome.message}",
@@ -300,6 +303,7 @@ class Runner:
     def _store(
         self,
         delivery: Delivery,
+        place: Place,
         task: Task[Any] | None,
         state: str,
         result: Any = None,
@@ -309,7 +313,8 @@ class Runner:
     ) -> bytes | None:
         if self._results is None or (task is not None and task.options.ignore_result):
             return None
-        return self._results.pack(wire.id_text(delivery.id), state, result, error=error, traceback=traceback)
+        origin = (place.queue, str(place.shard), delivery.entry_id)
+        return self._results.pack(wire.id_text(delivery.id), origin, state, result, error=error, traceback=traceback)
 
 
 def _asked_delay_s(exc: Retry) -> float | None:

@@ -23,6 +23,7 @@ from .redis.connection import MIN_VERSION
 from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, expiring, is_shared
 from .redis.link import Link, pack
 from .redis.scripts import by_sha, script
+from .results import Origin
 
 if TYPE_CHECKING:
     from .app import StreamTask
@@ -316,6 +317,7 @@ class Inspector:
 
     def replay(self, queue: str, ids: Sequence[str] | None = None, task: str | None = None) -> int:
         """Puts dead letters back at the end of their lanes (a held one at its lane's head), ids and keys as before.
+        Their results are pending again.
 
         ``ids``: which, None for all that are there now; ``task``: of these only this task's. Returns how many were put
         back; those no longer there don't count. Raises ``StreamTaskError`` for an id that is none; else see the class.
@@ -332,10 +334,18 @@ class Inspector:
         for shard, entries in self._dead_batches(shape, ids):
             keys = shape.shard(shard)
             chosen = []
+            ended: list[tuple[str, Origin]] = []
             for entry_id, fields in entries:
                 row = _dead_letter(self.app, queue, shard, entry_id, fields)
                 if task is None or row["task"] == task:
                     chosen.append((entry_id, keys.notes(row["group"])))
+                    if row["task_id"] is not None:
+                        ended.append(
+                            (row["task_id"], (queue, str(shard), _texts(fields[:8]).get("entry", "").encode()))
+                        )
+            if name == "replay" and ended and self.app.results is not None:
+                # Before they run again: the next end of each is none that must not be overwritten.
+                self.app.results.forget(ended)
             if chosen:
                 call = script(name).pack(
                     (keys.dlq, keys.stream, keys.wake, *(notes for _, notes in chosen)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .backoff import delays
@@ -20,6 +20,11 @@ FAILURE = "FAILURE"
 REVOKED = "REVOKED"
 
 
+Origin = tuple[str, str, bytes]
+"""Which message a result is of, whatever id it has: queue, shard and entry id."""
+ORIGIN = "of"
+
+
 class ResultStore:
     """Where an app's results lie. ``ttl_s``: how long one is kept, in seconds."""
 
@@ -33,15 +38,24 @@ class ResultStore:
         return keys.result(self._namespace, self._app, task_id)
 
     def pack(
-        self, task_id: str, state: str, result: Any = None, *, error: str | None = None, traceback: str | None = None
+        self,
+        task_id: str,
+        origin: Origin,
+        state: str,
+        result: Any = None,
+        *,
+        error: str | None = None,
+        traceback: str | None = None,
     ) -> bytes:
-        """The command that stores a result. A value that can't be serialised becomes a failure that says so."""
+        """The command that stores a result; Redis answers -1 where another message's is there. A value that can't be
+        serialised becomes a failure that says so."""
         body = {
             "state": state,
             "result": result,
             "error": error and harmless(error),
             "traceback": traceback and harmless(traceback),
             "at": wall_ms(),
+            ORIGIN: origin,  # the last: scripts look at how a payload ends
         }
         try:
             payload = wire.pack_body(body)
@@ -52,7 +66,23 @@ class ResultStore:
                 "error": f"the task ran, but its result can't be serialised: {said(exc)}",
             }
             payload = wire.pack_body(body)
-        return script("store_result").pack((self.key(task_id),), (payload, self._ttl_ms))
+        return script("store_result").pack((self.key(task_id),), (payload, self._ttl_ms, _ending(origin)))
+
+    def forget(self, ended: Sequence[tuple[str, Origin]]) -> None:
+        """Removes the results of these messages, and of no others with their ids: they are to run again."""
+        by_node: dict[str, list[tuple[str, bytes]]] = {}
+        for task_id, origin in ended:
+            key = self.key(task_id)
+            packed = script("forget_result").pack((key,), (_ending(origin),))
+            by_node.setdefault(self.broker.node(key), []).append((key, packed))
+        for calls in by_node.values():
+            link = self.broker.link(calls[0][0])
+            try:
+                for reply in link.pipeline([packed for _, packed in calls]):
+                    if isinstance(reply, Exception):
+                        raise reply
+            finally:
+                link.close()
 
     def read(self, task_id: str) -> dict[str, Any] | None:
         with self.broker.wrapped():
@@ -92,6 +122,10 @@ class ResultStore:
                         return found
             finally:
                 pubsub.close()
+
+
+def _ending(origin: Origin) -> bytes:
+    return wire.pack_body(ORIGIN) + wire.pack_body(origin)
 
 
 def _read(task_id: str, payload: bytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..redis.link import Link
 from ..text import logger
 from .batch import Batch, Outcome
 from .claimer import Claimer
-from .held import OWNER, ConsumerSettings
+from .held import OWNER, ConsumerSettings, Held
 from .lanes import KEEP_BODIES, Delivery, Entry, Lane, Note, deliveries_of, entry_id_of, id_order, put_in_place
 
 log = logger("streamtask.consumer")
@@ -253,9 +253,9 @@ class ShardConsumer(Claimer):
 
     def _dead_or_drop_revoked(self, delivery: Delivery) -> None:
         self._finish(delivery.entry_id)
-        self.on_revoked(delivery)
+        self.on_revoked(self, delivery)
 
-    def on_revoked(self, delivery: Delivery) -> None:
+    def on_revoked(self, consumer: Held, delivery: Delivery) -> None:
         """Told of each revoked message; the worker sets this to store a result."""
 
     # Outcomes

@@ -70,6 +70,10 @@ def end_process() -> None:
     os._exit(70)
 
 
+def _place_of(consumer: Held) -> Place:
+    return Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
+
+
 class Control:
     """See the module. ``turn`` is one round of the loop."""
 
@@ -663,14 +667,13 @@ class Control:
 
     # Results
 
-    def _store_revoked(self, delivery: Delivery) -> None:
-        result = self._runner.revoked(delivery)
+    def _store_revoked(self, consumer: Held, delivery: Delivery) -> None:
+        result = self._runner.revoked(delivery, _place_of(consumer))
         if result is not None:
             self._outbox.add([(delivery, result)])
 
     def _store_dead(self, consumer: Held, delivery: Delivery, outcome: Outcome) -> None:
-        place = Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
-        result = self._runner.dead(delivery, place, outcome)
+        result = self._runner.dead(delivery, _place_of(consumer), outcome)
         if result is not None:
             self._outbox.add([(delivery, result)])
 

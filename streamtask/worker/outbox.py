@@ -52,6 +52,11 @@ class Outbox:
                 refused.append((one, reply))
             elif isinstance(reply, Exception):
                 raise reply  # all of them are stored again
+            elif reply == -1:
+                log.warning(
+                    "a result is not kept: another message with this id has ended before task=%s id=%s",
+                    one[0].task, wire.id_text(one[0].id),
+                )  # fmt: skip
         self._waiting = []
         if not refused:
             self._refused_at = None

@@ -45,7 +45,7 @@ class TaskRunner(Protocol):
     here: Any
     """Executors say here what runs in their thread: the request that a body may ask for. See ``request.here``."""
 
-    def revoked(self, delivery: Delivery) -> bytes | None:
+    def revoked(self, delivery: Delivery, place: Place) -> bytes | None:
         """The packed command that stores a revoked message's result, if it has one."""
 
     def dead(self, delivery: Delivery, place: Place, outcome: Outcome) -> bytes | None:

@@ -23,6 +23,7 @@ from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import lease_times
 from streamtask.redis.scripts import Code, by_sha, script
+from streamtask.results import ResultStore
 from streamtask.transport.consumer import StreamConsumer
 from tests.helpers import wait_until
 
@@ -1314,6 +1315,27 @@ def test_what_is_much_is_done_by_many_calls(shard, much, what):
 
 
 # --- several groups ----------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_replaced_by_its_own_message_alone(shard):
+    """What is no string there is nobody's result."""
+    store = ResultStore(shard.broker, "n", "a", 60)
+    mine, other = ("q", "0", b"1-1"), ("q", "1", b"1-1")
+
+    def stored(origin, value):
+        return shard.link.call(store.pack("id", origin, "SUCCESS", value)) >= 0, store.read("id")["result"]
+
+    assert stored(mine, 1) == (True, 1)
+    assert stored(other, 2) == (False, 1)
+    assert stored(mine, 3) == (True, 3)
+    store.forget([("id", other), ("unknown", mine)])
+    assert store.read("id")["result"] == 3
+    store.forget([("id", mine)])
+    assert store.read("id") is None
+    assert stored(other, 4) == (True, 4)
+    shard.client.delete(store.key("id"))
+    shard.client.rpush(store.key("id"), store.key("id"))
+    assert stored(mine, 5) == (True, 5)
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
 import pytest
 
 from streamtask import ResultTimeout, TaskError, TaskRevoked
+from streamtask.inspector import Inspector
 from tests.helpers import wait_until
 
 RESULTS = """
@@ -35,6 +37,12 @@ def gives_up(n):
 @app.task(name="dies", shard_key="k")
 def dies(k):
     os._exit(1)
+
+@app.task(name="heals", shard_key="k", max_retries=0)
+def heals(k):
+    if not os.path.exists("gate-healed"):
+        raise KeyError("not yet")
+    return "healed"
 
 @app.task(name="unserialisable", **quick)
 def unserialisable():
@@ -161,3 +169,47 @@ def test_get_waits_across_a_restart_of_redis(own_server, site, kill):
     assert sorted(got) == [1, 2]
     assert len(pod.children()) == 1
     assert len(site.of("S")) == 2
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_no_other_message_overwrites_a_result(redis_server, site, concurrency):
+    site = site(redis_server, RESULTS, max_crashes=0)
+    pod = site.pod(1, concurrency)
+    add = site.task("add")
+    good = add.delay("a", 1, 2)
+    bad = site.task("fails").delay(1)
+    assert good.get(timeout=10) == 3
+    with pytest.raises(TaskError):
+        bad.get(timeout=10)
+    before = {one.id: site.app.results.read(one.id) for one in (good, bad)}
+    for one in (good, bad):
+        site.task("fails").apply_async((1,), task_id=one.id)
+        site.task("gives_up").apply_async((1,), task_id=one.id)
+        site.task("unserialisable").apply_async(task_id=one.id)
+        add.apply_async(("a", 5, 5), expires=-1, task_id=one.id)
+        add.apply_async(("a", 5, 5), task_id=one.id)
+        site.redis.xadd(site.stream(0), {"j": json.dumps({"task": "no.such.task", "key": "a", "id": one.id})})
+        site.task("dies").apply_async(("d",), task_id=one.id)
+    said = "a result is not kept: another message with this id has ended before task={} id={}"
+    tasks = ("fails", "gives_up", "unserialisable", "add", "no.such.task", "dies")
+    lines = [said.format(task, one.id) for task in tasks for one in (good, bad)]
+    wait_until(lambda: all(line in pod.log for line in lines), 20, lambda: pod.log)
+    site.wait_empty()
+    assert {one.id: site.app.results.read(one.id) for one in (good, bad)} == before
+
+
+@pytest.mark.parametrize("on_dead", ["continue", "hold"])
+def test_a_replay_has_a_result_of_its_own(redis_server, site, on_dead):
+    site = site(redis_server, RESULTS, on_dead=on_dead)
+    site.pod(1)
+    heals = site.task("heals").delay("a")
+    with pytest.raises(TaskError, match="not yet"):
+        heals.get(timeout=10)
+    wait_until(site.dead)
+    site.open_gate("healed")
+    with Inspector(site.app) as inspector:
+        assert inspector.replay("default") == 1
+    assert heals.get(timeout=10) == "healed"
+    site.task("fails").apply_async((1,), task_id=heals.id)
+    site.wait_empty()
+    assert heals.get(timeout=10) == "healed"
