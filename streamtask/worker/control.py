@@ -53,6 +53,7 @@ class Executor(Protocol):
 
     def submit(self, batch: Batch) -> None: ...
     def position(self, batch: Batch) -> int: ...
+    def withdraw(self, consumer: ShardConsumer) -> None: ...
     def forget(self, consumer: ShardConsumer) -> None: ...
 
 
@@ -279,6 +280,8 @@ class Control:
         if owned is not None:
             owned.consumer.closing = True
             owned.consumer.halted = True
+            assert self.executor is not None
+            self.executor.withdraw(owned.consumer)
 
     def _resume(self, *, number: int) -> None:
         owned = self._owned.get(number)

@@ -14,7 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from ..clock import mono_s
 from ..queue.consumer import Batch, Outcome, ShardConsumer
@@ -89,6 +89,9 @@ class SequentialExecutor:
     def position(self, batch: Batch) -> int:
         """How many of a batch have ended; only the first of ``out`` runs."""
         return self._slot.cells[0] if batch.slot is self._slot else 0
+
+    def withdraw(self, consumer: ShardConsumer) -> None:
+        """Nothing waits here: a batch that runs gives back what it has not started between two bodies."""
 
     def forget(self, consumer: ShardConsumer) -> None:
         self._failed.pop(consumer, None)
@@ -227,6 +230,21 @@ class ParallelExecutor:
 
     def position(self, batch: Batch) -> int:
         return 0
+
+    def withdraw(self, consumer: ShardConsumer) -> None:
+        """Gives back what waits for a thread: the hand-over of its shard must not wait for bodies of others."""
+        waiting = []
+        try:
+            while True:
+                waiting.append(self._inbox.get_nowait())
+        except Empty:
+            pass
+        for batch in waiting:
+            if batch.consumer is consumer:
+                batch.outcomes.append((0, UNSTARTED))
+                self.ended.append(batch)
+            else:
+                self._inbox.put(batch)
 
     def forget(self, consumer: ShardConsumer) -> None:
         pass

@@ -118,6 +118,27 @@ def test_a_move_that_is_put_off_holds_up_no_other_key(redis_server, site):
     site.wait_empty()
 
 
+def test_what_waits_for_an_executor_keeps_no_shard_where_it_is(redis_server, site):
+    """All executors run long bodies of one shard; messages of another wait behind them, and this one is to move."""
+    site = site(redis_server, shards=2)
+    site.pod(1, 2)
+    site.ready(1)
+    for key, number in zip(keys_on(0, 2, 2), (0, 1), strict=True):
+        site.send_gated(key, number)
+        site.wait_started(key, number)
+    waits = keys_on(1, 1, 2)[0]
+    site.send(waits, range(3))
+    stream = site.keys.shard(0, 1).stream
+    wait_until(lambda: site.redis.xpending(stream, "workers")["pending"])
+    site.pod(1, 2)
+    wait_until(lambda: site.of("E", waits, 2))
+    site.open_gate(0)
+    site.open_gate(1)
+    site.ready(2)
+    site.wait_empty()
+    assert site.check(killed={}).repeated == 0
+
+
 @pytest.mark.slow
 def test_one_process_owns_as_many_shards_as_a_queue_can_have(redis_server, site):
     site = site(redis_server, shards=1024)
