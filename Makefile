@@ -6,6 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+LOWEST := .lowest
 # Set in a user's environment, these would install outside of .venv or refuse to.
 unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME
 
@@ -36,6 +37,16 @@ test-rest: $(VENV)/.test ## Run the tests that make test leaves out: chaos, Cele
 .PHONY: test-all
 test-all: $(VENV)/.test ## Run all tests, some 19 minutes on two cores
 	$(PYTEST) $(ARGS)
+
+# What touches each of them: the wire, redis-py and hiredis, the command line and its tables, kombu, Celery.
+LOWEST_TESTS = tests/unit/test_wire.py tests/queue/test_inline.py tests/redis_layer/test_eviction.py \
+	tests/acceptance/test_cli_read.py::test_status_as_text tests/acceptance/test_cli_read.py::test_doctor \
+	tests/acceptance/test_examples.py tests/acceptance/test_celery_example.py tests/plugin/test_worker.py \
+	tests/unit/test_audit.py::test_the_lowest_versions_are_those_that_were_asked_for
+
+.PHONY: test-lowest
+test-lowest: $(LOWEST)/.made ## Run some tests on the lowest versions of what streamtask needs, half a minute
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(LOWEST)/lib $(PYTEST) --part quick $(LOWEST_TESTS) $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(VENV)/.test ## Decode bytes near valid messages for 10 minutes, and see that nothing breaks (make fuzz ARGS='--seconds 60')
@@ -70,7 +81,7 @@ test-conformance: $(VENV)/.test ## Run kombu's and Celery's own test suites, som
 
 .PHONY: clean
 clean: ## Remove .venv, build output and caches
-	rm -rf $(VENV) .bench .conformance build dist *.egg-info .tox .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) .bench .conformance build dist *.egg-info .tox .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find streamtask tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp says: this extra is installed as pyproject.toml has it. All installs are editable, so that the source
@@ -90,6 +101,13 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.made
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.made
 	$(PIP) --editable '.[lint]'
+	@touch $@
+
+# Not a whole environment: the lowest versions lie in a folder that comes before .venv's own.
+$(LOWEST)/.made: pyproject.toml tests/lowest.py $(VENV)/.test
+	rm -rf $(LOWEST) && mkdir $(LOWEST)
+	$(BIN)/python -m tests.lowest > $(LOWEST)/versions.txt
+	$(PIP) --no-deps --no-compile --target $(LOWEST)/lib --requirement $(LOWEST)/versions.txt
 	@touch $@
 
 $(VENV)/.made:

@@ -1,12 +1,15 @@
-"""What ``make lint`` says of known vulnerabilities: nothing is taken for checked that was not."""
+"""What ``make lint`` says of known vulnerabilities: nothing is taken for checked that was not; and the lowest versions."""
 
 from __future__ import annotations
 
+import os
+from importlib import metadata
 from typing import Any
 
 import pytest
 
 from tests import audit
+from tests.lowest import lowest
 
 FINE = {"name": "fine", "version": "1", "vulns": []}
 UNKNOWN = {"name": "unknown", "skip_reason": "Dependency not found on PyPI"}
@@ -48,3 +51,21 @@ def test_what_users_get_is_asked_about() -> None:
     found = set(audit.brought_along())
     assert {"click", "hiredis", "kombu", "msgpack", "redis", "rich", "amqp"} <= found
     assert not {"streamtask", "pytest", "django", "ruff"} & found
+
+
+def test_all_that_is_needed_has_a_lowest_version() -> None:
+    found = lowest(metadata.requires("streamtask") or [])
+    assert {"click", "hiredis", "kombu", "msgpack", "redis", "rich", "celery"} <= set(found)
+    assert not {"pytest", "ruff", "matplotlib"} & set(found)
+    assert lowest(["a[x,y]<9,>=1.2; extra == 'celery'", "b>=2; extra == 'test'", "c (>=3.1)", "d"]) == {
+        "a": "1.2",
+        "c": "3.1",
+    }
+
+
+def test_the_lowest_versions_are_those_that_were_asked_for() -> None:
+    if ".lowest" not in os.environ.get("PYTHONPATH", ""):
+        return  # not by make test-lowest
+    for name in ("click", "hiredis", "kombu", "msgpack", "redis", "rich", "celery"):
+        version = lowest(metadata.requires("streamtask") or [])[name]
+        assert f"{metadata.version(name)}.".startswith(f"{version}."), name
