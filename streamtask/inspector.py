@@ -22,6 +22,7 @@ from .redis import wire
 from .redis.connection import MIN_VERSION
 from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, expiring, is_shared
 from .redis.link import Link, pack
+from .redis.replies import EXHAUSTED_ADVICE
 from .redis.scripts import by_sha, script
 from .results import Origin
 
@@ -34,6 +35,8 @@ BATCH = 100
 """Dead letters that one call reads, replays or drops."""
 
 PURGE_BATCH = 1000
+LAST_ID = (2**64 - 1, 2**64 - 1)
+AHEAD_MS = 86_400_000
 PIPELINE = 2000
 """Commands that are sent in one write."""
 
@@ -535,8 +538,35 @@ class Inspector:
             else _check("stale-consumers", True, "no consumer is left over from a dead process")
         )
         checks.append(_check_groups(shots))
+        checks.append(self._check_ids(shapes))
         checks.append(_check_dead(shots))
         return checks
+
+    def _check_ids(self, shapes: dict[str, Shape]) -> Row:
+        """Entries whose ids their producers chose: a stream may take no more of them, or has times that are none."""
+        keys = [
+            key
+            for shape in shapes.values()
+            for one in map(shape.shard, shape.all_shards())
+            for key in (one.stream, one.dlq, one.wake)
+        ]
+        replies = self._send([(key, [pack("XINFO", "STREAM", key)]) for key in keys], raising=False)
+        full, ahead = set(), set()
+        for key, (reply,) in zip(keys, replies, strict=True):
+            if isinstance(reply, Exception):
+                continue  # a stream that is not there
+            last = id_order(dict(zip(reply[::2], reply[1::2], strict=True))[b"last-generated-id"])
+            if last == LAST_ID:
+                full.add(key)
+            elif last[0] > wall_ms() + AHEAD_MS:
+                ahead.add(key)
+        if full:
+            message = f"the largest id that there is was appended to {_listed(full)}: nothing more can be stored there"
+            return _check("stream-ids", False, message, EXHAUSTED_ADVICE)
+        if ahead:
+            message = f"ids of the future were appended to {_listed(ahead)}: all that comes after has the time of these"
+            return _check("stream-ids", None, message, EXHAUSTED_ADVICE)
+        return _check("stream-ids", True, "all streams take messages")
 
     def _check_shard_counts(self, shapes: dict[str, Shape]) -> Row:
         settings = self.app.settings

@@ -45,6 +45,12 @@ KINDS = {
     "ASK": Kind.SETTING,
 }
 TOO_MANY_CLIENTS = "max number of clients"
+NO_ID_LEFT = "exhausted the last possible ID"
+EXHAUSTED = "EXHAUSTED"
+"""Our code for it: a stream whose last id is the largest there is."""
+EXHAUSTED_ADVICE = (
+    "when it is empty (XLEN says 0: workers drain it), DEL it; and see who may append with ids of his own"
+)
 
 _FIRST = re.compile(r"-?([A-Z][A-Z0-9]{2,}) ")
 _IN_SCRIPT = re.compile(r"[-\s]([A-Z][A-Z0-9]{2,})(?= )")
@@ -86,6 +92,12 @@ def translate_reply(text: str, where: str) -> StreamTaskError:
         )
     if kind is Kind.ACCESS:
         return AccessRefused(f"Redis at {where} refused the user or password: {text}")
+    if NO_ID_LEFT in text:
+        return ReplyError(
+            f"a stream in Redis at {where} takes no more messages: one with the largest id that there is was appended to it. "
+            f"'doctor' names it; {EXHAUSTED_ADVICE}",
+            EXHAUSTED,
+        )
     code = code_of(text)
     if kind is Kind.SETTING and code == "NOPERM":
         text = f"Redis at {where} refuses the user a command or a key, which its ACL must allow: {text}"

@@ -550,7 +550,7 @@ def test_a_healthy_system_has_no_complaint(redis_server_all: RedisServer, make_r
     assert [check["name"] for check in checks.values() if check["ok"] is not True] == ["access"]
     assert set(checks) >= {
         "redis", "access", "version", "role", "eviction", "memory", "persistence", "clock", "scripts", "id-sets",
-        "shard-counts", "shard-owners", "stale-consumers", "served", "dead-letters",
+        "shard-counts", "shard-owners", "stale-consumers", "served", "stream-ids", "dead-letters",
     }  # fmt: skip
 
 
@@ -699,3 +699,24 @@ def test_a_server_that_goes_and_comes_back(own_server: RedisServer, make_rig: Ca
         rig.inspector.status(interval=0)
     own_server.restart()
     assert rig.shard(0)["length"] == 2
+
+
+# Ids and keys from outside
+
+
+@pytest.mark.parametrize("stream", ["stream", "dlq", "wake"])
+def test_a_stream_without_ids_is_named(rig: Rig, redis_server: RedisServer, stream: str) -> None:
+    key = getattr(rig.queue.shard_keys(2), stream)
+    rig.queue.declare(("workers",))
+    client = redis_server.client()
+    client.xadd(key, {"m": "x"}, id="9999999999999999-7")
+    check = rig.check("stream-ids")
+    assert check["ok"] is None
+    assert f"ids of the future were appended to {key}:" in check["message"]
+    client.xadd(key, {"m": "x"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    check = rig.check("stream-ids")
+    assert check["ok"] is False
+    assert f"was appended to {key}: nothing more" in check["message"]
+    assert "DEL it" in check["advice"]
+    client.delete(key)
+    assert rig.check("stream-ids")["ok"]

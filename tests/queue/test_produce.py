@@ -23,6 +23,7 @@ from streamtask.errors import (
     EncodeError,
     MessageTooLarge,
     QueueFull,
+    ReplyError,
     ShardCountMismatch,
     UnsupportedServer,
 )
@@ -1336,3 +1337,23 @@ def test_no_port_is_left_bound():
     """The rig's own promise, on which the unreachable brokers above stand."""
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", free_port())) != 0
+
+
+def test_a_stream_that_has_no_id_left_is_said_clearly(redis_server_all, make):
+    """Whoever may append may give an entry the largest id that there is."""
+    app = make(redis_server_all)
+    plain = app.tasks["plain"]
+    plain.delay()
+    stream = app.queue("default").shard_keys("shared").stream
+    redis_server_all.client().xadd(stream, {"m": "x"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    clear = "takes no more messages: one with the largest id .* 'doctor' names it; when it is empty .* DEL it"
+    with pytest.raises(ReplyError, match=clear):
+        plain.delay()
+    with pytest.raises(ReplyError, match=clear):
+        plain.apply_async(dedupe_id="d")
+    with pytest.raises(BulkSendError, match=clear):
+        plain.send_many([{"n": 1}])
+    with pytest.raises(ReplyError, match=clear):
+        asyncio.run(plain.adelay())
+    redis_server_all.client().delete(stream)
+    plain.delay()

@@ -1317,6 +1317,36 @@ def test_what_is_much_is_done_by_many_calls(shard, much, what):
 # --- several groups ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("groups", [(GROUP,), (GROUP, "audit")])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["5-1", f"{2**64 - 1}-{2**64 - 1}"],
+        ["5-1", f"{2**64 - 1}-{2**64 - 2}", f"{2**64 - 1}-{2**64 - 1}"],
+        ["5-1", "5-9007199254740993", "5-9007199254740994", "5-9223372036854775600", "5-9223372036854775601"],
+        ["5-999999999999999", "5-1000000000000000", "5-1000000000000001", "9007199254740993-0", "9007199254740994-0"],
+    ],
+)
+def test_ids_of_any_size_are_settled_and_no_others(redis_server, ids, groups):
+    """A producer may choose the ids of his entries; a number of Lua's has 53 bits of them."""
+    shard = Shard(redis_server, groups=groups)
+    lease = shard.acquire("a")
+    for one in ids:
+        shard.client.xadd(shard.keys.stream, {"m": "x"}, id=one)
+    for group in groups[1:]:
+        assert shard.read(len(ids) - 1, group=group) == ids[:-1]
+        shard.client.xack(shard.keys.stream, group, *ids[:-1])
+    left = list(ids)
+    while left:
+        assert shard.read(1) == left[:1]
+        assert shard.settle(lease, left[:1]) == 1
+        del left[0]
+        there = [one.decode() for one, _ in shard.client.xrange(shard.keys.stream)]
+        assert there == (left or ids[-1:] * (len(groups) - 1))
+    shard.link.close()
+    shard.broker.close()
+
+
 def test_a_result_is_replaced_by_its_own_message_alone(shard):
     """What is no string there is nobody's result."""
     store = ResultStore(shard.broker, "n", "a", 60)

@@ -13,7 +13,7 @@ import pytest
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.exceptions import BatchPublishError, OperationalError
 
-from streamtask.errors import ConfigError
+from streamtask.errors import ConfigError, ReplyError
 from streamtask.sharding import shard_of
 from tests.fix_proxy import Proxy
 from tests.fix_redis import RedisServer
@@ -744,3 +744,16 @@ def test_connection_is_shared_for_publishing(kit: Kit) -> None:
     for connection in connections:
         connection.Producer().publish(1, routing_key="q")
     assert len(kit.client().client_list()) - before <= 3
+
+
+def test_a_stream_that_has_no_id_left_is_said_clearly(kit: Kit, redis_server: RedisServer) -> None:
+    channel = kit.channel()
+    kit.queue(channel)
+    producer = kit.connect().Producer()
+    producer.publish("first", routing_key="q")
+    client = redis_server.client()
+    (stream,) = [key for key in client.scan_iter("*:stream") if client.xlen(key)]
+    client.xadd(stream, {"m": "x"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    for _ in range(2):
+        with pytest.raises((ReplyError, OperationalError), match="one with the largest id that there is was appended"):
+            producer.publish("second", routing_key="q")

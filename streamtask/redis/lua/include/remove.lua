@@ -11,15 +11,15 @@ local function other_groups(state, group)
   return others
 end
 
-local function id_parts(id)
-  local ms, seq = id:match('^(%d+)-(%d+)$')
-  return tonumber(ms), tonumber(seq)
+-- By their digits: a number of Lua's has 53 bits, and the id of an entry, which its producer may have chosen, twice 64.
+local function number_lt(a, b)
+  return #a < #b or (#a == #b and a < b)
 end
 
 local function id_le(a, b)
-  local a_ms, a_seq = id_parts(a)
-  local b_ms, b_seq = id_parts(b)
-  return a_ms < b_ms or (a_ms == b_ms and a_seq <= b_seq)
+  local a_ms, a_seq = a:match('^(%d+)-(%d+)$')
+  local b_ms, b_seq = b:match('^(%d+)-(%d+)$')
+  return number_lt(a_ms, b_ms) or (a_ms == b_ms and not number_lt(b_seq, a_seq))
 end
 
 -- Those of the ids that none of the groups needs any more.
@@ -71,7 +71,12 @@ local function remove_finished(stream, state, group, ids, acked)
     local pending = redis.call('XPENDING', stream, group, '-', '+', 1)
     if #pending == 0 or not id_le(pending[1][1], last) then
       local ms, seq = last:match('^(%d+)-(%d+)$')
-      redis.call('XTRIM', stream, 'MINID', '=', ms .. '-' .. string.format('%.0f', tonumber(seq) + 1))
+      if #seq <= 15 then
+        redis.call('XTRIM', stream, 'MINID', '=', ms .. '-' .. string.format('%.0f', tonumber(seq) + 1))
+      else
+        redis.call('XTRIM', stream, 'MINID', '=', last)
+        redis.call('XDEL', stream, last)
+      end
       return
     end
   end
