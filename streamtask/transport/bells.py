@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..clock import mono_s
-from ..errors import BrokerUnavailable
+from ..errors import BrokerUnavailable, ReplyError
 from ..redis.link import Link, pack
 from ..worker.links import IDLE_S
+from .resting import is_of_one_key
 
 if TYPE_CHECKING:
     from .session import Session
@@ -26,6 +27,8 @@ class Bell:
         self.link = link
         self.asked: dict[bytes, tuple[str, str]] = {}
         self.overdue_at = 0.0
+        self.refused = 0
+        """How often in a row Redis refused to wait."""
         self._armed_at = mono_s()
 
     def arm(self, streams: dict[bytes, tuple[str, str]], block_s: float, grace_s: float) -> None:
@@ -119,8 +122,16 @@ class Bells:
         for bell in self.armed():
             if bell.link.fileno() == fd:
                 asked = bell.rang()
-                with self._or_forgotten(bell):
-                    self._session.rang(bell.link.read(), asked)
+                try:
+                    with self._or_forgotten(bell):
+                        self._session.rang(bell.link.read(), asked)
+                except ReplyError as exc:
+                    bell.refused += 1
+                    if bell.refused > 1 or not is_of_one_key(exc):
+                        raise
+                    self._session.look_at_all(asked)
+                else:
+                    bell.refused = 0
                 return
 
     def close(self) -> None:

@@ -11,12 +11,13 @@ from kombu.transport import virtual
 from kombu.transport.virtual.base import queue_declare_ok_t
 from kombu.utils.uuid import uuid
 
-from ..errors import BrokerUnavailable, ConfigError, InDoubt, StreamTaskError
+from ..errors import BrokerUnavailable, ConfigError, InDoubt, ReplyError, StreamTaskError
 from ..redis.link import pack
 from ..text import logger
 from . import lifetime, publish, routing
 from .fanout import channel as fanout_channel
 from .message import PRODUCE_ID, encode
+from .resting import is_of_one_key
 from .session import Session
 
 log = logger("streamtask.transport")
@@ -115,7 +116,13 @@ class Channel(virtual.Channel):  # type: ignore[misc]
                 )
         else:
             self._new_queue(queue, **kwargs)
-        return queue_declare_ok_t(queue, self._size(queue), routing.consumers(self.session, queue) if passive else 0)
+        try:
+            size = self._size(queue)
+        except ReplyError as exc:
+            if not is_of_one_key(exc):
+                raise
+            size = 0  # who consumes it says what is wrong
+        return queue_declare_ok_t(queue, size, routing.consumers(self.session, queue) if passive else 0)
 
     def _new_queue(self, queue: str, **kwargs: Any) -> None:
         arguments = kwargs.get("arguments") or {}

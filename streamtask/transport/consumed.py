@@ -9,6 +9,7 @@ from typing import Any
 from ..clock import mono_s
 from .consumer import StreamConsumer
 from .queues import KombuQueue, shared
+from .resting import Rest
 
 
 class Consumed:
@@ -25,6 +26,7 @@ class Consumed:
         self.in_keeper = False
         self.gone = False  # deleted, and not declared again yet
         self.rung = True  # there may be something to read
+        self.rest = Rest()
         self.look_at = 0.0
         self.shards_first = False
         self.left_out = 0  # messages that had expired
@@ -45,34 +47,41 @@ class Consumed:
 
     def ready(self) -> bool:
         """Whether there may be something to take."""
-        if self.gone:
+        if self.gone or self.rest:
             return False
         if self.rung:
             return True
         now = mono_s()
-        if self.next_due is not None and now >= self.next_due:
+        if self.next_due is not None and now >= self.next_due and not self.shared_rest():
             return True
         return any(consumer.may_have(now) for consumer in self.consumers())
 
+    def shared_rest(self) -> bool:
+        """Whether the shared streams rest, which are read with one call."""
+        return any(consumer.rest for consumer in self.streams.values())
+
     def due_times(self) -> Iterable[float]:
         """When (monotonic) something falls due, as far as is known here."""
-        if self.next_due is not None:
+        rests = [self.rest, *(consumer.rest for consumer in self.consumers())]
+        yield from (rest.until for rest in rests if rest)
+        if self.next_due is not None and not self.shared_rest():
             yield self.next_due
-        times = [consumer.lanes.next_due() for consumer in self.consumers()]
-        times += [consumer.next_due for consumer in self.shards.values()]
+        times = [consumer.lanes.next_due() for consumer in self.consumers() if not consumer.rest]
+        times += [consumer.next_due for consumer in self.shards.values() if not consumer.rest and not consumer.closing]
         yield from (at for at in times if at is not None)
 
     def bell(self) -> dict[bytes, str]:
         """The streams to wait for, and the ids after which there is something new."""
         found: dict[bytes, str] = {}
-        if self.gone:
+        if self.gone or self.rest:
             return found
-        for priority in self.streams or self.queue.priorities:
+        for priority in () if self.shared_rest() else self.streams or self.queue.priorities:
             keys = self.queue.shard_keys(shared(priority))
             found[keys.stream.encode()], found[keys.wake.encode()] = self.positions.get(keys.prefix, ("0-0", "0-0"))
         for consumer in self.shards.values():
-            if not consumer.closing:
-                found[consumer.keys.stream.encode()] = consumer.last_id
+            if not consumer.closing and not consumer.rest:
+                if consumer.reads_on():
+                    found[consumer.keys.stream.encode()] = consumer.last_id
                 found[consumer.keys.wake.encode()] = consumer.wake_id
         return found
 

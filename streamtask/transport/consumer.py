@@ -14,6 +14,7 @@ from ..redis import wire
 from ..redis.link import Link
 from ..redis.scripts import script
 from .message import ORDERED, check
+from .resting import Rest
 
 COLD_S = (0.005, 0.1)
 """How often a shard is read that has nothing, while messages come from elsewhere: the interval doubles. A process that has
@@ -32,6 +33,7 @@ class StreamConsumer(ShardConsumer):
         """Whether the shard's bell rang for something else than a message."""
         self.read_at = 0.0
         """When (monotonic) to read again: a shard that had nothing is not asked each time."""
+        self.rest = Rest()
         self._cold_s = COLD_S[0]
         self._ended: dict[bytes, Delivery] = {}  # acknowledged, and Redis has not answered yet
         self._generations: dict[bytes, int] = {}  # of those whose replacement was handed out
@@ -212,12 +214,24 @@ class StreamConsumer(ShardConsumer):
 
     def may_have(self, now: float) -> bool:
         """Whether there is something to hand out or to look after."""
+        if self.rest:
+            return False
         if self.needs_audit or self.has_to_recover() or self.has_work():
             return True
         due = self.lanes.next_due()
-        return (due is not None and due <= now) or (self.next_due is not None and self.next_due <= now)
+        if due is not None and due <= now:
+            return True
+        return self.next_due is not None and self.next_due <= now and not self.closing
+
+    def reads_on(self) -> bool:
+        """Whether new messages are read at all: else none of them is to wake anybody."""
+        return self.lanes.waiting < self.settings.max_waiting and self._pending_from is None
 
     def has_to_flush(self) -> bool:
+        """Whether there is something to write, now."""
+        return not self.rest and self.has_something_to_write()
+
+    def has_something_to_write(self) -> bool:
         return bool(self.finished or self.settling or self._returned or self._notes or self._unmarked or self._dead)
 
     def pack_settle(self, ids: Sequence[bytes]) -> bytes:

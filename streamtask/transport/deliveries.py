@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..clock import mono_s
-from ..errors import LeaseLost, StreamTaskError
+from ..errors import LeaseLost, ReplyError, StreamTaskError
 from ..queue.consumer import Batch
 from ..text import logger
 from . import hooks
 from .consumer import StreamConsumer
+from .resting import is_of_one_key
 
 if TYPE_CHECKING:
     from .session import Session
@@ -243,6 +244,10 @@ class Deliveries:
                 except LeaseLost as exc:
                     session.lost(consumer, str(exc))
                     return False
+                except ReplyError as exc:
+                    if not is_of_one_key(exc):
+                        raise
+                    session.rest(consumer, exc)
         except StreamTaskError as exc:
             log.info("the start of a body was not written down: %s", exc)
         return True

@@ -14,6 +14,7 @@ from ..redis.scripts import Code
 from .consumed import Consumed
 from .consumer import StreamConsumer
 from .message import DELIVERY, address, decode, expired
+from .resting import is_of_one_key
 
 if TYPE_CHECKING:
     from .session import Session
@@ -28,7 +29,7 @@ anybody."""
 
 def read(session: Session, consumed: Consumed, most: int) -> None:
     """Reads from Redis what there is into the consumers, and settles what has ended, in one round trip."""
-    for consumer in list(consumed.consumers()):
+    for consumer in [c for c in consumed.consumers() if not c.rest]:
         try:
             if consumer.needs_audit:
                 consumer.recover(session.link(consumer), takeover=consumer.taken_over)
@@ -37,21 +38,25 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
             if consumer.has_to_recover():
                 consumer.recover_more(session.link(consumer))
         except (LeaseLost, ReplyError) as exc:
+            if isinstance(exc, ReplyError) and is_of_one_key(exc):
+                session.rest(consumer, exc)
+                continue
             if consumer.lease.shared or not (isinstance(exc, LeaseLost) or exc.code == "NOGROUP"):
                 raise
             session.lost(consumer, str(exc))
     now = mono_s()
     consumed.rung = False
     consumed.look_at = now + LOOK_S
-    streams = list(consumed.streams.values())
-    shards = [c for c in consumed.shards.values() if not c.closing]
+    streams = [] if consumed.shared_rest() else list(consumed.streams.values())
+    shards = [c for c in consumed.shards.values() if not c.closing and not c.rest]
     told = [c for c in shards if c.woken or (c.next_due is not None and now >= c.next_due)]
     readable = [c for c in shards if (now >= c.read_at or c in told) and c.has_room()]
     looked = readable + [c for c in told if c not in readable]
-    settling = [c for c in consumed.consumers() if c.finished and not c.settling]
+    settling = [c for c in consumed.consumers() if c.finished and not c.settling and not c.rest]
     calls = [(c.keys.stream, c.begin_settle()) for c in settling]
     room = max(0, most - sum(len(c.buffer) for c in streams))
-    calls.append((streams[0].keys.stream, pack_fetch(streams, room, True)))
+    if streams:
+        calls.append((streams[0].keys.stream, pack_fetch(streams, room, True)))
     calls += [(c.keys.stream, pack_fetch([c], SHARD_READ if c in readable else 0, True)) for c in looked]
     left = [*streams, *looked]  # whose replies are not taken yet
     try:
@@ -65,9 +70,11 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
             _settled(session, consumer, reply)
         # The shards first, each for itself: whatever another's reply is, what was read of one is its owner's.
         failed = None
-        for consumer, reply in zip(looked, replies[len(settling) + 1 :], strict=True):
+        for consumer, reply in zip(looked, replies[len(settling) + bool(streams) :], strict=True):
             if reply == Code.LEASE_LOST or (isinstance(reply, ReplyError) and reply.code == "NOGROUP"):
                 session.lost(consumer, "")
+            elif isinstance(reply, ReplyError) and is_of_one_key(reply):
+                session.rest(consumer, reply)
             elif isinstance(reply, Exception):
                 failed = failed or reply
                 continue
@@ -80,7 +87,8 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
             left.remove(consumer)
         if failed:
             raise failed
-        _take_shared(session, consumed, streams, replies[len(settling)])
+        if streams:
+            _take_shared(session, consumed, streams, replies[len(settling)])
         left.clear()
     finally:
         for consumer in left:
@@ -107,6 +115,9 @@ def _settled(session: Session, consumer: StreamConsumer, reply: Any) -> None:
 
 
 def _take_shared(session: Session, consumed: Consumed, streams: Sequence[StreamConsumer], reply: Any) -> None:
+    if isinstance(reply, ReplyError) and is_of_one_key(reply):
+        session.rest(streams[0], reply)
+        return
     if isinstance(reply, Exception):
         raise reply
     if reply == Code.LEASE_LOST:
@@ -134,21 +145,32 @@ def hand_out(session: Session, consumed: Consumed, most: int, out: list[tuple[di
     if consumed.shards_first:
         groups.reverse()
     consumed.shards_first = not consumed.shards_first
-    for consumer in (c for group in groups for c in group):
+    for consumer in (c for group in groups for c in group if not c.rest):
         consumer.lanes.open_due(now)
-        while len(out) < most and consumer.has_work():
-            batches = consumer.take_free(session.link(consumer), most - len(out))
-            if not batches:
-                break
-            for position, batch in enumerate(batches):
-                try:
-                    handed = _handed(session, consumed, consumer, batch)
-                except BaseException:
-                    for left in batches[position:]:
-                        consumer.give_back(left)
-                    raise
-                if handed is not None:
-                    out.append(handed)
+        try:
+            _hand_out(session, consumed, consumer, most, out)
+        except ReplyError as exc:
+            if not is_of_one_key(exc):
+                raise
+            session.rest(consumer, exc)
+
+
+def _hand_out(
+    session: Session, consumed: Consumed, consumer: StreamConsumer, most: int, out: list[tuple[dict[str, Any], str]]
+) -> None:
+    while len(out) < most and consumer.has_work():
+        batches = consumer.take_free(session.link(consumer), most - len(out))
+        if not batches:
+            break
+        for position, batch in enumerate(batches):
+            try:
+                handed = _handed(session, consumed, consumer, batch)
+            except BaseException:
+                for left in batches[position:]:
+                    consumer.give_back(left)
+                raise
+            if handed is not None:
+                out.append(handed)
 
 
 def _handed(

@@ -7,11 +7,13 @@ import uuid
 from collections.abc import Sequence
 
 from ..clock import mono_s
+from ..errors import ReplyError
 from ..redis import keys
 from ..redis.keys import SHARED
 from ..redis.link import Link
 from ..text import logger
 from .queues import GROUP
+from .resting import is_of_one_key
 from .session import Session
 
 log = logger("streamtask.transport")
@@ -32,7 +34,12 @@ def declare(session: Session, queue: str, expires_ms: int | None) -> None:
     while (epoch := _bind(session, queue, "", "", expires_ms or 0)) is None:
         drop_expired(session, queue)
     # Whoever deletes the one that had its name may not be done yet, and others may still publish to that.
-    session.queue(queue).remove(epoch)
+    try:
+        session.queue(queue).remove(epoch)
+    except ReplyError as exc:
+        if not is_of_one_key(exc):
+            raise
+        log.error("what is left of a deleted queue can't be looked at queue=%s: %s", queue, exc)
     session.declared(queue)
     if expires_ms:
         session.touched_at(queue, expires_ms, now)

@@ -29,6 +29,7 @@ from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import Link
 from ..text import logger
+from ..worker.links import wrong_keys
 from . import fetching, hooks, lifetime, taking
 from .connections import Connections
 from .consumed import Consumed
@@ -38,6 +39,7 @@ from .fetching import SHARD_READ
 from .options import Options
 from .ownership import Ownership, Read
 from .queues import GROUP, KombuQueue, shared
+from .resting import is_of_one_key
 
 log = logger("streamtask.transport")
 
@@ -156,7 +158,10 @@ class Session:
             self.consumed[name] = consumed
             consumed.gone = False
             consumed.users[user] = no_ack
-            self._consumed(name)
+            try:
+                self._consumed(name)
+            except ReplyError as exc:
+                self._rest_queue(name, exc)
 
     def cancel(self, name: str, user: Any) -> None:
         """A channel takes no more messages of a queue; what it was given stays its own until it is acknowledged."""
@@ -314,6 +319,35 @@ class Session:
         pairs = zip(asked, answers, strict=True)
         return {c.queue for c, answer in pairs if not (isinstance(answer, Exception) or c.owns(answer))}
 
+    def rest(self, consumer: StreamConsumer, exc: ReplyError) -> None:
+        """Redis refuses something of one shard, or of a queue's shared streams."""
+        what = f"shard {consumer.shard} of queue {consumer.queue}"
+        resting = [consumer]
+        consumed = self.consumed.get(consumer.queue)
+        if consumer.lease.shared and consumed is not None and consumed.streams:
+            resting = list(consumed.streams.values())
+        types: dict[str, str] = {}
+        for one in resting:
+            one.connection_lost()  # a part may have been done
+            one.rest.begin()
+            types |= {one.lease.key: "hash", **one.keys.types(GROUP)}
+        consumer.rest.say(what, f"{exc}{wrong_keys(self.connections.links, types, exc)}")
+
+    def _rest_queue(self, name: str, exc: ReplyError) -> None:
+        """The same of all of a queue: it can't even be joined. Raises what is no matter of one queue."""
+        if not is_of_one_key(exc):
+            raise exc
+        consumed = self.consumed[name]
+        queue = consumed.queue
+        types = {queue.keys.meta: "hash"}
+        for name in (SHARED, *(shared(priority) for priority in queue.priorities[1:])):
+            types |= queue.keys.shard(queue.shape().epoch if queue.declared else 0, name).types(GROUP)
+        for one in consumed.consumers():
+            one.connection_lost()
+        consumed.rest.begin()
+        consumed.rest.say(f"queue {queue.name}", f"{exc}{wrong_keys(self.connections.links, types, exc)}")
+        consumed.rung = True
+
     def lost(self, consumer: StreamConsumer, why: str) -> None:
         if consumer.lease.shared:
             self.lost_streams(why, consumer.queue)
@@ -335,30 +369,39 @@ class Session:
     def fetch(self, name: str, most: int) -> list[tuple[dict[str, Any], str]]:
         """Up to ``most`` messages of a queue, as (payload, delivery tag). Raises ``BrokerUnavailable``, ``LeaseLost``."""
         with self.lock, self.guarded(name):
-            consumed = self._consumed(name)
-            if consumed.gone:
+            known = self.consumed.get(name)
+            if known is not None and known.rest:
                 return []
-            if consumed.takes_for_good():
-                return taking.take(self, consumed, most)
-            out: list[tuple[dict[str, Any], str]] = []
             try:
-                # Shards and shared streams both get their turn, also while one of them alone could fill the room.
-                if mono_s() >= consumed.look_at:
-                    fetching.read(self, consumed, most)
-                    looked = True
-                else:
-                    looked = False
+                return self._fetch(self._consumed(name), most)
+            except ReplyError as exc:
+                self._rest_queue(name, exc)
+                return []
+
+    def _fetch(self, consumed: Consumed, most: int) -> list[tuple[dict[str, Any], str]]:
+        if consumed.gone:
+            return []
+        if consumed.takes_for_good():
+            return taking.take(self, consumed, most)
+        out: list[tuple[dict[str, Any], str]] = []
+        try:
+            # Shards and shared streams both get their turn, also while one of them alone could fill the room.
+            if mono_s() >= consumed.look_at:
+                fetching.read(self, consumed, most)
+                looked = True
+            else:
+                looked = False
+            fetching.hand_out(self, consumed, most, out)
+            while len(out) < most and (not looked or consumed.left_out):
+                consumed.left_out = 0
+                looked = True
+                fetching.read(self, consumed, most - len(out))
                 fetching.hand_out(self, consumed, most, out)
-                while len(out) < most and (not looked or consumed.left_out):
-                    consumed.left_out = 0
-                    looked = True
-                    fetching.read(self, consumed, most - len(out))
-                    fetching.hand_out(self, consumed, most, out)
-            except BaseException:
-                for _, tag in out:
-                    self.deliveries.reject(tag, requeue=True)
-                raise
-            return out
+        except BaseException:
+            for _, tag in out:
+                self.deliveries.reject(tag, requeue=True)
+            raise
+        return out
 
     def look_again(self, name: str) -> None:
         """The next fetch asks Redis, whatever is known here."""
@@ -389,6 +432,16 @@ class Session:
         with self.lock:
             found = [(name, self.consumed[name]) for name in names if name in self.consumed]
             return {key: (name, at) for name, consumed in found for key, at in consumed.bell().items()}
+
+    def look_at_all(self, asked: dict[bytes, tuple[str, str]]) -> None:
+        """Redis refused to wait for these streams, of which one is to blame: its own call tells which."""
+        with self.lock:
+            for name in {name for name, _ in asked.values()}:
+                consumed = self.consumed.get(name)
+                if consumed is not None:
+                    consumed.rung = True
+                    for shard in consumed.shards.values():
+                        shard.read_at, shard.woken = 0.0, True
 
     def rang(self, reply: Any, asked: dict[bytes, tuple[str, str]]) -> None:
         """Takes the answer to the bell's XREAD."""
@@ -436,6 +489,9 @@ class Session:
         try:
             consumer.flush(self.link(consumer))
         except (LeaseLost, ReplyError) as exc:
+            if isinstance(exc, ReplyError) and is_of_one_key(exc):
+                self.rest(consumer, exc)
+                return
             if isinstance(exc, ReplyError) and exc.code != "NOGROUP":
                 raise
             self.lost(consumer, str(exc))

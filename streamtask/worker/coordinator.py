@@ -23,13 +23,13 @@ from ..clock import mono_s, wall_ms
 from ..coordination.assignment import assign
 from ..coordination.lease import Contact, Lease, Refused, acquire, reap
 from ..coordination.membership import Membership
-from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
+from ..errors import BrokerUnavailable, ConfigError, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.declare import Shape
 from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, ShardKeys
 from ..redis.link import Link, pack
-from .links import Links
-from .outage import Outage
+from .links import Links, wrong_keys
+from .outage import Outage, Rarely
 
 BEATS = 3
 """Renewals in one lease time."""
@@ -39,6 +39,11 @@ LOOK_S = 60.0
 
 SHAPE_BEATS = 10
 """In so many beats what Redis has recorded of each followed queue is read: who changes it tells, too."""
+
+
+def of_one_key(error: object) -> bool:
+    """Whether an error is a matter of one key, as one of a wrong type: the other queues go on."""
+    return isinstance(error, ReplyError) and not isinstance(error, ConfigError)
 
 
 class QueueWatch:
@@ -194,6 +199,7 @@ class Coordinator:
         self._contacts: dict[str, Contact] = {}  # by the key that says who lives
         self._ended: set[tuple[ShardKeys, str]] = set()  # consumers whose time is over and who have no part in a stream
         self._outage = Outage(log, 0.05, 0.5)
+        self._refusals: dict[str, Rarely] = {}
 
     def work(self) -> None:
         """Does what is due."""
@@ -203,12 +209,36 @@ class Coordinator:
                 self._beat()
             for watch in self._watches:
                 if now >= watch.look_at and watch.shared_out and not self.closing:
-                    self._compare(watch)
+                    try:
+                        self._compare(watch)
+                    except ReplyError as exc:
+                        self._rests(watch, exc)
             self._end_handovers(now)
         except BrokerUnavailable as exc:
             self.outage(exc)
         except (QueueFull, ReplyError) as exc:
             self._put_off(self._outage.met(exc))
+
+    def _rests(self, watch: QueueWatch, exc: object) -> None:
+        """Redis refuses something of one queue, of which nothing changes hands until that is over. Raises what is no matter of
+        one queue."""
+        group, keys = self._group, watch.keys
+        types = {keys.meta: "hash", keys.members(group): "zset", keys.member_info(group): "hash"}
+        for shard in range(watch.shape.shards if watch.shape else 0):
+            names = watch.shard_keys(shard)
+            types |= {names.lease(group): "hash", names.token(group): "string"}
+        self._say_refused(f"queue={watch.name}", exc, wrong_keys(self.links, types, exc))
+        watch.look_at = mono_s() + max(1.0, self._lease_ms / 1000)
+
+    def _say_refused(self, where: str, exc: object, keys: str = "") -> None:
+        """Raises what is no matter of one key."""
+        if not of_one_key(exc):
+            assert isinstance(exc, Exception)
+            raise exc
+        if len(self._refusals) > 1000:
+            self._refusals.clear()
+        if self._refusals.setdefault(where, Rarely()).worth_saying(f"{exc}{keys}"):
+            self._log.error("Redis refused a call %s: %s%s", where, exc, keys)
 
     def wake_at(self) -> float:
         """When to call ``work`` next, on the monotonic clock."""
@@ -277,8 +307,8 @@ class Coordinator:
         replies = iter(self.links.pipeline(commands))
         for watch, reply in zip(watches, replies, strict=False):
             if isinstance(reply, Exception):
-                raise reply
-            if watch.membership.heard(reply, sent_ms):
+                self._rests(watch, reply)
+            elif watch.membership.heard(reply, sent_ms):
                 watch.look_at = 0.0
         found = [self._shape_read(watch, reply) for watch, reply in zip(followed, replies, strict=False)]
         late: list[tuple[Member, Held]] = []
@@ -298,7 +328,9 @@ class Coordinator:
         """Takes the answers to renewals."""
         for (member, held), reply in zip(leases, replies, strict=True):
             if isinstance(reply, Exception):
-                self._log.error("a renewal failed queue=%s shard=%s: %s", held.watch.name, held.shard, reply)
+                where = f"queue={held.watch.name} shard={held.shard}: a renewal failed"
+                if self._refusals.setdefault(where, Rarely()).worth_saying(str(reply)):
+                    self._log.error("%s: %s", where, reply)
                 continue
             try:
                 held.lease.renewed(reply, sent_at)
@@ -356,8 +388,8 @@ class Coordinator:
         )
         for pair, score in zip(asked, scores, strict=True):
             if isinstance(score, Exception):
-                raise score
-            if score is None:
+                self._say_refused(f"stream={pair[0].stream}", score)
+            elif score is None:
                 self._ended.add(pair)
             else:
                 over.add(pair)
@@ -367,10 +399,15 @@ class Coordinator:
             if name in ours:
                 continue
             contact = contacts[stream]
-            if reap(
-                self.links.at(stream.stream), stream, self._group, name, self._lease_ms,
-                gone=False, since_ms=contact.since_ms, alive=contact.alive,
-            ):  # fmt: skip
+            try:
+                ended = reap(
+                    self.links.at(stream.stream), stream, self._group, name, self._lease_ms,
+                    gone=False, since_ms=contact.since_ms, alive=contact.alive,
+                )  # fmt: skip
+            except ReplyError as exc:
+                self._say_refused(f"stream={stream.stream}", exc)
+                continue
+            if ended:
                 self._ended.add((stream, name))
                 self._log.warning(
                     "removed the consumer of a process that is gone stream=%s consumer=%s", stream.stream, name
@@ -396,7 +433,8 @@ class Coordinator:
     def _shape_read(self, watch: QueueWatch, reply: Any) -> bool:
         """Takes what Redis has recorded of a queue. True if its shards have just come."""
         if isinstance(reply, Exception):
-            raise reply
+            self._rests(watch, reply)
+            return False
         if not reply[0]:
             return False  # it has none yet; or Redis was flushed, and whoever sends next records it again
         before, watch.shape = watch.shape, Shape(int(reply[0]), int(reply[1] or 0))
@@ -447,13 +485,19 @@ class Coordinator:
         """What a dead member leaves: the entries that ``ran``, by lease, are charged where they are at fault, else spared;
         then the leases are freed."""
         for held in list(member.held.values()):
-            if held.number in ran:
-                held.lease.charge(self.links.at(held.lease.key), ran[held.number])
-            self._free(held)
+            try:
+                if held.number in ran:
+                    held.lease.charge(self.links.at(held.lease.key), ran[held.number])
+                self._free(held)
+            except ReplyError as exc:
+                self._say_refused(f"queue={held.watch.name} shard={held.shard}", exc)
             held.watch.look_at = 0.0
         member.held.clear()
         for watch in self._watches:
-            self._leave_members(watch, [member.incarnation])
+            try:
+                self._leave_members(watch, [member.incarnation])
+            except ReplyError as exc:
+                self._say_refused(f"queue={watch.name}", exc)
 
     def _leave_members(self, watch: QueueWatch, incarnations: list[str]) -> None:
         if watch.shape is None:
@@ -680,7 +724,12 @@ class Coordinator:
 
     def _read_revoked(self, watch: QueueWatch) -> None:
         key = watch.keys.revoked
-        revoked = {one.decode() for one in self.links.at(key).command("ZRANGEBYSCORE", key, wall_ms(), "+inf")}
+        try:
+            found = self.links.at(key).command("ZRANGEBYSCORE", key, wall_ms(), "+inf")
+        except ReplyError as exc:
+            self._say_refused(f"key={key}", exc)
+            return
+        revoked = {one.decode() for one in found}
         if revoked != watch.revoked:
             watch.revoked = revoked
             for member in self._members:

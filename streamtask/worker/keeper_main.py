@@ -283,7 +283,8 @@ class KeeperProcess:
         found = {}
         for held, flat in zip(owned, replies, strict=True):
             if isinstance(flat, Exception):
-                raise flat
+                log.warning("crashes were not counted queue=%s shard=%s: %s", held.watch.name, held.shard, flat)
+                continue
             marks = zip(flat[::2], flat[1::2], strict=True)
             started = [entry_id.decode() for entry_id, text in marks if Note.parse(text).mark == held.lease.token]
             found[held.number] = dict.fromkeys(started, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from kombu import Exchange, Producer, Queue
 
 from tests.fix_redis import RedisServer
+from tests.helpers import wait_until
 from tests.transport.kit import Inbox, Kit, publish, wait_until_closed
 
 
@@ -103,3 +105,28 @@ def test_what_broke_while_nobody_looked_says_nothing_of_now(
     line.cut()
     publish(kit.channel(), 1)
     inbox.take()[0].ack()
+
+
+def test_a_shard_that_reads_no_further_wakes_nobody(kit: Kit) -> None:
+    """As many of it wait here as may wait; nor does one that is to go, whose delayed message falls due."""
+    channel = kit.channel()
+    kit.queue(channel)
+    inbox = Inbox(kit.channel(), "q", prefetch=3)
+    session = inbox.channel.session
+    session.consumer_settings = dataclasses.replace(session.consumer_settings, max_waiting=20)
+    headers = {"shard_key": "u1"}
+    publish(channel, *range(150), headers=headers)
+    inbox.take()
+    (shard,) = (shard for shard in session.consumed["q"].shards.values() if shard.handed)
+
+    def commands() -> int:
+        before = kit.client().info("stats")["total_commands_processed"]
+        inbox.drain(1)
+        return int(kit.client().info("stats")["total_commands_processed"] - before)
+
+    wait_until(lambda: not (inbox.drain(0.1) or shard.reads_on()))
+    assert commands() < 200
+    shard.closing = True
+    session.ownership.releasing.add(shard.number)
+    shard.next_due = time.monotonic()
+    assert commands() < 200
