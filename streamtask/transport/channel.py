@@ -276,6 +276,10 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         room: int | None = self.qos.can_consume_max_estimate()
         return room
 
+    def acknowledges(self, queue: str) -> bool:
+        """Whether what it is given of a queue is to be acknowledged."""
+        return not self._no_ack.get(queue, False)
+
     def listens_to(self, queue: str) -> bool:
         return queue in self._callbacks and queue not in self._no_ack
 

@@ -105,6 +105,7 @@ class StreamConsumer(ShardConsumer):
             outcome = Outcome("dead", reason=reason, message=why or "the consumer rejected it")
         batch.outcomes.append((0, outcome))
         self.complete_free(batch)
+        self._closed.clear()  # which only batches need
 
     def is_suspect(self, delivery: Delivery) -> bool:
         """Whether a message has been charged so often that it has to be told from those beside it."""

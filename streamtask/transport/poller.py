@@ -183,9 +183,11 @@ class Poller:
             raise LeaseLost("messages that were delivered to this process are others' now; it begins anew")
 
     def _give_back(self) -> None:
-        """What waits here goes back, as far as it is still this process'."""
-        while self._waiting:
-            self.session.deliveries.reject(self._waiting.popleft()[3], requeue=True)
+        """What waits here goes back, as far as it is still this process'; what was taken for good is delivered yet."""
+        waiting, self._waiting = self._waiting, deque()
+        for item in waiting:
+            if not self.session.deliveries.reject(item[3], requeue=True) and not item[0].acknowledges(item[1]):
+                self._waiting.append(item)
 
     def _look(self, fd: int) -> bool:
         """Reads from a socket if there is something to read."""
@@ -203,6 +205,9 @@ class Poller:
         for channel, queue in self._wanted():
             while session.ready(queue):
                 room = self._room(channel)
+                if not channel.acknowledges(queue):
+                    # What is taken for good would be gone with its consumer: no more than is delivered at once.
+                    room = min(room, 1 - sum(not waiting[0].acknowledges(waiting[1]) for waiting in self._waiting))
                 if room <= 0:
                     break
                 found = deque(session.fetch(queue, room))
@@ -215,12 +220,13 @@ class Poller:
                 finally:
                     for _, tag in found:
                         session.deliveries.reject(tag, requeue=True)
+                if self.loop is not None and channel.room() is None:
+                    break  # without a limit all that there is would come before others have their turn
 
     def deliver(self, channel: Channel, queue: str, payload: dict[str, Any], tag: str) -> bool:
         """False where a message goes back instead, or is another's. Time may have gone by since it was fetched."""
         deliveries = self.session.deliveries
-        if self.session.epoch != self._epoch:
-            deliveries.reject(tag, requeue=True)
+        if self.session.epoch != self._epoch and (deliveries.reject(tag, requeue=True) or channel.acknowledges(queue)):
             self.check_epoch()
         if not deliveries.may_be_shown(tag):
             return False
@@ -414,7 +420,10 @@ class Poller:
             if not self._waiting:
                 # The room counts what lies here already, so this must grow one by one.
                 for item in self._fetch():
-                    self._waiting.append(item)
+                    if item[0].acknowledges(item[1]):
+                        self._waiting.append(item)
+                    else:
+                        self._waiting.appendleft(item)
             if self._waiting:
                 if self.deliver(*self._waiting.popleft()):
                     return

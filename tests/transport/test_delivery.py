@@ -428,6 +428,19 @@ def test_without_acknowledging(kit_all: Kit) -> None:
     assert kit_all.pending() == 0
 
 
+def test_what_is_taken_for_good_is_not_lost_with_its_consumer(kit: Kit) -> None:
+    """Without acknowledging a consumer is given no more than it sees, also with a prefetch limit."""
+    channel = kit.channel()
+    kit.queue(channel)
+    publish(channel, *range(6))
+    inbox = Inbox(kit.channel(), "q", prefetch=10, no_ack=True)
+    inbox.take(2)
+    inbox.cancel()
+    rest = Inbox(kit.channel(), "q", prefetch=10, no_ack=True)
+    rest.take(4)
+    assert [*inbox.bodies, *rest.bodies] == list(range(6))
+
+
 def test_without_acknowledging_what_has_keys(kit: Kit) -> None:
     channel = kit.channel()
     kit.queue(channel)

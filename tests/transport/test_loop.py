@@ -6,6 +6,7 @@ import datetime as dt
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -112,6 +113,22 @@ def test_many_and_acks_in_bulk(kit: Kit, make_loop: Any) -> None:
     assert calls(kit) - before < 200
     assert inbox.bodies == list(range(2000))
     loop.until(lambda: kit.pending() == 0)
+
+
+def test_without_a_prefetch_limit_others_have_their_turn(kit: Kit, make_loop: Any) -> None:
+    channel = kit.channel()
+    kit.queue(channel)
+    publish(channel, *range(1200))
+    connection, inbox = consuming(kit)
+    loop = make_loop(connection)
+    turns = [0]
+
+    def turned() -> bool:
+        turns.append(len(inbox.messages))
+        return turns[-1] == 1200
+
+    loop.until(turned)
+    assert max(after - before for before, after in pairwise(turns)) <= 600
 
 
 def test_prefetch(kit: Kit, make_loop: Any) -> None:

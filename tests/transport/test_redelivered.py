@@ -10,6 +10,7 @@ import pytest
 from kombu import Connection, Message
 
 from streamtask.redis.scripts import script
+from streamtask.transport import hooks
 from tests.helpers import wait_until
 from tests.transport.kit import Inbox, Kit, publish
 
@@ -112,3 +113,29 @@ def test_it_says_so_though_the_reply_with_it_was_lost(kit: Kit, make_kit: Any, p
     assert line.cuts == 1
     again = other.basic_get("q")
     assert (again.payload, flags(again)) == (1, (True, True))
+
+
+def test_a_shard_that_goes_leaves_no_start_mark(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was received and has not begun goes to the next owner: should that one vanish, it is no crash of this one's."""
+    channel = kit.channel()
+    kit.queue(channel)
+    publish(channel, 1, headers={"shard_key": "u1"})
+    inbox = Inbox(kit.channel(), "q")
+    inbox.take()[0].requeue()
+    (message,) = inbox.take()
+    session, tag = inbox.channel.session, message.delivery_tag
+    shards = session.consumed["q"].shards
+    (shard,) = (shard for shard in shards.values() if shard.handed)
+
+    def mark() -> bytes:
+        (note,) = kit.client().hvals(shard.keys.notes("workers"))
+        return bytes(note.split()[3])
+
+    assert inbox.channel.receive(tag)
+    assert int(mark()) == shard.lease.token
+    inbox.channel.received(tag)
+    monkeypatch.setattr(hooks, "not_begun", [lambda tags: tags])
+    with session.lock:
+        session.ownership._release({"number": shard.number})
+    wait_until(lambda: inbox.drain(0.1) or shards.get(shard.shard) is not shard)
+    assert mark() == b"0"
