@@ -65,7 +65,7 @@ def demo(
         raise click.UsageError(f"--key {key!r} is no field, as key or payload.user.id")
     if events is not None and not events.exists():
         raise click.BadParameter(f"there is no file {str(events)!r}", ctx, param_hint="'--events'")
-    with _ending_on_signals():
+    with ending_on_signals():
         try:
             plan = Plan(messages=messages or 20_000, users=users or 1000, processes=processes, shards=shards, kill=kill)
             if events is not None:
@@ -89,18 +89,22 @@ def demo(
 
 
 @contextmanager
-def _ending_on_signals() -> Iterator[None]:
+def ending_on_signals() -> Iterator[None]:
     """SIGTERM and a closed terminal end the demo as Ctrl-C does, so that it cleans up."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        # Python drops what is raised while it does away with an object, and goes on: until it is heard it is said again.
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGALRM)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -56,7 +56,8 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
-    table.add_column("ID", no_wrap=True)
+    # What is to be copied into the next command is whole, also on a narrow screen.
+    table.add_column("ID", no_wrap=True, min_width=max(len(row["id"]) for row in rows))
     several = len({row["queue"] for row in rows}) > 1
     if several:
         table.add_column("QUEUE", overflow="fold")

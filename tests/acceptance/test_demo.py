@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from streamtask.cli.demo import ending_on_signals
 from streamtask.cli.demo_check import Sent, Start, check, check_lane, percentile
 from streamtask.cli.demo_events import Events, EventsError
 from tests.helpers import Spawned, our_processes, spawn, wait_until
@@ -287,6 +289,21 @@ def test_interrupted(tmp_path: Path, number: int) -> None:
         assert "Traceback" not in demo.stderr
         assert os.listdir(tmp_path / "tmp") == []
         wait_until(lambda: set(our_processes()) <= before | {demo.pid}, 5)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_dropped_is_heard() -> None:
+    class Deaf:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def deaf_and_long() -> None:
+        with ending_on_signals():
+            Deaf()
+            time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        deaf_and_long()
 
 
 def test_killed_itself_it_leaves_no_process() -> None:
