@@ -67,3 +67,25 @@ def test_only_the_queue_of_such_a_key_rests(kit: Kit, key: str | None, caplog: p
     for name in kinds:
         publish(channel, f"{name} 1", to=name, **headers)
     assert {kinds[left.split()[0]] for left in taken(second, {f"{name} 1" for name in kinds}, 20)} == set()
+
+
+def test_nothing_is_taken_for_good_that_can_t_be_given(kit: Kit) -> None:
+    """Without acknowledging, what Redis gave with an error would be gone."""
+    kinds = {"a": "state", "b": "notes:workers", "c": "wake"}
+    channel, client = kit.channel(), kit.client()
+    odd = {}
+    for name, kind in kinds.items():
+        kit.queue(channel, name)
+        publish(channel, f"{name} 0", to=name)
+        odd[name] = f"{kit.namespace}:{{kombu.{name}.0.shared}}:{kind}"
+        if client.exists(odd[name]):
+            client.rename(odd[name], f"aside {odd[name]}")
+        client.set(odd[name], "junk")
+    inbox = Inbox(kit.channel(), *kinds, no_ack=True)
+    assert not inbox.drain(1.5)
+    for name in odd.values():
+        client.delete(name)
+        if client.exists(f"aside {name}"):
+            client.rename(f"aside {name}", name)
+    inbox.take(3)
+    assert sorted(inbox.bodies) == ["a 0", "b 0", "c 0"]

@@ -16,6 +16,10 @@
 --- @include remove
 local now = now_ms()
 local left = tonumber(ARGV[2])
+-- Where one of these is of a wrong type nothing is taken: what is, is in no other place than the answer.
+local rung = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)[1]
+redis.call('HLEN', KEYS[4])
+redis.call('HLEN', KEYS[6])
 move_due(KEYS[3], KEYS[1], now, 500)
 local again, fresh = {}, {}
 local ids = redis.call('ZRANGE', KEYS[2], 0, left - 1)
@@ -50,6 +54,5 @@ end
 if last == '0-0' then
   last = last_delivered(KEYS[1], ARGV[1])
 end
-local rung = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)[1]
 local following = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
 return { now, last, rung and rung[1] or '0-0', tonumber(following[2] or '-1'), again, fresh }
