@@ -14,11 +14,20 @@ import sys
 import time
 import traceback
 import zlib
+from functools import cache
 from typing import Any
+from unittest.mock import MagicMock
 
 import msgpack
+from celery import Celery
+from celery.exceptions import InvalidTaskError, TaskRevokedError
+from celery.worker import state
+from celery.worker.strategy import default as strategy
+from kombu.exceptions import ContentDisallowed
+from kombu.transport.virtual import Message
 from kombu.utils.json import dumps
 
+from streamtask.celery.receipt import fault_of
 from streamtask.errors import DecodeError
 from streamtask.queue.lanes import Delivery, Note
 from streamtask.redis import wire
@@ -38,6 +47,20 @@ DATES = [
 DECIMALS = [b"1E+999999999999999999", b"1E-999999999999999999", b"sNaN", b"NaN", b"-Infinity", b"9" * 500, b"0.1"]
 BODIES = ["[[], {}, {}]", b"[[], {}, {}]", zlib.compress(b"x" * 100), zlib.compress(b"\x00" * 3_000_000)]
 ALIKE = [msgpack.ExtType(5, str((2**61 - 1) * n).encode()) for n in range(2000)]
+STATED = [
+    "task",
+    "id",
+    "shadow",
+    "eta",
+    "expires",
+    "timelimit",
+    "stamped_headers",
+    "stamps",
+    "headers",
+    "retries",
+    "utc",
+]
+"""What a message of Celery's says of its task."""
 HEADERS = ["expires", "eta", "at", "content", "trace", "compression", "timelimit", "expiration", "delivery_info"]
 
 
@@ -171,6 +194,68 @@ def kombu_parts(chance: random.Random) -> list[Any]:
     return parts
 
 
+def celery_parts(chance: random.Random) -> list[Any]:
+    """As ``kombu_parts``, of a call of a task."""
+    said: dict[str, Any] = {"task": "late", "id": "x"}
+    for _ in range(chance.randrange(3)):
+        said[chance.choice(STATED)] = value(chance, 2)
+    body: Any = [[], {"n": 0}, {}]
+    if chance.random() < 0.4:
+        body[chance.randrange(3)] = value(chance, 2)
+    kind = chance.randrange(6)
+    if kind == 0:  # Celery's first protocol
+        body, said = {"args": body[0], "kwargs": body[1], **said}, {}
+    elif kind == 1:
+        body = {"args": body[0], "kwargs": body[1], chance.choice([*STATED, "taskset"]): value(chance, 2)}
+    elif kind == 2:
+        body = value(chance, 2)
+    elif kind == 3:
+        said.pop(chance.choice(["task", "id"]), None)
+    try:
+        text: Any = dumps(body)
+    except Exception:
+        text = chance.choice(["[", "5", b"\xff"])
+    return [text, "application/json", "utf-8", said, {}]
+
+
+@cache
+def celerys_own() -> Any:
+    """What a worker does with a message of a task, up to the call of its pool."""
+    app = Celery("fuzzed", broker="memory://", set_as_current=False)
+
+    @app.task(name="late", shared=False)
+    def late(n: int) -> None: ...
+
+    consumer = MagicMock()
+    consumer.controller.state.revoked = set()
+    consumer.event_dispatcher = None
+    consumer.app = app
+    consumer.on_task_request = lambda request: request.execute_using_pool(MagicMock())
+    return strategy(app.tasks["late"], app, consumer)
+
+
+def receive(payload: dict[str, Any]) -> None:
+    """A worker receives a message that has passed the checks of the transport."""
+    received = Message(payload, channel=MagicMock(decode_body=message.decode_body))
+    received.accept = {"application/json"}
+    fault = fault_of(received)
+    if fault is not None:
+        fault.encode()
+        return
+    name = received.headers.get("task")
+    body = None
+    if name is None:
+        body = received.payload
+        if not isinstance(body, dict) or "task" not in body:
+            return
+        name = body["task"]
+    if name == "late":
+        try:
+            celerys_own()(received, body, MagicMock(), MagicMock(), ())
+        except (InvalidTaskError, ContentDisallowed, TaskRevokedError):
+            state.revoked.clear()  # Celery's consumer expects these, and says no to the message
+
+
 def near_envelope(chance: random.Random, task: str = "put") -> list[bytes]:
     """The fields of an entry: at least one."""
     if chance.random() < 0.3:
@@ -196,7 +281,7 @@ def check_case(chance: random.Random) -> None:
     if kind == 0:
         Note.parse(spoil(chance, chance.choice([b"0 0 0 0 0 0", b"3 1795000000000 2 17950000000000 5 1", b"1 2 3"])))
     elif kind == 1:
-        parts = kombu_parts(chance)
+        parts = celery_parts(chance) if chance.random() < 0.5 else kombu_parts(chance)
         try:
             fields = [b"m", spoil(chance, pack(["t", None, ID, parts, {}, None]))]
             delivery = Delivery(b"5-1", wire.decode(fields))
@@ -206,6 +291,8 @@ def check_case(chance: random.Random) -> None:
         payload = message.decode(delivery)
         message.expired(payload, b"5-1", 6)
         message.due_ms(payload["headers"], 1.0)
+        payload["properties"]["delivery_tag"] = "tag"
+        receive(payload)
     else:
         try:
             task, key, message_id, args, kwargs, said = wire.decode(near_envelope(chance))

@@ -22,7 +22,8 @@ What it does, and where:
   overruns its time limit as often, where that does not acknowledge it. Where the body runs in the worker itself, the transport
   writes down that one starts again, and whoever takes the message next counts.
 - worker (``Consumer.create_task_handler``): what breaks the worker at receipt, before any body, goes to the dead letters at
-  once where it is no message of Celery's, and else after ``max_crashes`` deaths.
+  once where it is no message of Celery's, and else after ``max_crashes`` deaths; what can't be decoded goes there, too
+  (``Consumer.on_decode_error``), and junk among events ends no worker (``Gossip.on_message``).
 - worker (``run_if_ours``): no body starts whose message another worker has been given meanwhile.
 
 Celery itself sees to it that pool processes die with their worker (PR_SET_PDEATHSIG), so none runs beside a redelivery.
@@ -34,13 +35,14 @@ from celery import signals
 from celery.app.base import Celery
 from celery.app.task import Task
 from celery.worker.consumer import Consumer
+from celery.worker.consumer.gossip import Gossip
 from celery.worker.request import Request
 
 from ..transport import hooks
 from .brokers import on_worker_setup
 from .pools import hear_pools
 from .publish import stamp_missed, with_key, with_retry_kept
-from .receipt import with_guard
+from .receipt import with_guard, with_junk_left_out, with_refusal
 from .worker import (
     active,
     keep_active,
@@ -61,6 +63,8 @@ def _install() -> None:
     Request.on_timeout = with_overruns_counted(Request.on_timeout)
     Consumer.on_close = with_hearing(Consumer.on_close)
     Consumer.create_task_handler = with_guard(Consumer.create_task_handler)
+    Consumer.on_decode_error = with_refusal(Consumer.on_decode_error)
+    Gossip.on_message = with_junk_left_out(Gossip.on_message)
     hooks.before_publish.append(stamp_missed)
     hooks.keep_on_close.append(keep_active)
     hooks.worked_on.append(active)

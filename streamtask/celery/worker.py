@@ -120,13 +120,13 @@ def run_if_ours(
     It answers as a trace does: failed, the exception, seconds. A rejected message leaves no result behind; where the
     transport still knows its delivery it comes again, and else the rejection means nothing to it.
     """
-    if _may_start(seen, request):
-        try:
+    try:
+        if _may_start(seen, request):
             return trace(name, task_id, request, *args)
-        except MemoryError:
-            if os.getpid() != seen[1]:
-                raise
-            return 1, ExceptionInfo(internal=True), 0.0  # a pool in its worker's process tells nobody
+    except Exception:
+        if os.getpid() != seen[1]:
+            raise
+        return 1, ExceptionInfo(internal=True), 0.0  # a pool in its worker's process tells nobody
     log.info("Task %s[%s] is not started: its message was or is given back, and comes again", name, task_id)
     try:
         raise Reject("the message has been given back", requeue=True)

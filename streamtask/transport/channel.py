@@ -16,7 +16,7 @@ from ..redis.link import pack
 from ..text import logger
 from . import lifetime, publish, routing
 from .fanout import channel as fanout_channel
-from .message import PRODUCE_ID, encode
+from .message import PRODUCE_ID, decode_body, encode
 from .resting import is_of_one_key
 from .session import Session
 
@@ -384,6 +384,9 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self.session.deliveries.reject(delivery_tag, False, why)
         self.qos.ack(delivery_tag)
         self._written()
+
+    def decode_body(self, body: Any, encoding: Any = None) -> Any:
+        return decode_body(body, encoding)
 
     def receive(self, delivery_tag: str) -> bool:
         """The framework is about to look at a message that it was given; False if it is not to, for it comes again: see

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import datetime as dt
 import zlib
-from base64 import b64decode
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from kombu.compression import get_decoder
+from kombu.transport.virtual import Channel
 from kombu.utils.json import dumps, loads
 
 from ..clock import wall_ms
@@ -23,6 +24,7 @@ from ..queue.lanes import Delivery, id_order
 from ..queue.producer import new_id
 from ..redis import wire
 from ..sharding import canonical
+from ..text import said
 
 KEY = "shard_key"
 ORDERED = "shard_ordered"
@@ -69,7 +71,8 @@ _PIECE = 1 << 20
 
 
 def check(args: Any) -> None:
-    """Raises ``DecodeError``, or what kombu's JSON raises, for what is no message of kombu's."""
+    """Raises ``DecodeError``, or what kombu's JSON raises, for what is no message of kombu's: whatever it would raise on, when
+    it has been given the message and nobody can refuse it any more."""
     parts = args
     if isinstance(args, list) and len(args) == 1 and isinstance(args[0], str):
         parts = loads(args[0])
@@ -77,14 +80,46 @@ def check(args: Any) -> None:
             wire.refuse_surrogates(parts)
     if not (isinstance(parts, list) and len(parts) == 5 and isinstance(parts[3], dict) and isinstance(parts[4], dict)):
         raise DecodeError("it is no message of kombu's: body, content type, content encoding, headers and properties")
-    if not isinstance(parts[4].get("delivery_info") or {}, dict):
+    body, content_type, content_encoding, headers, properties = parts
+    if not (body is None or isinstance(body, str | bytes)):
+        raise DecodeError(f"its body is neither text nor bytes, but {_shown(body)}")
+    for name, value in (("content type", content_type), ("content encoding", content_encoding)):
+        if not (value is None or isinstance(value, str)):
+            raise DecodeError(f"its {name} is no text, but {_shown(value)}")
+    if not isinstance(properties.get("delivery_info") or {}, dict):
         raise DecodeError("the delivery_info in its properties is no dict")
-    compression = parts[3].get("compression")
+    encoding, compression = properties.get("body_encoding"), headers.get("compression")
+    if body and encoding:
+        try:
+            body = decode_body(body, encoding)
+        except ValueError as exc:
+            raise DecodeError(f"its body is no {encoding}: {said(exc)}") from None
     if compression:
-        body = parts[0]
-        if isinstance(body, str):
-            body = b64decode(body) if parts[4].get("body_encoding") == "base64" else body.encode()
-        check_compressed(body, compression)
+        if not (isinstance(compression, str) and _is_known(compression)):
+            raise DecodeError(f"its body is compressed by what is not known here: {_shown(compression)}")
+        check_compressed(body.encode() if isinstance(body, str) else body or b"", compression)
+
+
+def decode_body(body: Any, encoding: Any) -> Any:
+    """A body without kombu's encoding of it. Raises ``DecodeError`` for an unknown one, ValueError where it isn't of it."""
+    if not encoding or (isinstance(encoding, str) and encoding.lower() == "utf-8"):
+        return body
+    codec = Channel.codecs.get(encoding) if isinstance(encoding, str) else None
+    if codec is None:
+        raise DecodeError(f"its body_encoding is not known: {_shown(encoding)}")
+    return codec.decode(body)
+
+
+def _is_known(compression: str) -> bool:
+    try:
+        get_decoder(compression)
+    except KeyError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[:60]
 
 
 def check_compressed(body: bytes, compression: Any) -> None:
@@ -92,7 +127,7 @@ def check_compressed(body: bytes, compression: Any) -> None:
     by piece, and later by kombu. Of methods other than zlib's, bz2 and lzma kombu's decoder alone decides."""
     opener = _DECOMPRESSORS.get(compression) if isinstance(compression, str) else None
     if opener is None:
-        return  # what kombu doesn't know it refuses
+        return
     decompressor, data, size = opener(), body, 0
     try:
         while not decompressor.eof:
@@ -135,6 +170,7 @@ def decode(delivery: Delivery) -> dict[str, Any]:
     if len(args) == 1:
         args = loads(args[0])
     body, content_type, content_encoding, headers, properties = args
+    headers.pop(DELIVERY, None)  # who fetches it writes that
     return {
         "body": body,
         "content-type": content_type,

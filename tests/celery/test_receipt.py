@@ -6,44 +6,49 @@ import json
 
 import msgpack
 import pytest
-from kombu import Producer
 
+from tests.celery.malformed import AT_FETCH, AT_RECEIPT, JUST_FAILS, REJECTED, parts
 from tests.helpers import is_alive, wait_until
 
-FINE = [[], {"n": 0}, {}]
-HEADERS = {"task": "late", "id": "x"}
-WRONG = {
-    "no id": ({"task": "late"}, FINE),
-    "a dict as id": ({**HEADERS, "id": {"a": 1}}, FINE),
-    "a dict as task": ({**HEADERS, "task": {}}, FINE),
-    "an unknown task without id": ({"task": "unknown"}, FINE),
-    "body {}": (HEADERS, {}),
-    "body []": (HEADERS, []),
-    "timelimit: a text": ({**HEADERS, "timelimit": "abc"}, FINE),
-    "timelimit: two texts": ({**HEADERS, "timelimit": ["a", "b"]}, FINE),
-    "timelimit: a number": ({**HEADERS, "timelimit": 5}, FINE),
-    "timelimit: beyond floats": ({**HEADERS, "timelimit": [10**400, None]}, FINE),
-    "keyed, no id": ({"task": "late", "shard_key": "a"}, FINE),
-    "keyed, body []": ({**HEADERS, "shard_key": "a"}, []),
-}
 
-
-@pytest.mark.parametrize("pool", ["prefork", "solo"])
-def test_what_is_no_message_of_celerys_is_a_dead_letter_at_once(own_server, site, pool):
-    """Whatever is wrong with it, with its reason; the worker lives, and its key goes on."""
-    s = site(own_server)
-    with s.app.connection_for_write() as connection:
-        for headers, body in WRONG.values():
-            Producer(connection).publish(body, serializer="json", routing_key="celery", headers=headers)
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_what_no_task_can_be_made_of_is_a_dead_letter_at_once(own_server, site, pool):
+    """Whatever is wrong with it, with its reason. The worker lives, its executors are free, and keys go on."""
+    s = site(own_server, max_crashes=1)
+    s.send("late")
+    s.send("put", "a")
+    shared, shard = sorted(filter(s.redis.xlen, s.redis.scan_iter("*:stream")), key=lambda name: b"shared" not in name)
+    wrong = {**AT_FETCH, **AT_RECEIPT}
+    cases = [case for some in (*wrong.values(), REJECTED) for case in some]
+    for number, case in enumerate([*cases, *JUST_FAILS]):
+        for stream, key in ((shared, None), (shard, b"a")):
+            if key is None or number % 3 == 0:
+                s.redis.xadd(stream, {"m": msgpack.packb(["late", key, b"i" * 16, case, {}, None])})
     behind = [s.send("late"), s.send("put", "a")]
-    worker = s.worker(pool, c=1)
+    worker = s.worker(pool, c=2)
+    for junk in (b"junk", packed(parts("[]")), packed(parts("5")), packed(parts(properties={"body_encoding": 5}))):
+        for exchange in ("celeryev/worker.online", "celeryev/worker.heartbeat", "celery.pidbox"):
+            name = f"streamtask:{{kombu}}:fanout:0:{exchange}"
+            wait_until(
+                lambda name=name, junk=junk: s.redis.publish(name, junk), 10, lambda name=name: f"who hears {name}"
+            )
     for n in behind:
         s.wait("E", n)
-    wait_until(lambda: len(dead(s)) == len(WRONG), 10, lambda: f"dead letters {reasons(s)}; {s}")
-    assert set(reasons(s)) == {"rejected"}
-    assert all("can't receive it" in error["message"] for error in errors(s))
-    assert is_alive(worker.pid)
+    behind = [s.send("late"), s.send("late"), s.send("put", "a")]
+    for n in behind:
+        s.wait("E", n)
     s.nothing_left()
+    found = errors(s)
+    for why, some in wrong.items():
+        assert sum(why in error["message"] for error in found) >= len(some), (why, found)
+    expected = len(cases) + (len(cases) + 2) // 3
+    assert len(found) == expected, found
+    assert {error["reason"] for error in found} == {"undecodable", "rejected"}
+    assert is_alive(worker.pid)
+
+
+def packed(message):
+    return msgpack.packb(["late", None, b"i" * 16, message, {}, None])
 
 
 @pytest.mark.parametrize(
