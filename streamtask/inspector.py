@@ -20,8 +20,9 @@ from .queue.consumer import OWNER
 from .queue.lanes import id_order
 from .redis import wire
 from .redis.connection import MIN_VERSION
-from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, expiring, is_shared
+from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, expiring, is_shared, lease_times
 from .redis.link import Link, pack
+from .redis.misplaced import misplaced
 from .redis.replies import EXHAUSTED_ADVICE
 from .redis.scripts import by_sha, script
 from .results import Origin
@@ -507,9 +508,11 @@ class Inspector:
         return _check("writes", True, "Redis lets scripts write")
 
     def _check_queues(self) -> list[Row]:
-        names = self.queues()
+        row, names = self._check_types()
+        if row["ok"] is False:
+            return [row]
         shapes = self._shapes(names)
-        checks = [self._check_shard_counts(shapes)]
+        checks = [row, self._check_shard_counts(shapes)]
         shots = self._snapshots(shapes, consumers=True)
         stale, ownerless = _stale(shots), _ownerless(shots)
         if stale or ownerless:
@@ -541,6 +544,36 @@ class Inspector:
         checks.append(self._check_ids(shapes))
         checks.append(_check_dead(shots))
         return checks
+
+    def _check_types(self) -> tuple[Row, list[str]]:
+        """Keys that are there with another type; and the names of the queues, where they can be read."""
+        app = self.app
+        at_fault = self._misplaced([app_queues(app.settings.namespace, app.name)])
+        names = [] if at_fault else self.queues()
+        keys = {name: QueueKeys(app.settings.namespace, app.name, name) for name in names}
+        at_fault += self._misplaced([one.meta for one in keys.values()])
+        sound = [name for name in names if not self._misplaced([keys[name].meta])] if at_fault else names
+        for shape in self._shapes(sound).values():
+            for group in shape.groups or [app.settings.group]:
+                asked = [
+                    *shape.keys.all(group)[1:],
+                    *(key for s in shape.all_shards() for key in shape.shard(s).all(group)),
+                ]
+                alive = shape.keys.alive(group, shape.shard(SHARED), cluster=shape.cluster)
+                at_fault += self._misplaced([*asked, alive, lease_times(alive)])
+        if at_fault:
+            message = "; ".join(dict.fromkeys(at_fault[:20]))
+            advice = (
+                "remove or rename these keys, and see who may write there; their shards, or queues, rest until then"
+            )
+            return _check("keys", False, message, advice), names
+        return _check("keys", True, "all keys are of their types"), names
+
+    def _misplaced(self, keys: Sequence[str]) -> list[str]:
+        by_node: dict[str, list[str]] = {}
+        for key in keys:
+            by_node.setdefault(self.app.broker.node(key), []).append(key)
+        return [text for node, some in by_node.items() for text in misplaced(self._link(node, some[0]), some)]
 
     def _check_ids(self, shapes: dict[str, Shape]) -> Row:
         """Entries whose ids their producers chose: a stream may take no more of them, or has times that are none."""

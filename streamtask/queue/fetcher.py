@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, ReplyError, StreamTaskError
+from ..errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, LeaseLost, ReplyError, StreamTaskError
 from ..redis.connection import Broker
 from ..redis.link import LARGE, Link, pack
+from ..redis.misplaced import WRONGTYPE, misplaced
 from ..redis.scripts import script
 from .lanes import Entry
 
@@ -51,12 +52,14 @@ def pack_fetch(streams: Sequence[Held], most: int, new: bool) -> bytes:
 
 @dataclass(slots=True)
 class Fetched:
-    """What a fetch has brought. ``unrecorded``: whose lease has no record (a flush); ``lost``: another process' now."""
+    """What a fetch has brought. ``unrecorded``: whose lease has no record (a flush); ``lost``: another process' now;
+    ``refused``: which Redis answered with an error of theirs."""
 
     read: list[tuple[ShardConsumer, list[Entry] | StreamTaskError]] = field(default_factory=list)
     woken: list[ShardConsumer] = field(default_factory=list)
     unrecorded: list[ShardConsumer] = field(default_factory=list)
     lost: list[ShardConsumer] = field(default_factory=list)
+    refused: list[tuple[ShardConsumer, ReplyError]] = field(default_factory=list)
 
 
 class Fetcher:
@@ -102,13 +105,17 @@ class Fetcher:
         asked, watched = self.asked, self._guarding[0]
         looked = bool(self._looks_at)
         replies = iter(self.link.read_many(looked + 1 + len(asked) + 1 + bool(watched) + len(watched)))
+        looked_at = self._looks_at
         woken = next(replies) if looked else None
         queued = [next(replies) for _ in range(1 + len(asked))]
         read = next(replies)
         self.asked, self.blocked = None, False
         fetched = Fetched()
+        failed: ReplyError | None = None
         if isinstance(woken, list):
             fetched.woken = self._take_wakes(woken)
+        elif isinstance(woken, ReplyError) and woken.code == WRONGTYPE:
+            failed = woken
         if watched:
             next(replies)  # WATCH
         self._check_owners(fetched, watched, replies)
@@ -120,7 +127,15 @@ class Fetcher:
         elif isinstance(read, Exception):
             # EXECABORT: what was queued was refused.
             raise next((reply for reply in queued if isinstance(reply, Exception)), read)
+        if failed is not None:
+            self._find_broken(fetched, looked_at, failed)
         return fetched  # EXEC was refused where a guard has changed
+
+    def _find_broken(self, fetched: Fetched, looked_at: Sequence[ShardConsumer], exc: ReplyError) -> None:
+        """One XREAD looks at what wakes all shards: which of them made it fail?"""
+        at_fault = misplaced(self.link, [consumer.keys.wake for consumer in looked_at])
+        broken = [c for c in looked_at if any(one.startswith(f"{c.keys.wake} ") for one in at_fault)]
+        fetched.refused += [(consumer, exc) for consumer in broken]
 
     def _take_wakes(self, woken: list[Any]) -> list[ShardConsumer]:
         streams = {consumer.keys.wake.encode(): consumer for consumer in self._looks_at}
@@ -136,9 +151,11 @@ class Fetcher:
     def _check_owners(self, fetched: Fetched, watched: list[ShardConsumer], answers: Iterator[Any]) -> None:
         self.guarded = []
         for consumer, answer in zip(watched, answers, strict=True):
-            if isinstance(answer, Exception):
+            if isinstance(answer, ReplyError) and not isinstance(answer, ConfigError):
+                fetched.refused.append((consumer, answer))
+            elif isinstance(answer, Exception):
                 raise answer
-            if consumer.owns(answer):
+            elif consumer.owns(answer):
                 self.guarded.append(consumer)
             else:
                 (fetched.unrecorded if answer[1] is None else fetched.lost).append(consumer)

@@ -94,6 +94,11 @@ class ShardKeys:
     def seen(self, bucket: str) -> str:
         return f"{self.prefix}seen:{bucket}"
 
+    def all(self, group: str) -> list[str]:
+        """Those whose names need no more than a group's."""
+        of_group = (self.lease, self.token, self.notes, self.consumers, self.alive, self.requeued, self.replaced)
+        return [self.stream, self.state, self.delayed, self.wake, self.dlq, *(name(group) for name in of_group)]
+
 
 @dataclass(frozen=True, slots=True)
 class QueueKeys:
@@ -123,6 +128,10 @@ class QueueKeys:
     def member_info(self, group: str) -> str:
         return f"{self.namespace}:{{{self._tag}}}:member-info:{segment(group)}"
 
+    def all(self, group: str) -> list[str]:
+        """Those whose names need no more than a group's."""
+        return [self.meta, self.members(group), self.member_info(group), self.revoked]
+
     def channel(self, group: str) -> str:
         """The pub/sub channel on which the processes of a group tell each other that shards became free."""
         return f"{self.namespace}:{{{self._tag}}}:events:{segment(group)}"
@@ -141,6 +150,27 @@ class QueueKeys:
             prefix = f"{self.namespace}:{{{self._tag}.{epoch}.{SHARED}}}:"
             return ShardKeys(f"{prefix}{priority}:" if priority else prefix)
         return ShardKeys(f"{self.namespace}:{{{self._tag}.{epoch}.{shard}}}:")
+
+
+_TYPES = {
+    "stream": {"stream", "wake", "dlq"},
+    "hash": {"state", "lease", "notes", "replaced", "meta", "member-info"},
+    "zset": {"delayed", "requeued", "consumers", "alive", "members", "revoked"},
+    "set": {"queues"},
+    "string": {"token"},
+}
+_TYPE_OF = {name: kind for kind, names in _TYPES.items() for name in names}
+
+
+def type_of(key: str) -> str | None:
+    """Redis' type of a key that is spelled here; None for those whose names tell no type."""
+    _, _, rest = key.partition("}:")
+    name, _, more = rest.partition(":")
+    if name.isdigit():  # a priority
+        name, _, more = more.partition(":")
+    if name == "alive" and more.endswith(":times"):
+        return "hash"
+    return _TYPE_OF.get(name)
 
 
 def lease_times(alive: str) -> str:

@@ -24,6 +24,7 @@ from ..queue.lanes import Delivery, Entry
 from ..queue.settler import Settler
 from ..redis import wire
 from ..redis.link import Link
+from ..redis.misplaced import named
 from ..text import logger
 from .outage import Outage, Rarely
 from .outbox import Outbox
@@ -399,6 +400,9 @@ class Control:
             for consumer in fetched.lost:
                 if (owned := self._of(consumer)) is not None and not consumer.closing:
                     self._lost(owned)
+            for consumer, exc in fetched.refused:
+                if (owned := self._of(consumer)) is not None:
+                    self._refused(owned, exc)
             self._absorb(fetched.read)
         except StreamTaskError:
             for consumer in asked:
@@ -511,7 +515,8 @@ class Control:
             except ReplyError as why:
                 exc = why
         if owned.refusals.worth_saying(exc.code):
-            log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, exc)
+            text = named(self._link, exc, owned.consumer.keys.all(self._settings.consumer.group))
+            log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, text)
         owned.quiet_until = mono_s() + 1.0
 
     def _prepare(self, owned: Owned) -> None:

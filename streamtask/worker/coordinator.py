@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import math
 import selectors
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..coordination.membership import Membership
 from ..errors import BrokerUnavailable, ConfigError, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.declare import Shape
 from ..redis.connection import Broker
-from ..redis.keys import QueueKeys, ShardKeys
+from ..redis.keys import QueueKeys, ShardKeys, type_of
 from ..redis.link import Link, pack
 from .links import Links, wrong_keys
 from .outage import Outage, Rarely
@@ -229,6 +230,19 @@ class Coordinator:
             types |= {names.lease(group): "hash", names.token(group): "string"}
         self._say_refused(f"queue={watch.name}", exc, wrong_keys(self.links, types, exc))
         watch.look_at = mono_s() + max(1.0, self._lease_ms / 1000)
+
+    def _shard_rests(self, watch: QueueWatch, shard: int | str, exc: Exception) -> None:
+        """Redis refuses something of one shard, which is not taken until that is over; the others are. Raises as ``_rests``."""
+        keys = {key: kind for key in watch.shard_keys(shard).all(self._group) if (kind := type_of(key)) is not None}
+        self._say_refused(f"queue={watch.name} shard={shard}", exc, wrong_keys(self.links, keys, exc))
+
+    @contextmanager
+    def one_by_one(self, watch: QueueWatch, shard: int | str) -> Iterator[None]:
+        """Around what concerns one shard or shared stream alone."""
+        try:
+            yield
+        except ReplyError as exc:
+            self._shard_rests(watch, shard, exc)
 
     def _say_refused(self, where: str, exc: object, keys: str = "") -> None:
         """Raises what is no matter of one key."""
@@ -560,10 +574,12 @@ class Coordinator:
         records = self.links.pipeline([(key, pack("HMGET", key, "owner", "expires_at", "lease_ms")) for key in keys])
         redis_now = membership.redis_now_ms()
         expiry: dict[int, int] = {}
+        broken: set[int] = set()
         for shard, record in zip(others, records, strict=True):
             if isinstance(record, Exception):
-                raise record
-            if record[0]:
+                self._shard_rests(watch, shard, record)
+                broken.add(shard)
+            elif record[0]:
                 owners[shard] = record[0].decode()
                 expiry[shard] = int(record[1] or 0)
                 watch.seen_owner[shard] = int(record[2] or self._lease_ms)
@@ -583,7 +599,7 @@ class Coordinator:
             owner = owners.get(shard)
             if owner in mine and owner != incarnation:
                 self._begin_handover(mine[owner], watch, shard, now)
-            if incarnation in mine and owner != incarnation:
+            if incarnation in mine and owner != incarnation and shard not in broken:
                 until = 0 if owner is None else expiry.get(shard, redis_now + self._lease_ms)
                 if redis_now < until <= redis_now + self._lease_ms * 2:
                     # Its owner hands it over, or its lease runs out: look again then.
@@ -611,16 +627,20 @@ class Coordinator:
         keys = watch.shard_keys(shard)
         if member.holding(keys) is not None or not self.has_room(member):
             return
-        answer = acquire(
-            self.links.at(keys.state),
-            keys,
-            self._group,
-            member.incarnation,
-            self._lease_ms,
-            since_ms=watch.membership.since_ms,
-            missed_at_ms=watch.missed_ms.get(shard, 0),
-            its_lease_ms=watch.seen_owner.get(shard, 0),
-        )
+        try:
+            answer = acquire(
+                self.links.at(keys.state),
+                keys,
+                self._group,
+                member.incarnation,
+                self._lease_ms,
+                since_ms=watch.membership.since_ms,
+                missed_at_ms=watch.missed_ms.get(shard, 0),
+                its_lease_ms=watch.seen_owner.get(shard, 0),
+            )
+        except ReplyError as exc:
+            self._shard_rests(watch, shard, exc)
+            return
         if isinstance(answer, Refused):
             wait = max(0.01, (answer.ask_at_ms - watch.membership.redis_now_ms()) / 1000)
             watch.look_at = min(watch.look_at, now + wait)

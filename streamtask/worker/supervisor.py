@@ -410,9 +410,10 @@ class Supervisor:
             alive = watch.keys.alive(self._group, keys, cluster=self.settings.broker.is_cluster)
             for child in live:
                 if not child.leaving and child.holding(keys) is None and self._coordinator.has_room(child):
-                    lease = join_shared(link, keys, self._group, child.incarnation, self._lease_ms, alive=alive)
-                    self._coordinator.give(child, watch, SHARED, lease)
-                    self._coordinator.soon()  # what the dead have left is its to take
+                    with self._coordinator.one_by_one(watch, SHARED):
+                        lease = join_shared(link, keys, self._group, child.incarnation, self._lease_ms, alive=alive)
+                        self._coordinator.give(child, watch, SHARED, lease)
+                        self._coordinator.soon()  # what the dead have left is its to take
 
     # The end
 
