@@ -29,7 +29,7 @@ class Arrivals(Settling):
 
     def has_room(self) -> bool:
         """Whether to read more: half a fetch is left at most, and not too much waits."""
-        if self.closing or self.halted or self.needs_audit or len(self.buffer) > self.read_count() // 2:
+        if self.closing or self.halted or self.needs_audit or len(self.buffer) > self.settings.fetch_count // 2:
             return False
         if self.lanes.waiting < self.settings.max_waiting and self._pending_from is None:
             self._full_said = False
@@ -53,7 +53,7 @@ class Arrivals(Settling):
 
     def look(self, link: Link) -> None:
         """Looks at all that a wake may tell of."""
-        self.fetch(link, self.read_count() if self.lease.shared and self.has_room() else 0, new=False)
+        self.fetch(link, self.settings.fetch_count if self.lease.shared and self.has_room() else 0, new=False)
         self.reread_notes(link)
 
     def take_found(self, link: Link, now_ms: int, found: Sequence[Any]) -> list[Entry]:

@@ -25,9 +25,6 @@ OWNER = "owner"
 
 MOST_SENT = 10_000
 
-AHEAD_S = 0.05
-"""How much work is read ahead where others could do it."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerSettings:
@@ -86,9 +83,6 @@ class Held:
         self.number = -1
         """Which of its process' leases this is, as their keeper numbers them."""
         self.voided = 0  # how often fetches that were on their way were made void, under this lease
-        self.pace_s = 0.0
-        """How long a message takes here, where that bounds what is read ahead (shared streams of workers); else 0."""
-        self.asked = settings.fetch_count  # how many entries the last read asked for
         self.clock_ms = 0  # what to add to wall_ms() to get Redis' clock
         # Whether a new message may stay a plain entry until something happens to it.
         self._plain = not (settings.unordered or settings.deduped or settings.dedupe_all_ms)
@@ -111,7 +105,11 @@ class Held:
             lease.key, keys.stream, keys.state, keys.notes(settings.group), keys.delayed, keys.wake,
             keys.requeued(settings.group),
         )  # fmt: skip
-        self._reads: dict[int, bytes] = {}
+        self.read_command = pack(
+            "XREADGROUP", "GROUP", settings.group, self.consumer_name, "COUNT", settings.fetch_count,
+            "STREAMS", keys.stream, ">",
+        )  # fmt: skip
+        """XREADGROUP of new entries; to be run inside a transaction that watches ``lease.guard``."""
         self.guard_command = pack("HMGET", lease.key, "token", "owner")
         """What to ask for after WATCH: does this incarnation own the lease?"""
         self._record = [b"%d" % lease.token, lease.incarnation.encode()]
@@ -119,26 +117,6 @@ class Held:
 
     def __repr__(self) -> str:
         return f"<ShardConsumer {self.queue}/{self.shard} token={self.lease.token}>"
-
-    def read_count(self) -> int:
-        """How many entries to read at once."""
-        most = self.settings.fetch_count
-        return most if not self.pace_s else max(1, min(most, int(AHEAD_S / self.pace_s)))
-
-    def took(self, seconds: float) -> None:
-        """A message has taken so long. One that takes long is remembered through some that don't."""
-        self.pace_s = max(seconds, self.pace_s / 4, 1e-6)
-
-    def read_command(self) -> bytes:
-        """XREADGROUP of new entries; to be run inside a transaction that watches ``lease.guard``."""
-        count = self.asked = self.read_count()
-        packed = self._reads.get(count)
-        if packed is None:
-            packed = self._reads[count] = pack(
-                "XREADGROUP", "GROUP", self.settings.group, self.consumer_name, "COUNT", count,
-                "STREAMS", self.keys.stream, ">",
-            )  # fmt: skip
-        return packed
 
     def owns(self, answer: Sequence[bytes | None]) -> bool:
         """Whether that is the answer to ``guard_command`` that an owner gets."""

@@ -19,7 +19,7 @@ from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.fetcher import Fetcher
-from ..queue.held import AHEAD_S, Held
+from ..queue.held import Held
 from ..queue.lanes import Delivery, Entry
 from ..queue.settler import Settler
 from ..redis import wire
@@ -270,8 +270,6 @@ class Control:
         consumer.on_dead = self._store_dead  # type: ignore[method-assign]
         consumer.revoked = self._revoked_ids[queue]
         consumer.number = number
-        if shared:
-            consumer.pace_s = AHEAD_S / self._settings.concurrency  # one for each executor, until it is known
         consumer.reading = self._memory.reading(number)
         owned = Owned(number, consumer, home, mono_s() + self._settings.audit_s)
         self._owned[number] = owned
@@ -432,7 +430,7 @@ class Control:
         self._cold_s = COLD_FETCH_S[0] if anything else min(COLD_FETCH_S[1], self._cold_s * 2)
 
     def _take_entries(self, owned: Owned, entries: list[Entry]) -> None:
-        owned.full = len(entries) >= owned.consumer.asked
+        owned.full = len(entries) >= self._settings.consumer.fetch_count
         if entries:
             try:
                 owned.consumer.absorb(self._link, entries)

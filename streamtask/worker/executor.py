@@ -116,8 +116,7 @@ class SequentialExecutor:
         batch.slot = slot
         # Whoever asks for the request finds the delivery by the cell that says which one runs.
         here.place, here.batch, here.cells = place, batch, cells
-        began = mono()
-        signal_at = began + self.signal_after_s
+        signal_at = mono() + self.signal_after_s
         index = 0
         for index, item in enumerate(items):
             now = mono()
@@ -159,8 +158,6 @@ class SequentialExecutor:
                     failed.add(lane)
         if self._forked:
             os._exit(EXIT_FORKED)
-        if consumer.pace_s:
-            consumer.took((mono() - began) / len(items))
         # In this order: whoever sees that the batch has ended sees all its outcomes.
         slot.end()
         here.batch = here.delivery = None
@@ -289,19 +286,15 @@ class ParallelExecutor:
         """Writes down that the body starts; None if the lease is not to be trusted any more."""
         consumer = batch.consumer
         lease = consumer.number
-        now = mono_s()
-        if consumer.halted or now >= self._memory.trusted[lease]:
+        if consumer.halted or mono_s() >= self._memory.trusted[lease]:
             consumer.halted = True
             return None
         slot.begin(lease, [batch.delivery(0).entry_id])
-        slot.began = now
         return Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, False)
 
     def _end(self, batch: Batch, slot: Slot, outcome: Outcome | None) -> None:
         if self._forked:
             os._exit(EXIT_FORKED)
-        if batch.consumer.pace_s and outcome is not UNSTARTED:
-            batch.consumer.took((mono_s() - slot.began) / self._concurrency)
         slot.clear()
         self._slots.put(slot)
         if outcome is not None:

@@ -97,11 +97,10 @@ def _slot(view: memoryview[int]) -> Slot:
 class Slot:
     """One executor's cells. ``cells[0] = i`` says that entry i of the batch runs and those before it have ended."""
 
-    __slots__ = ("_floats", "_text", "began", "cells")
+    __slots__ = ("_floats", "_text", "cells")
 
     def __init__(self, cells: memoryview[int], floats: memoryview[float], text: memoryview[int]) -> None:
         self.cells = cells
-        self.began = 0.0  # when (monotonic) what runs here began; of its process alone
         self._floats = floats
         self._text = text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 
 import pytest
 
@@ -137,22 +136,6 @@ def test_what_waits_for_an_executor_keeps_no_shard_where_it_is(redis_server, sit
     site.open_gate(1)
     site.ready(2)
     site.wait_empty()
-    assert site.check(killed={}).repeated == 0
-
-
-@pytest.mark.parametrize("concurrency", [1, 2])
-def test_messages_without_a_key_that_take_long_are_shared_out(redis_server, site, concurrency):
-    """The first who reads leaves some to the others."""
-    site = site(redis_server)
-    for _ in range(2):
-        site.pod(1, concurrency)
-    site.ready(2)
-    site.task("free").send_many([{"n": n, "ms": 100} for n in range(40)])
-    site.produced[None] = list(range(40))
-    site.wait_ended()
-    counts = Counter(event.pid for event in site.of("S"))
-    assert len(counts) == 2
-    assert min(counts.values()) >= 8
     assert site.check(killed={}).repeated == 0
 
 

@@ -12,8 +12,6 @@ from tests.helpers import wait_until
 from tests.worker.rig import keys_on
 
 HELD = """
-from streamtask.queue.held import Held
-Held.read_count = lambda self: 200  # as where messages are quick
 app = make_app()
 
 @app.task(name="free")
