@@ -471,6 +471,7 @@ def test_to_streams_with_every_byte(old: Old, run: Run) -> None:
     assert [message["headers"]["id"] for message in found] == [payload["headers"]["id"] for payload in before]
 
 
+@pytest.mark.slow
 def test_a_move_to_streams_may_be_killed_at_any_instant(
     old: Old, run: Run, proxy: Callable[[Any], Proxy], redis_server: RedisServer, tmp_path: Path
 ) -> None:

@@ -519,6 +519,7 @@ def test_idle_queues_cost_next_to_nothing(own_rig, keyed):
     print(f"{found[-1]:.1f} commands a beat")
 
 
+@pytest.mark.slow
 def test_a_consumer_is_ended_in_each_of_its_streams(rig_all):
     """Of a process that vanished with its keeper, also in streams that another joins only then."""
     victim, heir = (rig_all.client(name, lease_ms=1500) for name in ("victim", "heir"))

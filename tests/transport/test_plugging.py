@@ -314,6 +314,7 @@ def test_tls_refuses_an_unknown_certificate(tls_server: TlsServer, make_kit: Any
 # --- failover ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "list"])
 @pytest.mark.parametrize("scheme", ["streamtask", "redis"])
 def test_failover(make_kit: Any, redis_server: RedisServer, form: str, scheme: str) -> None:

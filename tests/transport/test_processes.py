@@ -555,6 +555,7 @@ FORKING = """
 """
 
 
+@pytest.mark.slow
 def test_many_forked_children_publish_to_queues_that_their_parent_had_opened(kit: Kit, tmp_path: Path) -> None:
     """As under a web server that loads the app before it forks. Two processes on one socket would read each other's replies."""
     script = tmp_path / "forking.py"

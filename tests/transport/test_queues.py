@@ -281,6 +281,7 @@ def test_what_is_published_to_a_new_queue_outlives_the_removal_of_the_old(
     assert number > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [None, "u1"], ids=["plain", "keyed"])
 def test_a_queue_is_deleted_while_its_streams_are_made(kit: Kit, make_kit: Any, key: str | None) -> None:
     """Between any two steps of a first publish: whatever is published after the new declaration is in the new queue."""

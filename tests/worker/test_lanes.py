@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import wait_until
 from tests.worker.rig import TASKS, keys_on
 
@@ -59,6 +61,7 @@ def test_a_lane_with_large_bodies_keeps_few_of_them(redis_server, site):
     assert grown < 15_000  # of 30,000 kB; one read is 200 bodies
 
 
+@pytest.mark.slow
 def test_a_held_head_does_not_keep_what_was_acknowledged_behind_it(redis_server, site):
     site = site(redis_server)
     site.pod(1, 2)

@@ -135,6 +135,7 @@ def test_exhausted_messages_die_and_their_followers_run(redis_server, site, conc
     assert sorted(row["key"] for row in site.dead() if row["key"]) == sorted(key.encode() for key in keys)
 
 
+@pytest.mark.slow
 def test_attempts_and_due_times_survive_kill_9(redis_server, site):
     source = TASKS.replace("retry_backoff=0.02", "retry_backoff=0.6")
     site = site(redis_server, source)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.worker.rig import TASKS, keys_on
 
 KILLS = 2
@@ -33,7 +34,7 @@ def again(site):
     return found
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", sampled([1, 4], 4))
 def test_each_message_acknowledged_by_itself(redis_server, site, concurrency):
     keys = [key for shard in range(2) for key in keys_on(shard, 4, 2)]
     site = site(redis_server, TASKS, shards=2, ack="each", max_crashes=100)
