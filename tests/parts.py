@@ -3,7 +3,7 @@
 ``--part quick`` or ``--part rest`` chooses; without it everything is run. Which part a test is in follows from where
 it stands, so a new one needs no thought:
 
-- a run on another than the newest redis-server is in the rest;
+- a run on another than the newest redis-server is in the rest (of some tests only with a few values: the mark ``old_redis``);
 - so is everything in ``SLOW_FOLDERS``, whose tests play with whole sites of processes, and what uses one of
   ``SLOW_FIXTURES``, which start several servers;
 - all else is quick.
@@ -54,15 +54,26 @@ def sampled(values: Iterable[Any], *quick: Any) -> list[Any]:
     ]
 
 
+def wanted_there(item: pytest.Item, newest: str | None) -> bool:
+    """Whether to run a test on its server: ``old_redis(a, b)`` says with which values alone on another than the newest."""
+    mark = item.get_closest_marker("old_redis")
+    if mark is None or not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return True
+    params = item.callspec.params
+    return params.get("redis_version", newest) == newest or any(value in mark.args for value in params.values())
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", choices=(QUICK, REST), help="run one of the two parts of the suite; see tests/parts.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted: str | None = config.getoption("part")
+    newest = next(reversed(chosen_binaries(config)), None)
+    config.hook.pytest_deselected(items=[item for item in items if not wanted_there(item, newest)])
+    items[:] = [item for item in items if wanted_there(item, newest)]
     if wanted is None:
         return
-    newest = next(reversed(chosen_binaries(config)), None)
     parts = {item: part_of(item, newest) for item in items}
     config.hook.pytest_deselected(items=[item for item in items if parts[item] != wanted])
     items[:] = [item for item in items if parts[item] == wanted]

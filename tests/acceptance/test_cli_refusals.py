@@ -83,6 +83,7 @@ def said(tmp_path, monkeypatch):
     return prepare
 
 
+@pytest.mark.old_redis("BUSY", "MISCONF", "OOM")
 @pytest.mark.parametrize("code", sampled(FAULTS, "BUSY", "OOM", "NOPERM"))
 def test_each_command_says_it_once(server: RedisServer, code, said):
     _, run = said(server)

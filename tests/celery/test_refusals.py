@@ -26,6 +26,7 @@ def refuser(own_server_all, site, request):
         close_app(on.app)
 
 
+@pytest.mark.old_redis("BUSY", "MISCONF", "OOM")
 @pytest.mark.parametrize("code", FAULTS)
 def test_a_celery_worker_outlives_it(refuser, code):
     server, site, conf = refuser

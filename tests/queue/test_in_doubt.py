@@ -94,6 +94,7 @@ def there(client):
     return len(numbers(client)) + delayed_count(client)
 
 
+@pytest.mark.old_redis("many", "async")
 @pytest.mark.parametrize("way", sampled(WAYS, "many", next(iter(WAYS))))
 def test_a_call_is_not_repeated_when_redis_has_forgotten_its_id(redis_server_all, proxy, make, way):
     """The reply is lost; then Redis is out of reach until it has forgotten the call; then it is back."""

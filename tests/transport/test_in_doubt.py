@@ -56,6 +56,7 @@ def lost(make_kit: Any, redis_server_all: RedisServer, proxy: Callable[[RedisSer
     return Lost(make_kit, redis_server_all, proxy)
 
 
+@pytest.mark.old_redis(next(iter(KINDS)))
 @pytest.mark.parametrize("kind", sampled(KINDS, next(iter(KINDS))))
 @pytest.mark.parametrize("send_timeout", [0.1, 30], ids=["kombu", "transport"])
 def test_it_is_given_up(lost: Lost, kind: str, send_timeout: float) -> None:

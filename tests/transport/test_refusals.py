@@ -9,6 +9,7 @@ import pytest
 from tests.fix_refusals import FAULTS, refusing
 
 
+@pytest.mark.old_redis("BUSY", "MISCONF", "OOM")
 @pytest.mark.parametrize("code", [code for code in FAULTS if code != "CLUSTERDOWN"])
 def test_simple_queue_get(own_server_all, make_kit, code):
     """It says nothing but that there is no message, or an error after which kombu connects anew; and goes on afterwards."""

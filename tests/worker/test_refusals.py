@@ -24,6 +24,7 @@ def server(own_server_all, request):
         yield server
 
 
+@pytest.mark.old_redis("BUSY", "MISCONF", "OOM")
 @pytest.mark.parametrize(
     "code", sampled([code for code in FAULTS if code != "CLUSTERDOWN"], "BUSY", "OOM")
 )  # not on a Cluster
@@ -66,6 +67,7 @@ def test_a_worker_and_its_bodies_outlive_it(server, site, code):
     assert site.dead() == []
 
 
+@pytest.mark.old_redis("BUSY", "MISCONF", "OOM")
 @pytest.mark.parametrize("code", PASSING)
 def test_calls_wait_for_it(server, site, code):
     site = site(server, send_timeout=30)
