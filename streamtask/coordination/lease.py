@@ -208,9 +208,10 @@ def reap(
     since_ms: int = 0,
     alive: str = "",
     token: int = 0,
+    charged: bool = False,
 ) -> bool:
     """Ends a consumer of a shared stream and puts its entries on offer. ``gone``: it is known to be dead. ``token``: only if
-    that is its lease's.
+    that is its lease's. ``charged``: whose bodies ran when it died is counted already, so what else has started had ended.
 
     True if it is gone now. False while its lease holds, or while nobody else lives to take its entries.
     """
@@ -228,7 +229,7 @@ def reap(
                 alive,
                 lease_times(alive),
             ],
-            [group, incarnation, 1 if gone else 0, since_ms, lease_ms, 1000, token],
+            [group, incarnation, 1 if gone else 0, since_ms, lease_ms, 1000, token, 1 if charged else 0],
         )
         if ended or not moved:
             return bool(ended)

@@ -495,14 +495,14 @@ class Coordinator:
             self._log.error("a lease was not given back; it runs out: %s", exc)
         held.watch.look_at = 0.0
 
-    def bury(self, member: Member, ran: Mapping[int, Mapping[str, bool]]) -> None:
+    def bury(self, member: Member, ran: Mapping[int, Mapping[str, bool]], *, all_that_ran: bool = False) -> None:
         """What a dead member leaves: the entries that ``ran``, by lease, are charged where they are at fault, else spared;
-        then the leases are freed."""
+        then the leases are freed. ``all_that_ran``: no body of another entry ran, whatever start is written down."""
         for held in list(member.held.values()):
             try:
                 if held.number in ran:
                     held.lease.charge(self.links.at(held.lease.key), ran[held.number])
-                self._free(held)
+                self._free(held, charged=all_that_ran)
             except ReplyError as exc:
                 self._say_refused(f"queue={held.watch.name} shard={held.shard}", exc)
             held.watch.look_at = 0.0
@@ -521,11 +521,14 @@ class Coordinator:
         watch.membership.members = [m for m in watch.membership.members if m not in incarnations]
         watch.look_at = 0.0
 
-    def _free(self, held: Held) -> None:
+    def _free(self, held: Held, *, charged: bool = False) -> None:
         lease = held.lease
         link = self.links.at(lease.key)
         if lease.shared:
-            reap(link, lease.keys, self._group, lease.incarnation, self._lease_ms, gone=True, alive=lease.alive)
+            reap(
+                link, lease.keys, self._group, lease.incarnation, self._lease_ms,
+                gone=True, alive=lease.alive, charged=charged,
+            )  # fmt: skip
         else:
             lease.release(link)
 

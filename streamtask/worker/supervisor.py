@@ -391,7 +391,7 @@ class Supervisor:
             ran.setdefault(number, {})[entry_id] = at_fault
         if read is not None:
             ran.setdefault(read[0], {})[read[1]] = True
-        self._coordinator.bury(child, ran)
+        self._coordinator.bury(child, ran, all_that_ran=True)
 
     def _end_overdue(self, now: float) -> None:
         for child in self._children:

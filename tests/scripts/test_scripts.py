@@ -1570,6 +1570,25 @@ def test_nothing_is_lost_where_nobody_else_lives(shard):
     assert take(shard, live, 10) == ids
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_had_ended_when_its_process_died_is_not_charged(shard, alone):
+    """Where the supervisor has charged what ran. The start of what another process marked stays written down."""
+    lease = join_shared(shard.link, shard.keys, GROUP, "a", 60_000)
+    ids = shard.add(3)
+    shard.read(consumer="a")
+    for entry_id in ids[:2]:
+        mark(shard, entry_id, lease)
+    shard.client.hset(shard.keys.notes(GROUP), ids[2], Note(mark=7).format())
+    assert lease.charge(shard.link, {ids[1]: True}) == 1
+    live = None if alone else join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    assert reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=True, charged=True) is not alone
+    live = live or join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
+    assert reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=False)
+    assert take(shard, live, 10) == ids
+    notes = [Note.parse(shard.client.hget(shard.keys.notes(GROUP), entry_id)) for entry_id in ids]
+    assert [(note.mark, note.crashes) for note in notes] == [(0, 0), (0, 1), (7, 0)]
+
+
 def test_an_empty_consumer_goes_though_nobody_else_lives(shard):
     join_shared(shard.link, shard.keys, GROUP, "a", 60_000)
     shard.client.xgroup_createconsumer(shard.keys.stream, GROUP, "a")

@@ -15,6 +15,8 @@
 -- ARGV[5] lease time, ms
 -- ARGV[6] most entries to move in this call
 -- ARGV[7] token of the lease that is to be ended, or 0: a lease that was taken since by the same process stays
+-- ARGV[8] '1' if those of its entries whose bodies ran are charged, or spared: of the others the bodies had ended, and that they
+--         started is forgotten, lest the next consumer counts it
 -- Returns: {1 if the consumer is gone now else 0, how many entries moved}
 --- @include alive
 --- @include now
@@ -38,6 +40,15 @@ end
 local moved = 0
 local limit = tonumber(ARGV[6])
 local pending = pending_of(KEYS[3], ARGV[1], '-', '+', limit, ARGV[2])
+for i = 1, ARGV[8] == '1' and #pending or 0 do
+  local note = redis.call('HGET', KEYS[6], pending[i][1])
+  local before, mark, after = (note or ''):match('^(%d+ %d+ %d+) (%d+) (%d+ %d+)$')
+  if mark and mark == token then
+    -- HDEL first: a write that Redis allows above maxmemory lets the next one through.
+    redis.call('HDEL', KEYS[6], pending[i][1])
+    redis.call('HSET', KEYS[6], pending[i][1], before .. ' 0 ' .. after)
+  end
+end
 if #pending > 0 then
   local heir
   local names = redis.call('ZRANGE', KEYS[2], 0, -1)
