@@ -27,7 +27,7 @@ demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, an
 PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 .PHONY: test
-test: $(VENV)/.test ## Run the quick tests, some 7 minutes on two cores (make test ARGS='-k lease -x')
+test: $(VENV)/.test ## Run the quick tests, some 6 minutes on two cores (make test ARGS='-k lease -x')
 	$(PYTEST) --part quick $(ARGS)
 
 .PHONY: test-rest
