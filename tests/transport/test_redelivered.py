@@ -12,6 +12,7 @@ from kombu import Connection, Message
 from streamtask.redis.scripts import script
 from streamtask.transport import hooks
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.transport.kit import Inbox, Kit, publish
 
 FOLLOWERS = 40
@@ -64,7 +65,7 @@ WAYS = [requeue, recover, close_channel, release, collect, lose_connection, lose
 
 
 @pytest.mark.parametrize("key", [None, "u1"], ids=["plain", "keyed"])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", sampled(WAYS, requeue, lose_connection), ids=lambda way: way.__name__)
 def test_it_says_so(kit: Kit, way: Callable[[Kit, Connection, Message], None], key: str | None) -> None:
     """Both are set, and only of what was delivered."""
     channel = kit.channel()

@@ -87,7 +87,7 @@ def gil(k, n, seconds):
 """
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", sampled([1, 4], 4))
 @pytest.mark.parametrize("task", ["soft", "sleeps"])
 def test_a_soft_limit_fails_the_run(redis_server, site, task, concurrency):
     site = site(redis_server, LIMITS)
@@ -230,7 +230,7 @@ def test_a_body_that_holds_the_gil_keeps_its_shard(redis_server, site):
     site.wait_empty()
 
 
-@pytest.mark.parametrize("harm", ["gil", "stopped"])
+@pytest.mark.parametrize("harm", sampled(["gil", "stopped"], "gil"))
 def test_a_process_that_reads_nothing_holds_nobody_up(redis_server, site, harm):
     """Its supervisor has megabytes to tell it of revoked tasks; it goes on to renew the others' leases."""
     site = site(redis_server, LIMITS, lease=1.0)

@@ -10,6 +10,7 @@ import pytest
 from streamtask.inspector import Inspector
 from streamtask.redis.scripts import script
 from tests.helpers import wait_until
+from tests.parts import sampled
 
 TASKS = """
 class DiesOnce(Middleware):
@@ -47,7 +48,7 @@ def test_a_dead_letter_does_not_overtake_what_ended_before_it(redis_server_all, 
     site.wait_empty()
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", sampled([1, 4], 4))
 @pytest.mark.parametrize("way", ["drop", "replay"])
 def test_a_held_lane_opens_also_after_a_crash(redis_server_all, site, concurrency, way):
     site = site(redis_server_all, TASKS, shards=1, on_dead="hold")

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.helpers import Starved, is_alive, wait_until
+from tests.parts import sampled
 from tests.worker.rig import keys_on
 
 
@@ -60,7 +61,7 @@ def test_an_idle_pod_stops_quickly(redis_server, site):
     assert [names for names in site.consumers().values() if len(names) > 1] == []
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", sampled([signal.SIGTERM, signal.SIGINT], signal.SIGINT))
 def test_a_second_signal_stops_cold(redis_server, site, second):
     site = site(redis_server)
     pod = site.pod(2)

@@ -9,6 +9,7 @@ import pytest
 from streamtask.inspector import Inspector
 from streamtask.redis.keys import SHARED
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.worker.rig import keys_on
 
 HELD = """
@@ -23,7 +24,7 @@ def free(n):
 """
 
 
-@pytest.mark.parametrize("concurrency, body_ms", [(1, 5), (4, 20), (4, 400)])
+@pytest.mark.parametrize("concurrency, body_ms", sampled([(1, 5), (4, 20), (4, 400)], (1, 5)))
 def test_while_another_shard_has_a_backlog(redis_server, site, concurrency, body_ms):
     """A due message runs before a later one of its key, and a held lane opens, though the process's other shard is full."""
     site = site(redis_server, shards=2, on_dead="hold")
@@ -48,7 +49,7 @@ def test_while_another_shard_has_a_backlog(redis_server, site, concurrency, body
     assert site.redis.xlen(site.stream(0)) > 200, "the other shard was busy all the time"
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", sampled([1, 4], 4))
 def test_while_a_body_takes_long_and_more_waits_behind_it(redis_server, site, concurrency):
     """What falls due is moved in time where no shard has room, or all that run bodies are taken."""
     site = site(redis_server, shards=2)
