@@ -35,7 +35,7 @@ test-rest: $(VENV)/.test ## Run the tests that make test leaves out: chaos, Cele
 	$(PYTEST) --part rest $(ARGS)
 
 .PHONY: test-all
-test-all: $(VENV)/.test ## Run all tests, some 19 minutes on two cores
+test-all: $(VENV)/.test ## Run all tests, some 20 minutes on two cores
 	$(PYTEST) $(ARGS)
 
 # What touches each of them: the wire, redis-py and hiredis, the command line and its tables, kombu, Celery.

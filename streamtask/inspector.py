@@ -570,10 +570,10 @@ class Inspector:
         return _check("keys", True, "all keys are of their types"), names
 
     def _misplaced(self, keys: Sequence[str]) -> list[str]:
-        by_node: dict[str, list[str]] = {}
-        for key in keys:
-            by_node.setdefault(self.app.broker.node(key), []).append(key)
-        return [text for node, some in by_node.items() for text in misplaced(self._link(node, some[0]), some)]
+        def ask(commands: Sequence[tuple[str, bytes]]) -> list[Any]:
+            return [reply for (reply,) in self._send([(key, [packed]) for key, packed in commands], raising=False)]
+
+        return list(misplaced(keys, ask).values())
 
     def _check_ids(self, shapes: dict[str, Shape]) -> Row:
         """Entries whose ids their producers chose: a stream may take no more of them, or has times that are none."""

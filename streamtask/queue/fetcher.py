@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, LeaseLost, ReplyError, StreamTaskError
+from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, ReplyError, StreamTaskError
 from ..redis.connection import Broker
 from ..redis.link import LARGE, Link, pack
-from ..redis.misplaced import WRONGTYPE, misplaced
+from ..redis.misplaced import WRONGTYPE, by, misplaced, of_one_key
 from ..redis.scripts import script
 from .lanes import Entry
 
@@ -133,9 +133,8 @@ class Fetcher:
 
     def _find_broken(self, fetched: Fetched, looked_at: Sequence[ShardConsumer], exc: ReplyError) -> None:
         """One XREAD looks at what wakes all shards: which of them made it fail?"""
-        at_fault = misplaced(self.link, [consumer.keys.wake for consumer in looked_at])
-        broken = [c for c in looked_at if any(one.startswith(f"{c.keys.wake} ") for one in at_fault)]
-        fetched.refused += [(consumer, exc) for consumer in broken]
+        at_fault = misplaced([consumer.keys.wake for consumer in looked_at], by(self.link))
+        fetched.refused += [(consumer, exc) for consumer in looked_at if consumer.keys.wake in at_fault]
 
     def _take_wakes(self, woken: list[Any]) -> list[ShardConsumer]:
         streams = {consumer.keys.wake.encode(): consumer for consumer in self._looks_at}
@@ -151,7 +150,7 @@ class Fetcher:
     def _check_owners(self, fetched: Fetched, watched: list[ShardConsumer], answers: Iterator[Any]) -> None:
         self.guarded = []
         for consumer, answer in zip(watched, answers, strict=True):
-            if isinstance(answer, ReplyError) and not isinstance(answer, ConfigError):
+            if isinstance(answer, ReplyError) and of_one_key(answer):
                 fetched.refused.append((consumer, answer))
             elif isinstance(answer, Exception):
                 raise answer

@@ -51,14 +51,6 @@ class ShardKeys:
         """A stream of at most one entry: appended to when the owner must look at something else than the stream."""
         return self.prefix + "wake"
 
-    def types(self, group: str) -> dict[str, str]:
-        """Of which type Redis says that each key is."""
-        return {
-            self.stream: "stream", self.state: "hash", self.delayed: "zset", self.wake: "stream", self.dlq: "stream",
-            self.token(group): "string", self.notes(group): "hash", self.replaced(group): "hash",
-            self.requeued(group): "zset", self.consumers(group): "zset",
-        }  # fmt: skip
-
     @property
     def dlq(self) -> str:
         return self.prefix + "dlq"

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from ..errors import ReplyError
+from ..errors import ConfigError, ReplyError, StreamTaskError
 from .keys import type_of
-from .link import Link, pack
+from .link import Link, Reply, pack
 
 WRONGTYPE = "WRONGTYPE"
 
+Ask = Callable[[Sequence[tuple[str, bytes]]], Sequence[Reply]]
+"""Sends prepared commands, each to the server that holds its key, and answers their replies."""
 
-def misplaced(link: Link, keys: Iterable[str]) -> list[str]:
-    """Of the keys those that are there with another type, each as a sentence that names it."""
+
+def by(link: Link) -> Ask:
+    """Asks one server alone."""
+    return lambda commands: link.pipeline([packed for _, packed in commands])
+
+
+def of_one_key(error: object) -> bool:
+    """Whether an error is a matter of one key, as one of a wrong type: what has other keys goes on."""
+    return isinstance(error, ReplyError) and not isinstance(error, ConfigError)
+
+
+def misplaced(keys: Iterable[str], ask: Ask) -> dict[str, str]:
+    """Of the keys those that are there with another type, and what is to be said of each."""
     wanted = {key: kind for key in keys if (kind := type_of(key)) is not None}
-    found = link.pipeline([pack("TYPE", key) for key in wanted])
+    found = ask([(key, pack("TYPE", key)) for key in wanted])
     kinds = {key: kind.decode() for key, kind in zip(wanted, found, strict=True) if isinstance(kind, bytes)}
-    return [
-        f"{key} is a {kind}, and has to be a {wanted[key]}"
+    return {
+        key: f"{key} is a {kind}, and has to be a {wanted[key]}"
         for key, kind in kinds.items()
         if kind not in ("none", wanted[key])
-    ]
+    }
 
 
-def named(link: Link, exc: ReplyError, keys: Iterable[str]) -> str:
-    """What an error of a call says, and which of its keys is at fault."""
-    said = "; ".join(misplaced(link, keys)) if exc.code == WRONGTYPE else ""
+def naming(exc: ReplyError, keys: Iterable[str], ask: Ask) -> str:
+    """What an error of a call says, and which of its keys is at fault, where Redis can be asked."""
+    try:
+        said = "; ".join(misplaced(keys, ask).values()) if exc.code == WRONGTYPE else ""
+    except StreamTaskError:
+        said = ""
     return f"{said} (remove or rename it): {exc}" if said else str(exc)

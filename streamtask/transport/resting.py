@@ -3,8 +3,11 @@ and the other queues of the process go on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..clock import mono_s
-from ..errors import ConfigError, ReplyError
+from ..errors import ReplyError
+from ..redis.misplaced import Ask, naming, of_one_key
 from ..text import logger
 from ..worker.outage import Rarely
 
@@ -15,7 +18,7 @@ REST_S = 1.0
 
 def is_of_one_key(exc: ReplyError) -> bool:
     """Whether an error says nothing of other queues. An ACL that refuses is a wrong setting, and NOGROUP means a flush."""
-    return not isinstance(exc, ConfigError) and exc.code != "NOGROUP"
+    return of_one_key(exc) and exc.code != "NOGROUP"
 
 
 class Rest:
@@ -33,6 +36,7 @@ class Rest:
     def begin(self) -> None:
         self.until = mono_s() + REST_S
 
-    def say(self, what: str, why: str) -> None:
-        if self._said.worth_saying(why):
-            log.error("Redis refused a call, %s rests and is tried again: %s", what, why)
+    def say(self, what: str, exc: ReplyError, keys: Iterable[str], ask: Ask) -> None:
+        """``keys``: those of which one may be at fault."""
+        if self._said.worth_saying(str(exc)):
+            log.error("Redis refused a call, %s rests and is tried again: %s", what, naming(exc, keys, ask))

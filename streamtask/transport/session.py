@@ -29,7 +29,6 @@ from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import Link
 from ..text import logger
-from ..worker.links import wrong_keys
 from . import fetching, hooks, lifetime, taking
 from .connections import Connections
 from .consumed import Consumed
@@ -326,12 +325,11 @@ class Session:
         consumed = self.consumed.get(consumer.queue)
         if consumer.lease.shared and consumed is not None and consumed.streams:
             resting = list(consumed.streams.values())
-        types: dict[str, str] = {}
         for one in resting:
             one.connection_lost()  # a part may have been done
             one.rest.begin()
-            types |= {one.lease.key: "hash", **one.keys.types(GROUP)}
-        consumer.rest.say(what, f"{exc}{wrong_keys(self.connections.links, types, exc)}")
+        named = (key for one in resting for key in (one.lease.key, *one.keys.all(GROUP)))
+        consumer.rest.say(what, exc, named, self.connections.links.pipeline)
 
     def _rest_queue(self, name: str, exc: ReplyError) -> None:
         """The same of all of a queue: it can't even be joined. Raises what is no matter of one queue."""
@@ -339,13 +337,13 @@ class Session:
             raise exc
         consumed = self.consumed[name]
         queue = consumed.queue
-        types = {queue.keys.meta: "hash"}
-        for name in (SHARED, *(shared(priority) for priority in queue.priorities[1:])):
-            types |= queue.keys.shard(queue.shape().epoch if queue.declared else 0, name).types(GROUP)
+        epoch = queue.shape().epoch if queue.declared else 0
+        streams = (SHARED, *(shared(priority) for priority in queue.priorities[1:]))
+        named = (queue.keys.meta, *(key for one in streams for key in queue.keys.shard(epoch, one).all(GROUP)))
         for one in consumed.consumers():
             one.connection_lost()
         consumed.rest.begin()
-        consumed.rest.say(f"queue {queue.name}", f"{exc}{wrong_keys(self.connections.links, types, exc)}")
+        consumed.rest.say(f"queue {queue.name}", exc, named, self.connections.links.pipeline)
         consumed.rung = True
 
     def lost(self, consumer: StreamConsumer, why: str) -> None:

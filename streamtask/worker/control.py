@@ -24,7 +24,7 @@ from ..queue.lanes import Delivery, Entry
 from ..queue.settler import Settler
 from ..redis import wire
 from ..redis.link import Link
-from ..redis.misplaced import named
+from ..redis.misplaced import by, naming
 from ..text import logger
 from .outage import Outage, Rarely
 from .outbox import Outbox
@@ -513,7 +513,7 @@ class Control:
             except ReplyError as why:
                 exc = why
         if owned.refusals.worth_saying(exc.code):
-            text = named(self._link, exc, owned.consumer.keys.all(self._settings.consumer.group))
+            text = naming(exc, owned.consumer.keys.all(self._settings.consumer.group), by(self._link))
             log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, text)
         owned.quiet_until = mono_s() + 1.0
 

@@ -24,12 +24,13 @@ from ..clock import mono_s, wall_ms
 from ..coordination.assignment import assign
 from ..coordination.lease import Contact, Lease, Refused, acquire, reap
 from ..coordination.membership import Membership
-from ..errors import BrokerUnavailable, ConfigError, LeaseLost, QueueFull, ReplyError, StreamTaskError
+from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.declare import Shape
 from ..redis.connection import Broker
-from ..redis.keys import QueueKeys, ShardKeys, type_of
+from ..redis.keys import QueueKeys, ShardKeys
 from ..redis.link import Link, pack
-from .links import Links, wrong_keys
+from ..redis.misplaced import naming, of_one_key
+from .links import Links
 from .outage import Outage, Rarely
 
 BEATS = 3
@@ -40,11 +41,6 @@ LOOK_S = 60.0
 
 SHAPE_BEATS = 10
 """In so many beats what Redis has recorded of each followed queue is read: who changes it tells, too."""
-
-
-def of_one_key(error: object) -> bool:
-    """Whether an error is a matter of one key, as one of a wrong type: the other queues go on."""
-    return isinstance(error, ReplyError) and not isinstance(error, ConfigError)
 
 
 class QueueWatch:
@@ -223,18 +219,20 @@ class Coordinator:
     def _rests(self, watch: QueueWatch, exc: object) -> None:
         """Redis refuses something of one queue, of which nothing changes hands until that is over. Raises what is no matter of
         one queue."""
-        group, keys = self._group, watch.keys
-        types = {keys.meta: "hash", keys.members(group): "zset", keys.member_info(group): "hash"}
-        for shard in range(watch.shape.shards if watch.shape else 0):
-            names = watch.shard_keys(shard)
-            types |= {names.lease(group): "hash", names.token(group): "string"}
-        self._say_refused(f"queue={watch.name}", exc, wrong_keys(self.links, types, exc))
+        shards = range(watch.shape.shards if watch.shape else 0)
+
+        def keys() -> Iterator[str]:
+            yield from watch.keys.all(self._group)
+            for names in map(watch.shard_keys, shards):
+                yield from (names.lease(self._group), names.token(self._group))
+
+        self._say_refused(f"queue={watch.name}", exc, keys)
         watch.look_at = mono_s() + max(1.0, self._lease_ms / 1000)
 
     def _shard_rests(self, watch: QueueWatch, shard: int | str, exc: Exception) -> None:
         """Redis refuses something of one shard, which is not taken until that is over; the others are. Raises as ``_rests``."""
-        keys = {key: kind for key in watch.shard_keys(shard).all(self._group) if (kind := type_of(key)) is not None}
-        self._say_refused(f"queue={watch.name} shard={shard}", exc, wrong_keys(self.links, keys, exc))
+        where = f"queue={watch.name} shard={shard}"
+        self._say_refused(where, exc, lambda: watch.shard_keys(shard).all(self._group))
 
     @contextmanager
     def one_by_one(self, watch: QueueWatch, shard: int | str) -> Iterator[None]:
@@ -244,15 +242,18 @@ class Coordinator:
         except ReplyError as exc:
             self._shard_rests(watch, shard, exc)
 
-    def _say_refused(self, where: str, exc: object, keys: str = "") -> None:
-        """Raises what is no matter of one key."""
-        if not of_one_key(exc):
+    def _say_refused(self, where: str, exc: object, keys: Callable[[], Iterable[str]] = tuple) -> None:
+        """``keys``: those of which one may be at fault. Raises what is no matter of one key."""
+        if not (isinstance(exc, ReplyError) and of_one_key(exc)):
             assert isinstance(exc, Exception)
             raise exc
+        if self._worth_saying(where, str(exc)):
+            self._log.error("Redis refused a call %s: %s", where, naming(exc, keys(), self.links.pipeline))
+
+    def _worth_saying(self, where: str, what: str) -> bool:
         if len(self._refusals) > 1000:
             self._refusals.clear()
-        if self._refusals.setdefault(where, Rarely()).worth_saying(f"{exc}{keys}"):
-            self._log.error("Redis refused a call %s: %s%s", where, exc, keys)
+        return self._refusals.setdefault(where, Rarely()).worth_saying(what)
 
     def wake_at(self) -> float:
         """When to call ``work`` next, on the monotonic clock."""
@@ -342,9 +343,9 @@ class Coordinator:
         """Takes the answers to renewals."""
         for (member, held), reply in zip(leases, replies, strict=True):
             if isinstance(reply, Exception):
-                where = f"queue={held.watch.name} shard={held.shard}: a renewal failed"
-                if self._refusals.setdefault(where, Rarely()).worth_saying(str(reply)):
-                    self._log.error("%s: %s", where, reply)
+                where = f"queue={held.watch.name} shard={held.shard}"
+                if self._worth_saying(f"{where}: renewals", str(reply)):
+                    self._log.error("a renewal failed %s: %s", where, reply)
                 continue
             try:
                 held.lease.renewed(reply, sent_at)

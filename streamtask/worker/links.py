@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ..clock import mono_s
-from ..errors import ReplyError, StreamTaskError
 from ..redis.connection import Broker
-from ..redis.link import SMALL, Link, Reply, pack
+from ..redis.link import SMALL, Link, Reply
 
 IDLE_S = 1.0
 """A connection that was not used for so long may have been closed by the server: it is looked at before its next use."""
@@ -58,16 +57,3 @@ class Links:
             link.close()
         if self._broker.is_cluster:
             self._links.clear()
-
-
-def wrong_keys(links: Links, types: Mapping[str, str], exc: object) -> str:
-    """After a WRONGTYPE, of which Redis does not say whose: names the keys that are of another type than these, for a log."""
-    if not isinstance(exc, ReplyError) or exc.code != "WRONGTYPE":
-        return ""
-    try:
-        found = links.pipeline([(key, pack("TYPE", key)) for key in types])
-    except StreamTaskError:
-        return ""
-    kinds = [kind.decode() if isinstance(kind, bytes) else str(kind) for kind in found]
-    odd = [f"{key} is a {kind}" for key, kind in zip(types, kinds, strict=True) if kind not in (types[key], "none")]
-    return f" ({', '.join(odd)})" if odd else ""
