@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from .middleware import Dedupe, Middleware
     from .results import AsyncResult
+    from .task import Task
 
 __all__ = [
     "AccessRefused",
@@ -67,6 +68,7 @@ __all__ = [
     "SoftTimeLimitExceeded",
     "StreamTask",
     "StreamTaskError",
+    "Task",
     "TaskError",
     "TaskRevoked",
     "UnknownTask",
@@ -78,7 +80,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    homes = {"StreamTask": ".app", "Dedupe": ".middleware", "Middleware": ".middleware", "AsyncResult": ".results"}
+    homes = {
+        "AsyncResult": ".results",
+        "Dedupe": ".middleware",
+        "Middleware": ".middleware",
+        "StreamTask": ".app",
+        "Task": ".task",
+    }
     value = globals()[name] = getattr(import_module(homes.get(name, ".errors"), __name__), name)
     return value
 

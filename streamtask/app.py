@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from . import settings as settings_module
 from .clock import wall_ms
@@ -30,11 +30,17 @@ from .redis.link import pack
 from .results import AsyncResult, ResultStore
 from .settings import Settings
 from .sharding import shard_of
-from .task import Task, TaskOptions
+from .task import Task, TaskKeywords, TaskOptions
 from .version import installed
 from .worker.ports import WorkerSettings
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .settings import SettingsKeywords
+
+P = ParamSpec("P")
+R = TypeVar("R")
 ENV_URL = "STREAMTASK_BROKER_URL"
 ENV_AUDIT_S = "STREAMTASK_AUDIT_S"
 
@@ -55,7 +61,7 @@ class StreamTask:
         broker: str | None = None,
         backend: str | bool | None = None,
         middleware: Sequence[Middleware] = (),
-        **options: Any,
+        **options: Unpack[SettingsKeywords],
     ) -> None:
         if not name or not isinstance(name, str):
             raise ConfigError("an app needs a name, as in StreamTask('notifications')")
@@ -64,7 +70,7 @@ class StreamTask:
         url = broker if broker is not None else os.environ.get(ENV_URL) or "embedded://"
         self.broker = Broker(url, timeout_s=self.settings.redis_timeout)
         self.middleware = list(middleware)
-        self.tasks: dict[str, Task[Any]] = {}
+        self.tasks: dict[str, Task[..., Any]] = {}
         self._queues: dict[str, Queue] = {}
         self._revokers: dict[Queue, Callable[[str], None]] = {}
         self._lock = threading.Lock()
@@ -97,24 +103,40 @@ class StreamTask:
     # Tasks
 
     @overload
-    def task(self, function: F) -> Task[F]: ...
+    def task(self, function: Callable[P, R]) -> Task[P, R]: ...
     @overload
-    def task(self, function: None = None, *, name: str | None = None, **options: Any) -> Callable[[F], Task[F]]: ...
-    def task(self, function: F | None = None, *, name: str | None = None, **options: Any) -> Any:
+    def task(
+        self,
+        function: None = None,
+        *,
+        name: str | None = None,
+        bind: Literal[False] = False,
+        **options: Unpack[TaskKeywords],
+    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+    @overload
+    def task(
+        self,
+        function: None = None,
+        *,
+        name: str | None = None,
+        bind: Literal[True],
+        **options: Unpack[TaskKeywords],
+    ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
+    def task(self, function: Callable[..., Any] | None = None, *, name: str | None = None, **options: Any) -> Any:
         """Registers a function as a task: ``@app.task`` or ``@app.task(shard_key="user_id", ...)``.
 
         Options: see ``streamtask.task.TaskOptions``. ``name`` is the module's and the function's by default. Raises
         ``ConfigError`` for unknown options or a name that is taken.
         """
 
-        def register(function: F) -> Task[F]:
+        def register(function: Callable[..., Any]) -> Task[..., Any]:
             unknown = set(options) - set(TaskOptions.__dataclass_fields__)
             if unknown:
                 raise ConfigError(
                     f"unknown task option{'s' if len(unknown) > 1 else ''} {', '.join(sorted(unknown))}: "
                     f"known are name, {', '.join(sorted(TaskOptions.__dataclass_fields__))}"
                 )
-            task = Task(self, function, name or _name_of(function), _task_options(options))
+            task: Task[..., Any] = Task(self, function, name or _name_of(function), _task_options(options))
             if task.name in self.tasks and self.tasks[task.name].function is not function:
                 other = self.tasks[task.name].function
                 if (other.__module__, other.__qualname__) != (function.__module__, function.__qualname__):
@@ -151,8 +173,8 @@ class StreamTask:
     # Sending
 
     def send_plain(
-        self, task: Task[Any], key: bytes | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> AsyncResult:
+        self, task: Task[..., Any], key: bytes | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> AsyncResult[Any]:
         """``send`` for a message without options, hooks or headers: what ``task.delay`` nearly always sends."""
         if self._hooks or not task.is_plain:
             return self.send(task, key, args, kwargs)
@@ -167,7 +189,7 @@ class StreamTask:
 
     def send(
         self,
-        task: Task[Any],
+        task: Task[..., Any],
         key: bytes | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
@@ -176,7 +198,7 @@ class StreamTask:
         task_id: str | None = None,
         timeout: float | None = None,
         **options: Any,
-    ) -> AsyncResult:
+    ) -> AsyncResult[Any]:
         """Stores one message; ``task.delay`` and ``apply_async`` are the ways to call it."""
         queue = self.queue(task.options.queue)
         if not queue.declared:
@@ -187,14 +209,14 @@ class StreamTask:
 
     async def asend(
         self,
-        task: Task[Any],
+        task: Task[..., Any],
         key: bytes | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         *,
         timeout: float | None = None,
         **options: Any,
-    ) -> AsyncResult:
+    ) -> AsyncResult[Any]:
         """As ``send``, for asyncio."""
         if self._async_producer is None:
             self._async_producer = AsyncProducer(self.producer, self.broker)
@@ -207,7 +229,7 @@ class StreamTask:
 
     def _call(
         self,
-        task: Task[Any],
+        task: Task[..., Any],
         key: bytes | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
@@ -251,12 +273,12 @@ class StreamTask:
         call = Call(queue, queue.shard_for(key), envelope, due_ms, relative, dedupe, message_id, call_id)
         return call, outgoing
 
-    def _serializer(self, task: Task[Any]) -> str:
+    def _serializer(self, task: Task[..., Any]) -> str:
         return task.options.serializer or self.settings.serializer
 
     def _encode(
         self,
-        task: Task[Any],
+        task: Task[..., Any],
         key: bytes | None,
         message_id: bytes | str,
         args: Sequence[Any],
@@ -275,7 +297,7 @@ class StreamTask:
             )
         return envelope
 
-    def _sent(self, call: Call, outgoing: Outgoing | None, stored: bool) -> AsyncResult:
+    def _sent(self, call: Call, outgoing: Outgoing | None, stored: bool) -> AsyncResult[Any]:
         if outgoing is not None:
             for hook in self._after_send:
                 hook(outgoing, stored)
@@ -286,17 +308,17 @@ class StreamTask:
 
     def send_bulk(
         self,
-        task: Task[Any],
+        task: Task[..., Any],
         calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
         *,
         timeout: float | None = None,
-    ) -> list[AsyncResult]:
+    ) -> list[AsyncResult[Any]]:
         """Stores many messages of one task; ``task.send_many`` is the way to call it."""
         self.producer.check_process()
         queue = self.queue(task.options.queue)
         self.producer.declare(queue, timeout)
         messages: list[tuple[int | str, bytes]] = []
-        results: list[AsyncResult] = []
+        results: list[AsyncResult[Any]] = []
         outgoing: list[Outgoing] = []
         revoke = self._revoker(queue)
         expires = task.options.expires
@@ -327,7 +349,7 @@ class StreamTask:
 
     # Results
 
-    def AsyncResult(self, task_id: str, *, queue: str = "default") -> AsyncResult:
+    def AsyncResult(self, task_id: str, *, queue: str = "default") -> AsyncResult[Any]:
         """The result of a task id; ``queue`` is where ``revoke`` looks for its message."""
         return AsyncResult(wire.id_bytes(task_id), self.results, self._revoker(self.queue(queue)))
 

@@ -47,7 +47,7 @@ class Runner:
 
     def __init__(
         self,
-        tasks: Mapping[str, Task[Any]],
+        tasks: Mapping[str, Task[..., Any]],
         settings: Settings,
         results: ResultStore | None,
         middlewares: list[Middleware],
@@ -70,7 +70,7 @@ class Runner:
             name: task.function for name, task in tasks.items() if self._is_plain(task)
         }
 
-    def _is_plain(self, task: Task[Any]) -> bool:
+    def _is_plain(self, task: Task[..., Any]) -> bool:
         o = task.options
         return not (
             task.is_async
@@ -129,7 +129,7 @@ class Runner:
         return self._ended(task, delivery, place, request, result, error)
 
     def _refuse(
-        self, task: Task[Any] | None, delivery: Delivery, place: Place
+        self, task: Task[..., Any] | None, delivery: Delivery, place: Place
     ) -> tuple[Outcome | None, bytes | None] | None:
         """What becomes of a message that is not to run now, or None."""
         if task is None:
@@ -166,7 +166,7 @@ class Runner:
             self._next_start[name] = now + 1 / rate
             return 0.0
 
-    def _call(self, task: Task[Any], delivery: Delivery, place: Place) -> Any:
+    def _call(self, task: Task[..., Any], delivery: Delivery, place: Place) -> Any:
         """Runs the body within its limits.
 
         No generator-based context managers here: an exception that a soft limit raises while such a block is being
@@ -193,7 +193,7 @@ class Runner:
             if options.time_limit:
                 place.set_deadline(0.0)
 
-    async def _within_limits(self, task: Task[Any], delivery: Delivery, place: Place) -> Any:
+    async def _within_limits(self, task: Task[..., Any], delivery: Delivery, place: Place) -> Any:
         options = task.options
         if options.time_limit:
             place.set_deadline(mono_s() + options.time_limit)
@@ -213,7 +213,7 @@ class Runner:
 
     def _ended(
         self,
-        task: Task[Any],
+        task: Task[..., Any],
         delivery: Delivery,
         place: Place,
         request: Request,
@@ -304,7 +304,7 @@ class Runner:
         self,
         delivery: Delivery,
         place: Place,
-        task: Task[Any] | None,
+        task: Task[..., Any] | None,
         state: str,
         result: Any = None,
         *,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 from .backoff import delays
 from .clock import mono_s, wall_ms
@@ -13,6 +13,9 @@ from .redis import keys, wire
 from .redis.connection import Broker
 from .redis.scripts import script
 from .text import harmless, said
+
+R = TypeVar("R", covariant=True)
+T = TypeVar("T")
 
 PENDING = "PENDING"
 SUCCESS = "SUCCESS"
@@ -144,8 +147,8 @@ class Revoker(Protocol):
     def __call__(self, task_id: str) -> None: ...
 
 
-class AsyncResult:
-    """A handle on a sent message. ``id`` is the task id."""
+class AsyncResult(Generic[R]):
+    """A handle on a sent message. ``id`` is the task id; ``R`` is what its function returns."""
 
     __slots__ = ("_id", "_revoke", "_store", "_text", "stored")
 
@@ -174,6 +177,10 @@ class AsyncResult:
             raise ConfigError("this app keeps no results: name a backend, as in StreamTask(..., backend=True)")
         return self._store
 
+    @overload
+    def get(self: AsyncResult[Awaitable[T]], timeout: float | None = None) -> T: ...
+    @overload
+    def get(self, timeout: float | None = None) -> R: ...
     def get(self, timeout: float | None = None) -> Any:
         """Waits for the result and returns it. ``timeout`` in seconds; None waits for ever.
 

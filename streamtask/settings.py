@@ -6,12 +6,43 @@ Durations are in seconds, sizes in bytes. Unknown names are refused.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from .errors import ConfigError
+
+Seconds = float | dt.timedelta
+
+
+class SettingsKeywords(TypedDict, total=False):
+    """The fields of ``Settings``, for type checkers: keywords of ``StreamTask(...)``."""
+
+    shards: int
+    queue_shards: Mapping[str, int]
+    namespace: str
+    group: str
+    serializer: str
+    accept_content: Collection[str]
+    max_message_bytes: int
+    max_backlog: int
+    send_timeout: Seconds
+    produce_ttl: Seconds
+    dedupe_ttl: Seconds
+    max_dedupe_ids: int
+    lease: Seconds
+    handover_timeout: Seconds
+    ack: Literal["batch", "each"]
+    ack_batch: int
+    ack_interval: Seconds
+    prefetch: int
+    max_crashes: int
+    on_dead: Literal["continue", "hold"]
+    on_expired: Literal["drop", "dead"]
+    result_ttl: Seconds
+    redis_timeout: Seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,23 +7,28 @@ import functools
 import inspect
 import keyword
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar
 
 from .errors import ConfigError, Retry, ShardKeyError
 from .request import Request, current
 from .sharding import canonical
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # type checkers know it without its being installed
+
     from .app import StreamTask
     from .results import AsyncResult
+    from .settings import Seconds
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 FINAL = "_streamtask_final"
 """Mark on an exception that ``retry`` raised because no retries are left: it is not retried by default either."""
 
 ShardKey = str | Callable[..., Any] | None
+Exceptions = type[BaseException] | Collection[type[BaseException]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +83,45 @@ class TaskOptions:
         return value
 
 
-class Task(Generic[F]):
-    """A registered task. Calling it calls the function; ``delay`` sends a message."""
+class TaskKeywords(TypedDict, total=False):
+    """The fields of ``TaskOptions``, for type checkers: the keywords of ``@app.task``, but for ``bind``."""
 
-    def __init__(self, app: StreamTask, function: F, name: str, options: TaskOptions) -> None:
+    queue: str
+    shard_key: ShardKey
+    ordered: bool
+    max_retries: int | None
+    retry_backoff: bool | Seconds
+    retry_backoff_max: Seconds
+    retry_jitter: bool
+    autoretry_for: Exceptions | None
+    dont_autoretry_for: Exceptions
+    soft_time_limit: Seconds | None
+    time_limit: Seconds | None
+    expires: Seconds | None
+    ignore_result: bool
+    serializer: str | None
+    rate_limit: str | float | None
+
+
+class SendOptions(TypedDict, total=False):
+    """What a call may say of its message beside the shard key, for type checkers; see ``Task.apply_async``."""
+
+    countdown: Seconds | None
+    eta: dt.datetime | None
+    expires: Seconds | dt.datetime | None
+    task_id: str | None
+    dedupe_id: str | None
+    headers: Mapping[str, Any] | None
+    timeout: float | None
+
+
+class Task(Generic[P, R]):
+    """A registered task. Calling it calls the function; ``delay`` sends a message.
+
+    ``P``: the arguments of a call, without ``self``; ``R``: what the function returns, for an ``async def`` a coroutine.
+    """
+
+    def __init__(self, app: StreamTask, function: Callable[..., R], name: str, options: TaskOptions) -> None:
         self.app = app
         self.function = function
         self.name = name
@@ -92,14 +132,10 @@ class Task(Generic[F]):
         self._fits = compile_key(function, name, replace(options, shard_key=None))
         functools.update_wrapper(self, function)
 
-    if TYPE_CHECKING:
-        __call__: F
-    else:
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if self.options.bind:
-                return self.function(self, *args, **kwargs)
-            return self.function(*args, **kwargs)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.options.bind:
+            return self.function(self, *args, **kwargs)
+        return self.function(*args, **kwargs)
 
     @property
     def request(self) -> Request:
@@ -113,7 +149,7 @@ class Task(Generic[F]):
         """The canonical shard key of a call. Raises ``ShardKeyError``, or TypeError if the arguments don't fit."""
         return self._key_of(*args, **kwargs)
 
-    def delay(self, *args: Any, **kwargs: Any) -> AsyncResult:
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
         """Sends the task to run as soon as its turn comes. When it returns, the message is stored.
 
         Raises ``ShardKeyError``, ``EncodeError``, ``MessageTooLarge``, ``QueueFull`` or ``BrokerUnavailable``;
@@ -134,7 +170,7 @@ class Task(Generic[F]):
         shard_key: object = None,
         headers: Mapping[str, Any] | None = None,
         timeout: float | None = None,
-    ) -> AsyncResult:
+    ) -> AsyncResult[R]:
         """Sends the task with options. When it returns, the message is stored.
 
         ``countdown``: seconds from now (Redis' clock); ``eta``: a timezone-aware instant; ``expires``: seconds or an
@@ -163,7 +199,7 @@ class Task(Generic[F]):
         self._fits(*args, **kwargs)
         return canonical(shard_key)
 
-    async def adelay(self, *args: Any, **kwargs: Any) -> AsyncResult:
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
         """As ``delay``, for asyncio."""
         return await self.app.asend(self, self._key_of(*args, **kwargs), args, kwargs)
 
@@ -173,8 +209,8 @@ class Task(Generic[F]):
         kwargs: Mapping[str, Any] | None = None,
         *,
         shard_key: object = None,
-        **options: Any,
-    ) -> AsyncResult:
+        **options: Unpack[SendOptions],
+    ) -> AsyncResult[R]:
         """As ``apply_async``, for asyncio."""
         kwargs = {} if kwargs is None else kwargs
         return await self.app.asend(self, self._key(args, kwargs, shard_key), args, kwargs, **options)
@@ -184,7 +220,7 @@ class Task(Generic[F]):
         calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
         *,
         timeout: float | None = None,
-    ) -> list[AsyncResult]:
+    ) -> list[AsyncResult[R]]:
         """Sends many calls: kwargs mappings, or pairs ``(args, kwargs)``. Calls of one shard key keep their order.
 
         Some hundreds of messages of one shard take one script call. Raises ``BulkSendError``, which says what is

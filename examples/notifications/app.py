@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
-from streamtask import Reject, StreamTask
-from streamtask.request import Request
+from streamtask import Reject, StreamTask, Task
 
 LOG = os.environ.get("NOTIFICATIONS_LOG", "notifications.log")
 
@@ -43,9 +41,8 @@ def write(line: str) -> None:
 # Pushes of one user start in the order in which they were sent, on whatever process, and never overlap. While one is
 # retried, later ones of the same user wait behind it; other users' go on.
 @app.task(shard_key="user_id", bind=True, max_retries=5, retry_backoff=0.1, autoretry_for=(ProviderDown,))
-def send_push(self: Any, user_id: int, text: str) -> None:
-    request: Request = self.request
-    provider(user_id, text, request.attempt)
+def send_push(self: Task[..., None], user_id: int, text: str) -> None:
+    provider(user_id, text, self.request.attempt)
 
 
 # No shard key: any process that is free takes it.

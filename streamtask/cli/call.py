@@ -106,7 +106,7 @@ def call(
         print_json(answer)
 
 
-def _find(app: StreamTask, name: str) -> Task[Any]:
+def _find(app: StreamTask, name: str) -> Task[..., Any]:
     found = app.tasks.get(name)
     if found is not None:
         return found
@@ -121,7 +121,7 @@ def _find(app: StreamTask, name: str) -> Task[Any]:
     raise UnknownTask(f"app {app.name!r} has no task {name!r}: {hint}")
 
 
-def _routed(task: Task[Any], queue: str | None) -> Task[Any]:
+def _routed(task: Task[..., Any], queue: str | None) -> Task[..., Any]:
     if queue is None:
         return task
     routed = copy.copy(task)
