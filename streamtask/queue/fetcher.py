@@ -112,7 +112,9 @@ class Fetcher:
         self.asked, self.blocked = None, False
         fetched = Fetched()
         failed: ReplyError | None = None
+        told: dict[bytes, bytes] = {}  # the first entry of each stream behind what was known
         if isinstance(woken, list):
+            told = {stream: entries[0][0] for stream, entries in woken}
             fetched.woken = self._take_wakes(woken)
         elif isinstance(woken, ReplyError) and woken.code == WRONGTYPE:
             failed = woken
@@ -121,6 +123,10 @@ class Fetcher:
         self._check_owners(fetched, watched, replies)
         if isinstance(read, list):
             fetched.read = [(c, _entries(reply)) for c, reply in zip(asked, read, strict=True)]
+            for consumer, entries in fetched.read:
+                # Another process was given it, and it would wake this one until it is acknowledged.
+                if not entries and (others := told.get(consumer.keys.stream.encode())) is not None:
+                    consumer.last_id = others.decode()
         elif any(isinstance(reply, BrokerOutOfMemory) for reply in queued):
             # Above maxmemory Redis before 8 refuses whatever is queued in a transaction; yet a full Redis must be drained.
             fetched.read = [(consumer, self._read_by_script(consumer)) for consumer in asked]

@@ -41,3 +41,20 @@ def test_a_process_sleeps_when_all_is_done_and_while_a_body_waits(redis_server, 
     assert cpu_s(child) - before < 0.3, "a process spins while a body waits"
     site.open_gate(20)
     site.wait_ended(81)
+
+
+def test_a_process_sleeps_while_others_run_what_it_could_have_run(redis_server, site):
+    """Entries that others hold lie in the stream behind the last that this one was given."""
+    site = site(redis_server)
+    site.audit_s = 60.0
+    for _ in range(2):
+        site.pod(1, 4)
+    site.ready(2)
+    for n in range(5):
+        site.send(None, [n], ms=2500)
+    first = site.wait_started(None, count=5)
+    calls = [site.redis.info("commandstats")["cmdstat_xread"]["calls"]]
+    time.sleep(1)
+    calls.append(site.redis.info("commandstats")["cmdstat_xread"]["calls"])
+    assert time.monotonic() - first.at > 2.5 or calls[1] - calls[0] < 50, "an idle process spins"
+    site.wait_ended()
