@@ -413,8 +413,9 @@ def _checked(client: Any) -> Any:
 def _memory_client(url: str) -> Any:
     try:
         import fakeredis
+        import lupa  # noqa: F401 - without it fakeredis has no scripts
     except ImportError:
-        raise ConfigError("memory:// needs fakeredis: pip install 'streamtask[test]'") from None
+        raise ConfigError("memory:// needs fakeredis with Lua: pip install 'streamtask[testing]'") from None
     return fakeredis.FakeRedis(server=_memory_server(url), protocol=2)
 
 

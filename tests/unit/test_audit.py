@@ -66,6 +66,6 @@ def test_all_that_is_needed_has_a_lowest_version() -> None:
 def test_the_lowest_versions_are_those_that_were_asked_for() -> None:
     if ".lowest" not in os.environ.get("PYTHONPATH", ""):
         return  # not by make test-lowest
-    for name in ("click", "hiredis", "kombu", "msgpack", "redis", "rich", "celery"):
+    for name in ("click", "fakeredis", "hiredis", "kombu", "msgpack", "redis", "rich", "celery"):
         version = lowest(metadata.requires("streamtask") or [])[name]
         assert f"{metadata.version(name)}.".startswith(f"{version}."), name
