@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import importlib
 import os
 import sys
 import threading
@@ -16,6 +15,7 @@ from . import settings as settings_module
 from .clock import wall_ms
 from .errors import ConfigError, EncodeError, MessageTooLarge
 from .execution import Runner
+from .imports import import_named
 from .middleware import Dedupe, Middleware, Outgoing, overriding
 from .queue.aproducer import AsyncProducer
 from .queue.calls import Call, ProducerSettings
@@ -70,7 +70,8 @@ class StreamTask:
         url = broker if broker is not None else os.environ.get(ENV_URL) or "embedded://"
         self.broker = Broker(url, timeout_s=self.settings.redis_timeout)
         self.middleware = list(middleware)
-        self.tasks: dict[str, Task[..., Any]] = {}
+        self._tasks: dict[str, Task[..., Any]] = {}
+        self._modules: list[str] = []  # to be imported before a task is looked up
         self._queues: dict[str, Queue] = {}
         self._revokers: dict[Queue, Callable[[str], None]] = {}
         self._lock = threading.Lock()
@@ -137,16 +138,37 @@ class StreamTask:
                     f"known are name, {', '.join(sorted(TaskOptions.__dataclass_fields__))}"
                 )
             task: Task[..., Any] = Task(self, function, name or _name_of(function), _task_options(options))
-            if task.name in self.tasks and self.tasks[task.name].function is not function:
-                other = self.tasks[task.name].function
+            if task.name in self._tasks and self._tasks[task.name].function is not function:
+                other = self._tasks[task.name].function
                 if (other.__module__, other.__qualname__) != (function.__module__, function.__qualname__):
                     raise ConfigError(f"two tasks are named {task.name!r}: give one of them another name=")
             own = task.options.serializer
             self._accepted_of[task.name] = self._accepted | _content_types([own] if own else [])
-            self.tasks[task.name] = task
+            self._tasks[task.name] = task
             return task
 
         return register if function is None else register(function)
+
+    @property
+    def tasks(self) -> dict[str, Task[..., Any]]:
+        """All tasks by their names. Raises ``ConfigError`` if a module that ``autodiscover`` was given can't be imported."""
+        # Each time, which costs next to nothing and needs no lock: Python's own see to it that each module runs once.
+        for name in tuple(self._modules):
+            import_named(name, f"autodiscover of app {self.name!r}")
+        return self._tasks
+
+    def autodiscover(self, modules: list[str] | tuple[str, ...]) -> None:
+        """Names the modules that have this app's tasks, as ``app.autodiscover(["shop.orders", "shop.mails"])``.
+
+        They are imported when a task is first looked up: when a worker starts, at a command, at ``app.tasks``. So the module
+        with the app may be imported by them.
+        """
+        names = modules if isinstance(modules, list | tuple) else ()
+        if not names or not all(isinstance(one, str) and all(map(str.isidentifier, one.split("."))) for one in names):
+            raise ConfigError(
+                f"autodiscover takes a list of modules' full names, as ['shop.orders', 'shop.mails'], not {modules!r}"
+            )
+        self._modules += [one for one in names if one not in self._modules]
 
     def accepts(self, task: str) -> Collection[str]:
         """The content types that messages of a task may have: those of the serializers that the app and the task name."""
@@ -544,19 +566,7 @@ def find_app(name: str) -> StreamTask:
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as exc:
-        if exc.name is not None and (module_name == exc.name or module_name.startswith(exc.name + ".")):
-            raise ConfigError(
-                f"there is no module {exc.name!r} to find the app in (-A {name}): run from the folder that holds it, or "
-                "install it"
-            ) from None
-        raise ConfigError(f"the module {module_name!r} (-A {name}) can't be imported: {exc}") from exc
-    except ConfigError:
-        raise
-    except Exception as exc:
-        raise ConfigError(f"the module {module_name!r} (-A {name}) raised while it was imported: {exc!r}") from exc
+    module = import_named(module_name, f"-A {name}")
     if attribute:
         found = getattr(module, attribute, None)
         if not isinstance(found, StreamTask):
