@@ -276,7 +276,7 @@ def near_envelope(chance: random.Random, task: str = "put") -> list[bytes]:
 
 def check_case(chance: random.Random) -> None:
     """Decodes one case, of whichever kind. Raises AssertionError, or whatever a decoder must not raise."""
-    began = time.perf_counter()
+    began = time.process_time()
     kind = chance.randrange(4)
     if kind == 0:
         Note.parse(spoil(chance, chance.choice([b"0 0 0 0 0 0", b"3 1795000000000 2 17950000000000 5 1", b"1 2 3"])))
@@ -306,7 +306,7 @@ def check_case(chance: random.Random) -> None:
             assert all(type(name) is str for name in said or ())
             (task + wire.id_text(message_id)).encode()
             wire.pack_id(message_id)
-    assert time.perf_counter() - began < 5, "it took too long"
+    assert time.process_time() - began < 5, "it took too long"
 
 
 CASES = 2000  # of one process
