@@ -157,6 +157,10 @@ def _are_names(names: Any) -> bool:
     )
 
 
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
+
+
 def _is_map(value: Any) -> bool:
     return not value or isinstance(value, Mapping)
 
@@ -164,5 +168,6 @@ def _is_map(value: Any) -> bool:
 _STATED: dict[str, Callable[[Any], bool]] = {
     "task": _is_text, "id": _is_id, "shadow": _is_text_or_none, "eta": _is_time, "expires": _is_time,
     "timelimit": _are_limits, "stamped_headers": _are_names, "stamps": _is_map, "headers": _is_map,
+    "retries": _is_count,
 }  # fmt: skip
 """Of what a message says of its task that which Celery takes to be of its type."""
