@@ -49,8 +49,9 @@ test-lowest: $(LOWEST)/.made ## Run some tests on the lowest versions of what st
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(LOWEST)/lib $(PYTEST) --part quick $(LOWEST_TESTS) $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(VENV)/.test ## Decode bytes near valid messages for 10 minutes, and see that nothing breaks (make fuzz ARGS='--seconds 60')
+fuzz: $(VENV)/.test ## Decode bytes near valid messages, then feed workers with them, 5 minutes each (make fuzz ARGS='--seconds 60')
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(ARGS)
+	PYTHONPATH=. PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz_workers $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.lint ## Check style, format, types, layers, and known vulnerabilities of what we depend on

@@ -326,7 +326,7 @@ def _run(number: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Decodes bytes near valid messages, and sees that nothing breaks.")
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--case", type=int, help="this one alone")
     options = parser.parse_args()
     if options.case is not None:
