@@ -112,7 +112,8 @@ def fault_of(message: Any) -> str | None:
         stated = payload
         body = [payload.get("args", ()), payload.get("kwargs", {}), None]
     else:
-        return None
+        # Celery says of it that it is no task, and how long its body is.
+        return "it has no body" if message.body is None else None
     args, kwargs, embed = body
     if not (isinstance(args, list | tuple) and isinstance(kwargs, Mapping) and isinstance(embed or {}, dict)):
         return "its args, kwargs and embed are no list and two maps"

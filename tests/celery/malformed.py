@@ -66,6 +66,7 @@ AT_RECEIPT: dict[str, list[Any]] = {
     "its expires is": [parts(expires=""), parts(expires=True)],
     "its stamped_headers is": [parts(stamped_headers=5), parts(stamped_headers=[{}])],
     "its shadow is": [parts(shadow={"a": 1})],
+    "it has no body": [parts(None, headers={}), parts(None, headers={"id": "x"})],
     "its retries is": [parts(retries=b"1"), parts(retries=-1), parts(retries="1"), old(retries=[])],
     "its headers is": [parts({"args": [], "kwargs": {}, "headers": "abc"})],
 }  # fmt: skip
