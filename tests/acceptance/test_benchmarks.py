@@ -13,8 +13,8 @@ import pytest
 from tests.helpers import spawn, wait_until
 
 RUN = ("-m", "benchmarks")
-WORKLOADS = "enqueue,drain,each,two,sleep10,latency,load,order,crash,idle,memory,ids"
-CELERY = "celery_enqueue,celery_4,celery_latency"
+WORKLOADS = "enqueue,drain,sleep10,latency,order,crash,idle,memory,ids"
+CELERY = "celery_4,celery_latency"
 
 
 @pytest.fixture

@@ -1304,6 +1304,7 @@ WHOLE = [
 ]  # fmt: skip
 
 
+@pytest.mark.old_redis(10_000)
 @pytest.mark.parametrize("what", WHOLE, ids=lambda what: what.__name__)
 def test_what_is_much_is_done_by_many_calls(shard, much, what):
     shard.client.config_resetstat()
