@@ -101,6 +101,7 @@ def worker_process(ctx: click.Context, concurrency: int, queues: str) -> None:
         raise click.UsageError("worker-process is started by 'streamtask worker'")
     sock_fd, memory_fd, parent = (int(part) for part in fds.split(","))
     child.bind_to_parent(parent)
+    child.print_whole_lines()
     try:
         app = ctx.obj["app"]()
         names = [one for one in queues.split(",") if one]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import os
 import signal
 import socket
@@ -30,6 +31,14 @@ def bind_to_parent(parent_pid: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(0)  # it died before we asked
+
+
+def print_whole_lines() -> None:
+    """Makes each line that a body prints one write. Otherwise the blocks of several processes would be mixed in the middle of
+    lines, where they share a file or a pipe, and with ``python -u`` the parts of a print."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 class _SupervisorWire(Wire):
