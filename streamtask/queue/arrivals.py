@@ -31,6 +31,8 @@ class Arrivals(Settling):
         """Whether to read more: half a fetch is left at most, and not too much waits."""
         if self.closing or self.halted or self.needs_audit or len(self.buffer) > self.settings.fetch_count // 2:
             return False
+        if self.room == 0:
+            return False  # others may run it sooner
         if self.lanes.waiting < self.settings.max_waiting and self._pending_from is None:
             self._full_said = False
             return True
@@ -53,7 +55,7 @@ class Arrivals(Settling):
 
     def look(self, link: Link) -> None:
         """Looks at all that a wake may tell of."""
-        self.fetch(link, self.settings.fetch_count if self.lease.shared and self.has_room() else 0, new=False)
+        self.fetch(link, self.read_count() if self.lease.shared and self.has_room() else 0, new=False)
         self.reread_notes(link)
 
     def take_found(self, link: Link, now_ms: int, found: Sequence[Any]) -> list[Entry]:
@@ -87,7 +89,8 @@ class Arrivals(Settling):
         found: list[Delivery | tuple[Hashable, bytes]] = []
         arrived = self._decode_again(self._readable(plain, notes))
         for delivery in self._first_of_their_ids(link, deliveries_of(arrived)):
-            delivery.fresh = False
+            # What a worker gives back it has not begun. Who ends one of which nobody knows what ran leaves a note.
+            delivery.fresh = self.room is not None and delivery.entry_id not in notes
             if delivery.entry_id in notes:
                 self._take_note(delivery, notes[delivery.entry_id])
             found.append(delivery)

@@ -213,11 +213,15 @@ class ShardConsumer(Claimer):
             delivery.note = delivery.note or Note()
             delivery.note.mark = self.lease.token
         try:
+            self.before_mark()
             self._write_notes(link, [(d.entry_id, d.note) for d in marked if d.note is not None])
         except BaseException:
             for delivery in chosen:
                 self._give_back(delivery)
             raise
+
+    def before_mark(self) -> None:
+        """Called before a start is written down: that body may take its process down. The worker sets this."""
 
     def _load_heads(self, link: Link, lanes: Iterable[Lane], limit: int, per_lane: int) -> None:
         """Reads the bodies that messages to be handed out lack, in one round trip, into their places: ``limit`` messages of
@@ -257,6 +261,41 @@ class ShardConsumer(Claimer):
 
     def on_revoked(self, consumer: Held, delivery: Delivery) -> None:
         """Told of each revoked message; the worker sets this to store a result."""
+
+    # Giving back
+
+    def take_back(self, batch: Batch, position: int) -> None:
+        """What a batch was not to start any more, from there on, waits here again."""
+        left = batch.items[position:]
+        batch.items, batch.ids = batch.items[:position], batch.ids[:position]
+        for delivery in deliveries_of(left):
+            self._give_back(delivery)
+
+    def waits(self) -> bool:
+        """Whether something lies ready that has not begun."""
+        return bool(self.buffer) or self.lanes.has_ready()
+
+    def offer_again(self, link: Link) -> int:
+        """Puts what waits here of a shared stream on offer to all its consumers. Returns how many messages that are."""
+        items: list[Delivery | Entry | bytes] = list(self.buffer)
+        self.buffer.clear()
+        for lane in list(self.lanes.ready()):
+            if isinstance(lane.key, tuple):  # of one message, that waited for its retry
+                while lane.waiting:
+                    items.append(self.lanes.pop(lane))
+                self.lanes.drop(lane)
+            else:
+                self.lanes.open(lane)
+        if not items:
+            return 0
+        # Whoever takes them has to know of their attempts. Should an answer be lost, they are found among the pending ones.
+        self.write_notes(link)
+        ids = sorted(map(entry_id_of, items), key=id_order)
+        keys = [self.lease.key, self.keys.stream, self.keys.requeued(self.settings.group), self.keys.wake]
+        for i in range(0, len(ids), 200):
+            self._run(link, "requeue", keys, [*self._head, *ids[i : i + 200]])
+        self.on_offer = True
+        return len(ids)
 
     # Outcomes
 

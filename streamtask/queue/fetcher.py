@@ -83,7 +83,7 @@ class Fetcher:
         if not self.link.connected:
             self.link.connect()
             self._client_id = int(self.link.command("CLIENT", "ID"))
-        parts = [MULTI, *(consumer.read_command for consumer in chosen), EXEC, self._guard(owned)]
+        parts = [MULTI, *(consumer.read_command() for consumer in chosen), EXEC, self._guard(owned)]
         if look:
             parts.insert(0, _look(owned, chosen, block))
         self.asked, self.blocked = chosen, look and block
@@ -167,7 +167,7 @@ class Fetcher:
 
     def _read_by_script(self, consumer: ShardConsumer) -> list[Entry] | StreamTaskError:
         try:
-            return consumer.fetch(self.link, consumer.settings.fetch_count)
+            return consumer.fetch(self.link, consumer.asked)
         except (LeaseLost, ReplyError) as exc:
             return exc
 

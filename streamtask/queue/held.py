@@ -82,6 +82,10 @@ class Held:
         self.reading: Reading | None = None
         self.number = -1
         """Which of its process' leases this is, as their keeper numbers them."""
+        self.room: int | None = None
+        """How many entries to read now, where others could run them, too: workers set it for shared streams. None: as many as
+        one call reads."""
+        self.asked = settings.fetch_count  # how many the last read asked for
         self.voided = 0  # how often fetches that were on their way were made void, under this lease
         self.clock_ms = 0  # what to add to wall_ms() to get Redis' clock
         # Whether a new message may stay a plain entry until something happens to it.
@@ -105,11 +109,7 @@ class Held:
             lease.key, keys.stream, keys.state, keys.notes(settings.group), keys.delayed, keys.wake,
             keys.requeued(settings.group),
         )  # fmt: skip
-        self.read_command = pack(
-            "XREADGROUP", "GROUP", settings.group, self.consumer_name, "COUNT", settings.fetch_count,
-            "STREAMS", keys.stream, ">",
-        )  # fmt: skip
-        """XREADGROUP of new entries; to be run inside a transaction that watches ``lease.guard``."""
+        self._reads: dict[int, bytes] = {}  # calls that read, by how many entries
         self.guard_command = pack("HMGET", lease.key, "token", "owner")
         """What to ask for after WATCH: does this incarnation own the lease?"""
         self._record = [b"%d" % lease.token, lease.incarnation.encode()]
@@ -117,6 +117,21 @@ class Held:
 
     def __repr__(self) -> str:
         return f"<ShardConsumer {self.queue}/{self.shard} token={self.lease.token}>"
+
+    def read_count(self) -> int:
+        """How many entries to read at once."""
+        return self.settings.fetch_count if self.room is None else self.room
+
+    def read_command(self) -> bytes:
+        """XREADGROUP of new entries; to be run inside a transaction that watches ``lease.guard``."""
+        count = self.asked = max(1, self.read_count())
+        packed = self._reads.get(count)
+        if packed is None:
+            packed = self._reads[count] = pack(
+                "XREADGROUP", "GROUP", self.settings.group, self.consumer_name, "COUNT", count,
+                "STREAMS", self.keys.stream, ">",
+            )  # fmt: skip
+        return packed
 
     def owns(self, answer: Sequence[bytes | None]) -> bool:
         """Whether that is the answer to ``guard_command`` that an owner gets."""

@@ -41,6 +41,9 @@ After the longest one a fetch blocks until something does, or a shard has room f
 FEW = 4
 """Messages that are started before the next are fetched, where no more wait."""
 
+AHEAD_S = 0.05
+"""How much work of shared streams is read ahead, as bodies have gone lately: others could do it."""
+
 READ_AHEAD = 2
 """Fetches' worth of messages that lie ready, where there are more in Redis."""
 
@@ -53,6 +56,7 @@ class Executor(Protocol):
     out: Any
 
     def submit(self, batch: Batch) -> None: ...
+    def cut(self, batch: Batch) -> int | None: ...
     def position(self, batch: Batch) -> int: ...
     def withdraw(self, consumer: ShardConsumer) -> None: ...
     def forget(self, consumer: ShardConsumer) -> None: ...
@@ -105,6 +109,8 @@ class Control:
         self._outage = Outage(log, 0.02, 1.0)
         self._full = Rarely()
         self._progress_at: float | None = None
+        self._pace_s = 0.0  # after which time one more body has ended, while there was work; 0: not known yet
+        self._moved_at = 0.0  # when the last one ended, or began where an executor was free
         self._look_at: float | None = None
         self._cold_at = 0.0
         self._cold_s = COLD_FETCH_S[0]
@@ -193,6 +199,11 @@ class Control:
                 wake = min(wake, now + 0.02)
             if consumer.next_due is not None and not consumer.closing:
                 wake = min(wake, consumer.next_due)
+            if consumer.room is not None and not consumer.closing:
+                if consumer.on_offer and consumer.has_room():
+                    wake = now
+                elif self._busy() and (consumer.waits() or self._left_in_batch(consumer)):
+                    wake = min(wake, max(self._moved_at + AHEAD_S, now + 0.005))  # to be offered again
             wake = min(wake, owned.next_audit)
             due = consumer.lanes.next_due()
             if due is not None:
@@ -269,7 +280,10 @@ class Control:
         consumer.on_revoked = self._store_revoked  # type: ignore[method-assign]
         consumer.on_dead = self._store_dead  # type: ignore[method-assign]
         consumer.revoked = self._revoked_ids[queue]
+        consumer.before_mark = self._settle_first  # type: ignore[method-assign]
         consumer.number = number
+        if shared:
+            consumer.room = 0
         consumer.reading = self._memory.reading(number)
         owned = Owned(number, consumer, home, mono_s() + self._settings.audit_s)
         self._owned[number] = owned
@@ -366,15 +380,16 @@ class Control:
         return owned if owned is not None and owned.consumer is consumer else None
 
     def _is_over(self, owned: Owned, now: float) -> bool:
-        """Whether a shard is not to be waited for any more: given back, or to be audited with no fetch under way."""
-        return owned.consumer.closing or owned.audit_due(now)
+        """Whether a shard is not to be waited for any more: given back, others' to read, or to be audited with no fetch under
+        way."""
+        return owned.consumer.closing or owned.consumer.room == 0 or owned.audit_due(now)
 
     def _to_read(self, ready: list[Owned], now: float) -> tuple[list[Owned], bool, bool]:
         """The shards to read next, whether to look at what wakes any, and whether to wait until something comes.
 
         Of those that have more, only as many as are run soon: what has to lie in memory until its turn comes has left the
         CPU's cache by then. The others, and all wakes, are looked at from time to time meanwhile."""
-        with_room = [o for o in ready if o.consumer.has_room() and not o.audit_due(now)]
+        with_room = [o for o in ready if o.consumer.has_room() and not o.audit_due(now) and not o.offers_first()]
         if len(with_room) == len(ready) and not any(o.full for o in ready):
             return with_room, bool(ready), True
         fetch_count = self._settings.consumer.fetch_count
@@ -430,7 +445,7 @@ class Control:
         self._cold_s = COLD_FETCH_S[0] if anything else min(COLD_FETCH_S[1], self._cold_s * 2)
 
     def _take_entries(self, owned: Owned, entries: list[Entry]) -> None:
-        owned.full = len(entries) >= self._settings.consumer.fetch_count
+        owned.full = len(entries) >= owned.consumer.asked
         if entries:
             try:
                 owned.consumer.absorb(self._link, entries)
@@ -456,9 +471,12 @@ class Control:
         """Takes what executors have ended."""
         executor = self.executor
         assert executor is not None
+        ended = 0
         while executor.ended:
             batch = executor.ended.popleft()
             executor.out.remove(batch)
+            if not batch.outcomes or batch.outcomes[-1][1].kind != "unstarted":
+                ended += len(batch.ids) - batch.collected
             if batch.results:
                 self._outbox.add(batch.results)
                 batch.results = []
@@ -475,12 +493,19 @@ class Control:
                 if batch.results:
                     results, batch.results = batch.results, []
                     self._outbox.add(results)
+                ended = position - batch.collected
                 batch.consumer.collect(batch, position)
                 self._progress_at = mono_s() + self._settings.ack_interval_s
             elif self._progress_at is not None and mono_s() >= self._progress_at:
                 self._progress_at = None  # a long body: its end wakes this thread
+        if ended:
+            now = mono_s()
+            # One that takes long is remembered through some that don't.
+            self._pace_s = max((now - self._moved_at) / ended, self._pace_s / 2, 1e-6)
+            self._moved_at = now
 
     def _work(self) -> None:
+        self._make_room()
         now = mono_s()
         for owned in [o for o in self._owned.values() if o.quiet_until <= now and o.has_to_prepare(now)]:
             try:
@@ -493,6 +518,8 @@ class Control:
             # A few messages have come after a wait: they start before anything else is done.
             self._look_at = now
             return
+        self._offer_again()
+        self._make_room()
         self._send_fetch()
         for owned in [o for o in self._owned.values() if o.consumer.has_to_write() or self._outbox]:
             self._write_guarded(owned)
@@ -530,6 +557,7 @@ class Control:
             consumer.recover_more(self._link)
         due = consumer.next_due is not None and now >= consumer.next_due
         if not consumer.closing and (owned.woken or due or (consumer.on_offer and consumer.has_room())):
+            self._settle_first()
             consumer.next_due = now + 0.5  # unless the answer says
             consumer.look(self._link)
             owned.woken = False
@@ -545,6 +573,7 @@ class Control:
         consumer = owned.consumer
         in_passing = not owned.takeover and not consumer.needs_audit
         left = consumer.overlooked(self._link) if in_passing and not owned.woken else 0
+        self._settle_first()
         found = consumer.recover(self._link, takeover=owned.takeover)
         if in_passing and (found or left):
             log.warning(
@@ -592,6 +621,8 @@ class Control:
             except ReplyError as exc:
                 self._refused(owned, exc)
                 continue
+            if batches and not self._busy():
+                self._moved_at = mono_s()
             for batch in batches:
                 executor.submit(batch)
                 most -= len(batch.ids)
@@ -607,6 +638,74 @@ class Control:
         if not served or len(executor.out[0].ids) > FEW:
             return False
         return not any(o.full or o.consumer.has_work() or o.consumer.has_to_write() for o in self._turn_order)
+
+    # Shared streams: others could run it, too
+
+    def _busy(self) -> bool:
+        """Whether whatever is handed out now waits for a body to end."""
+        assert self.executor is not None
+        return len(self.executor.out) >= self._settings.concurrency
+
+    def _left_in_batch(self, consumer: ShardConsumer) -> bool:
+        assert self.executor is not None
+        return any(b.consumer is consumer and len(b.ids) - b.collected > 1 for b in self.executor.out)
+
+    def _make_room(self) -> None:
+        """Says of each shared stream how much of it to read: what begins at once, and so much as will have begun after
+        ``AHEAD_S``. Of a new process nothing is known, nor of one whose bodies take long just now."""
+        shared = [o.consumer for o in self._owned.values() if o.consumer.room is not None]
+        if not shared:
+            return
+        assert self.executor is not None
+        concurrency, most = self._settings.concurrency, self._settings.consumer.fetch_count
+        free = max(0, concurrency - len(self.executor.out))
+        pace = self._pace_s if free else max(self._pace_s, mono_s() - self._moved_at)
+        ahead = int(AHEAD_S / pace) if pace else 0
+        out = sum(len(batch.ids) - batch.collected for batch in self.executor.out)
+        left = free + ahead - max(0, out - concurrency)
+        for consumer in shared:
+            room = left - len(consumer.buffer)
+            consumer.room = min(most, room) if room > ahead // 2 else 0
+
+    def _offer_again(self) -> None:
+        """Where bodies take longer than was thought, what waits behind them is for whoever is free."""
+        if not self._busy() or mono_s() < self._moved_at + AHEAD_S:
+            return
+        executor = self.executor
+        assert executor is not None
+        for owned in list(self._owned.values()):
+            consumer = owned.consumer
+            if consumer.room is None or consumer.closing or owned.takeover or owned.quiet_until > mono_s():
+                continue
+            if self._parallel:
+                executor.withdraw(consumer)
+                self._collect()
+            elif (batch := executor.out[0]).consumer is consumer and (end := executor.cut(batch)) is not None:
+                consumer.take_back(batch, end)
+            if consumer.waits():
+                try:
+                    count = consumer.offer_again(self._link)
+                    log.debug("offered again messages=%d queue=%s", count, owned.queue.name)
+                except LeaseLost:
+                    self._suspect(owned)
+                except ReplyError as exc:
+                    consumer.needs_audit = True  # they are pending, and not here
+                    self._refused(owned, exc)
+
+    def _settle_first(self) -> None:
+        """Before something that may take this process down: what has ended is on its way to be acknowledged, or each new death
+        would run it again, or charge it."""
+        if not self._outbox.send():
+            return
+        for owned in list(self._owned.values()):
+            consumer = owned.consumer
+            while consumer.settling and consumer.finished:
+                self._take_settled()
+            if consumer.finished and owned.quiet_until <= mono_s():
+                self._settler.send(consumer)
+                self._listen(self._settler.link, self._take_settled)
+
+    # Writing
 
     def _room(self) -> int:
         """How many messages to hand out. Were this process to die now, no more than ``ack_batch`` may have ended and not be

@@ -90,6 +90,19 @@ class SequentialExecutor:
         """How many of a batch have ended; only the first of ``out`` runs."""
         return self._slot.cells[0] if batch.slot is self._slot else 0
 
+    def cut(self, batch: Batch) -> int | None:
+        """Ends a batch that runs behind the body that runs. From which position on nothing begins any more; None where nothing
+        was left, or one has begun meanwhile: then what is left comes back with the batch, as unstarted."""
+        cells = self._slot.cells
+        if batch.slot is not self._slot:
+            return None
+        end = cells[0] + 1
+        if end >= cells[1]:
+            return None
+        # Who runs the batch says what it begins, and then looks where to end: one of both sees what the other wrote.
+        cells[1] = end
+        return end if cells[0] < end else None
+
     def withdraw(self, consumer: ShardConsumer) -> None:
         """Nothing waits here: a batch that runs gives back what it has not started between two bodies."""
 
@@ -129,6 +142,9 @@ class SequentialExecutor:
                 self.between()
                 signal_at = mono() + self.signal_after_s
             cells[0] = index
+            if cells[1] <= index:  # looked at after that is written, see ``cut``
+                outcomes.extend((i, UNSTARTED) for i in range(index, len(items)))
+                break
             outcome: Outcome | None = None
             if type(item) is list and not failed and not consumer.revoked:
                 task, _, _, args, kwargs, _ = item[1]
@@ -230,6 +246,10 @@ class ParallelExecutor:
 
     def position(self, batch: Batch) -> int:
         return 0
+
+    def cut(self, batch: Batch) -> int | None:
+        """A batch is one message here."""
+        return None
 
     def withdraw(self, consumer: ShardConsumer) -> None:
         """Gives back what waits for a thread: the hand-over of its shard must not wait for bodies of others."""

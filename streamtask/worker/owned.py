@@ -29,6 +29,10 @@ class Owned:
     def audit_due(self, now: float) -> bool:
         return self.takeover or self.consumer.needs_audit or now >= self.next_audit
 
+    def offers_first(self) -> bool:
+        """Whether there are messages on offer, to be taken before new ones are read."""
+        return self.consumer.room is not None and self.consumer.on_offer
+
     def has_to_prepare(self, now: float) -> bool:
         consumer = self.consumer
         return (

@@ -88,7 +88,7 @@ def seeded(redis_server: RedisServer) -> StreamTask:
     lease = leases.acquire(link, queue.shard_keys(1), "workers", "1" * 32, 60_000)
     assert isinstance(lease, leases.Lease)
     consumer = ShardConsumer(lease, "default", 1, ConsumerSettings())
-    consumer.absorb(link, link.call(consumer.read_command)[0][1])
+    consumer.absorb(link, link.call(consumer.read_command())[0][1])
     batch = consumer.take(link, 1)
     assert batch is not None
     message = "ValueError: \x1b[31mno [bold]device[/bold]"

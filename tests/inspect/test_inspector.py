@@ -64,7 +64,7 @@ class Rig:
         return consumer
 
     def read(self, consumer: ShardConsumer) -> None:
-        reply = self.link.call(consumer.read_command)
+        reply = self.link.call(consumer.read_command())
         if reply:
             consumer.absorb(self.link, reply[0][1])
 

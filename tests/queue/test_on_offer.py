@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from streamtask.clock import mono_s
 from streamtask.coordination.lease import reap
-from streamtask.queue.batch import Outcome
-from streamtask.queue.lanes import deliveries_of
+from streamtask.queue.batch import Batch, Outcome
+from streamtask.queue.lanes import deliveries_of, entry_id_of
 from streamtask.redis.keys import SHARED
 from tests.queue.test_takeover import GROUP, Rig
 
@@ -57,6 +58,44 @@ def test_what_waits_for_an_executor_is_charged_with_nothing(redis_server):
     heir.look(rig.link)
     crashes = {d.entry_id: d.note.crashes if d.note else 0 for d in deliveries_of(heir.buffer)}
     assert sorted(crashes.values()) == [0, 0, 0, 1, 1]
+    rig.close()
+
+
+def test_what_has_not_begun_is_offered_again(redis_server):
+    """Behind a body that takes long: the rest of its batch, what was read, and a retry with its attempts."""
+    rig = Rig(redis_server, SHARED)
+    busy, free = rig.owner(), rig.owner()
+    busy.room = free.room = 10
+    rig.sent[None] = 0
+    rig.send(5, keys=[None])
+    rig.fetch(busy)
+    ids = [entry_id_of(item) for item in busy.buffer]
+    failed = busy.take(rig.link, 1)
+    failed.outcomes.append((0, Outcome("retry")))
+    busy.complete(failed)
+    busy.flush(rig.link)
+    busy.lanes.open_due(mono_s())
+    batch = busy.take(rig.link, 1)
+    assert batch.ids == ids[:1]
+    batch.outcomes.append((0, Outcome("retry")))
+    busy.complete(batch)
+    busy.lanes.open_due(mono_s())  # not written down yet
+
+    batch = Batch(busy, 99, [busy.buffer.popleft() for _ in range(3)], [])
+    busy.handed[99] = batch
+    busy.take_back(batch, 1)
+    assert batch.ids == ids[1:2]
+    assert busy.offer_again(rig.link) == 4
+    assert not busy.waits()
+    busy.complete(batch)
+    busy.settle(rig.link)
+
+    free.look(rig.link)
+    found = deliveries_of(free.buffer)
+    assert [delivery.entry_id for delivery in found] == [ids[0], *ids[2:]]
+    assert [delivery.fresh for delivery in found] == [False, True, True, True]
+    assert found[0].note.attempt == 2
+    assert not free.on_offer
     rig.close()
 
 

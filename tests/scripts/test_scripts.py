@@ -1569,6 +1569,8 @@ def test_nothing_is_lost_where_nobody_else_lives(shard):
     live = join_shared(shard.link, shard.keys, GROUP, "b", 60_000)
     assert reap(shard.link, shard.keys, GROUP, "a", 60_000, gone=False)
     assert take(shard, live, 10) == ids
+    # Nobody knows which of them had begun: whoever takes one is to write that down.
+    assert shard.client.hgetall(shard.keys.notes(GROUP)) == {one.encode(): Note().format().encode() for one in ids}
 
 
 @pytest.mark.parametrize("alone", [True, False])

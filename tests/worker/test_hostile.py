@@ -234,7 +234,9 @@ def test_what_ends_its_process_when_it_is_read_is_a_dead_letter_in_the_end(
     # The first time it was among others, and then alone.
     ends = pod.log.count("a worker process ended")
     assert 4 <= ends <= 6
-    assert [len(site.of("S", key, n)) for n in range(20)] == [1] * 20
+    runs = [len(site.of("S", key, n)) for n in range(20)]
+    # Side by side a body may run while another message is read.
+    assert runs == [1] * 20 or (concurrency > 1 and key is None and set(runs) <= set(range(1, ends)))
     assert site.started(key) == sorted(site.started(key)) or (concurrency > 1 and key is None)
 
 

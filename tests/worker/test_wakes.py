@@ -6,22 +6,12 @@ import contextlib
 
 import pytest
 
+from streamtask.coordination.lease import join_shared
 from streamtask.inspector import Inspector
 from streamtask.redis.keys import SHARED
 from tests.helpers import wait_until
 from tests.parts import sampled
 from tests.worker.rig import keys_on
-
-HELD = """
-app = make_app()
-
-@app.task(name="free")
-def free(n):
-    note("S", None, n)
-    while n == 0 and not os.path.exists("gate-0"):
-        time.sleep(0.005)
-    note("E", None, n)
-"""
 
 
 @pytest.mark.parametrize("concurrency, body_ms", sampled([(1, 5), (4, 20), (4, 400)], (1, 5)))
@@ -87,16 +77,16 @@ def test_an_audit_takes_nothing_that_is_on_its_way_here(redis_server, site, conc
 
 def test_all_that_a_dead_process_held_is_taken(redis_server_all, site):
     """More than one call takes; nobody has to look for what is left."""
-    site = site(redis_server_all, HELD)
-    site.send(None, range(600))  # all that a process reads ahead is there when it begins
-    first = site.pod(1)
-    site.ready(1)
-    wait_until(lambda: len(site.pending(SHARED)) > 200, 10, lambda: f"{len(site.pending(SHARED))} are held")
-    second = site.pod(1)
-    wait_until(lambda: len(site.members()) == 2)
-    first.kill_all()
-    (site.folder / "gate-0").touch()
-    site.wait_ended(timeout=25)
+    site = site(redis_server_all)
+    queue = site.app.queue("default")
+    queue.declare(("workers",))
+    site.send(None, range(300))
+    keys = site.keys.shard(0, SHARED)
+    with contextlib.closing(queue.broker.link()) as link:
+        join_shared(link, keys, "workers", "dead", 500, alive=site.keys.alive("workers", keys, cluster=False))
+        link.command("XREADGROUP", "GROUP", "workers", "dead", "COUNT", 300, "STREAMS", keys.stream, ">")
+    assert len(site.pending(SHARED)) == 300
+    site.pod(1)
+    site.wait_ended()
     site.wait_empty()
-    site.check()
-    assert second.children()
+    assert site.check().repeated == 0

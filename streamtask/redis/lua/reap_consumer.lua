@@ -16,7 +16,7 @@
 -- ARGV[6] most entries to move in this call
 -- ARGV[7] token of the lease that is to be ended, or 0: a lease that was taken since by the same process stays
 -- ARGV[8] '1' if those of its entries whose bodies ran are charged, or spared: of the others the bodies had ended, and that they
---         started is forgotten, lest the next consumer counts it
+--         started is forgotten, lest the next consumer counts it. Else each gets a note: it may have begun
 -- Returns: {1 if the consumer is gone now else 0, how many entries moved}
 --- @include alive
 --- @include now
@@ -72,6 +72,9 @@ if #pending > 0 then
     local claimed = redis.call('XCLAIM', KEYS[3], ARGV[1], heir, 0, id, 'JUSTID')
     if #claimed > 0 then
       requeue(KEYS[4], id)
+      if ARGV[8] ~= '1' then
+        redis.call('HSETNX', KEYS[6], id, '0 0 0 0 0 0')
+      end
       moved = moved + 1
     else
       -- The entry was deleted under the consumer; on Redis 6.2 its PEL slot stays until it is acknowledged.
