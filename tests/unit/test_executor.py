@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ def test_each_message_of_a_batch_that_is_cut_short_runs_or_is_left():
     executor = SequentialExecutor(runner, memory)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    cuts = []
+    cuts, chance = [], random.Random(7)
     try:
         for _ in range(300):
             ran.clear()
@@ -37,7 +38,9 @@ def test_each_message_of_a_batch_that_is_cut_short_runs_or_is_left():
             batch = Batch(consumer, 1, items, [])
             thread = threading.Thread(target=executor.run_batch, args=(batch,))
             thread.start()
-            end = None
+            end, after = None, chance.randrange(20)
+            while len(ran) < after:
+                pass
             while end is None and not executor.ended:
                 end = executor.cut(batch)
             if end is not None:
