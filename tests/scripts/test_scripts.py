@@ -1348,6 +1348,25 @@ def test_ids_of_any_size_are_settled_and_no_others(redis_server, ids, groups):
     shard.broker.close()
 
 
+@pytest.mark.parametrize(
+    "lower,higher",
+    [
+        ("5-9", "5-10"),
+        ("9-5", "10-0"),
+        ("9007199254740992-0", "9007199254740993-0"),
+        ("5-9007199254740992", "5-9007199254740993"),
+        (f"{2**64 - 1}-{2**64 - 2}", f"{2**64 - 1}-{2**64 - 1}"),
+    ],
+)
+def test_the_last_id_is_lifted_whatever_its_size(shard, lower, higher):
+    lease = shard.acquire("a")
+    keys = [lease.key, shard.keys.stream]
+    shard.client.xadd(shard.keys.stream, {"m": "x"}, id=lower)
+    for given, lifted in ((lower, 0), (higher, 1), (higher, 0), (lower, 0)):
+        assert shard.link.run("lift_last_id", keys, [lease.token, "a", given]) == lifted, given
+    assert shard.client.xinfo_stream(shard.keys.stream)["last-generated-id"].decode() == higher
+
+
 def test_a_result_is_replaced_by_its_own_message_alone(shard):
     """What is no string there is nobody's result."""
     store = ResultStore(shard.broker, "n", "a", 60)

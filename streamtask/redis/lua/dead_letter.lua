@@ -18,6 +18,7 @@
 --- @include narrow
 --- @include pending
 --- @include slices
+--- @include ids
 --- @include remove
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST

@@ -8,24 +8,17 @@
 -- Returns: 1 if the stream's last id was lower, 0 if not or without a stream, or LEASE_LOST
 --- @include codes
 --- @include fence
+--- @include ids
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST
 end
 if redis.call('EXISTS', KEYS[2]) == 0 then
   return 0
 end
-local function parts(id)
-  local ms, number = string.match(id, '^(%d+)-(%d+)$')
-  return tonumber(ms), tonumber(number)
-end
-local ms, number = parts(ARGV[3])
 local info = redis.call('XINFO', 'STREAM', KEYS[2])
 for i = 1, #info, 2 do
-  if info[i] == 'last-generated-id' then
-    local last_ms, last_number = parts(info[i + 1])
-    if last_ms > ms or (last_ms == ms and last_number >= number) then
-      return 0
-    end
+  if info[i] == 'last-generated-id' and id_le(ARGV[3], info[i + 1]) then
+    return 0
   end
 end
 -- A write that Redis allows above maxmemory lets the next ones through: a full Redis must be drained.

@@ -7,6 +7,7 @@
 -- ARGV[2] most to look at in this call: to be repeated until fewer were there
 -- Returns: {how many were looked at, how many were removed}
 --- @include slices
+--- @include ids
 --- @include remove
 local ids = redis.call('ZRANGE', KEYS[2], 0, tonumber(ARGV[2]) - 1)
 local removed = 0

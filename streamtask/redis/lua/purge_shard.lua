@@ -9,6 +9,7 @@
 -- ARGV[3] most delayed messages to remove in this call
 -- Returns: {entries removed, delayed removed, last entry id to remove}
 --- @include slices
+--- @include ids
 --- @include remove
 --- @include delayed
 local limit = tonumber(ARGV[1])

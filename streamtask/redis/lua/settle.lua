@@ -11,6 +11,7 @@
 --- @include codes
 --- @include fence
 --- @include slices
+--- @include ids
 --- @include remove
 if not owns(KEYS[1], ARGV[1], ARGV[2]) then
   return LEASE_LOST

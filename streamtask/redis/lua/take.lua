@@ -13,6 +13,7 @@
 --- @include last_delivered
 --- @include now
 --- @include slices
+--- @include ids
 --- @include remove
 local now = now_ms()
 local left = tonumber(ARGV[2])

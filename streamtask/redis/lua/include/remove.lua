@@ -1,5 +1,5 @@
 -- Removes entries that a group has just finished from the stream, as far as no other registered group needs them.
--- needs: slices
+-- needs: slices, ids
 local function other_groups(state, group)
   local others = {}
   local fields = redis.call('HKEYS', state)
@@ -9,17 +9,6 @@ local function other_groups(state, group)
     end
   end
   return others
-end
-
--- By their digits: a number of Lua's has 53 bits, and the id of an entry, which its producer may have chosen, twice 64.
-local function number_lt(a, b)
-  return #a < #b or (#a == #b and a < b)
-end
-
-local function id_le(a, b)
-  local a_ms, a_seq = a:match('^(%d+)-(%d+)$')
-  local b_ms, b_seq = b:match('^(%d+)-(%d+)$')
-  return number_lt(a_ms, b_ms) or (a_ms == b_ms and not number_lt(b_seq, a_seq))
 end
 
 -- Those of the ids that none of the groups needs any more.
