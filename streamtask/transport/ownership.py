@@ -45,11 +45,13 @@ class Ownership:
         self._keeper: Keeper | None = None
         self._started = 0.0
         self._again_at: float | None = None
+        self._up = False
         self._numbers: dict[int, tuple[Consumed, int]] = {}  # the keeper's numbers of shards
         self._told: dict[int, dict[str, Any]] = {}  # the orders with which they came
         self.releasing: set[int] = set()
         """Shards that are to go, by the keeper's numbers."""
         self._orders: dict[str, Callable[[dict[str, Any]], None]] = {
+            "up": self._is_up,
             "own": self._own,
             "release": self._release,
             "resume": self._resume,
@@ -71,6 +73,7 @@ class Ownership:
         if self._keeper is None:
             options = self._session.options
             self._started = mono_s()
+            self._up = False
             self._keeper = Keeper(
                 self._session.broker,
                 namespace=options.namespace,
@@ -82,6 +85,14 @@ class Ownership:
                 last=max(self._numbers, default=0),
             )
         return self._keeper
+
+    @property
+    def starting(self) -> bool:
+        """Whether leases are kept by a keeper that is not there yet."""
+        return self._again_at is not None or (self._keeper is not None and not self._up)
+
+    def _is_up(self, _: dict[str, Any]) -> None:
+        self._up = True
 
     def keep(self, lease: Lease) -> None:
         self.keeper().keep(lease)

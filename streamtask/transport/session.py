@@ -82,7 +82,7 @@ class Session:
         """Grows when leases were lost: what was delivered before is others' now."""
         self.listened: set[str] = set()
         """Queues of fanout exchanges that somebody here listens to."""
-        self._upkeep_at = 0.0
+        self._upkeep_at = self._renew_at = 0.0
         self.connections = Connections(self.broker)
         self.new_tag: Callable[[], str] = _tags().__next__
 
@@ -418,6 +418,8 @@ class Session:
             found = [self.consumed[name] for name in names if name in self.consumed]
             times = [at for consumed in found for at in consumed.due_times()]
             times += [touched.again_at for _, touched in self._touched_here()]
+            if self.ownership.starting:
+                times.append(self._renew_at)
             return min(times, default=None)
 
     def uses(self, name: str) -> bool:
@@ -500,6 +502,7 @@ class Session:
 
     def upkeep(self) -> None:
         """What is to be done from time to time: to be called often, costs next to nothing."""
+        self.stand_in()
         now = mono_s()
         if now < self._upkeep_at:
             return
@@ -516,6 +519,19 @@ class Session:
                 touched.put_off(now)
                 lifetime.touch(self, name, touched.expires_ms)
             self._upkeep_at = min(self._upkeep_at, touched.again_at)
+
+    def stand_in(self) -> None:
+        """Renews the leases while the keeper is not there: on a busy machine its start takes longer than a lease lasts. To be
+        called often."""
+        if not self.ownership.starting or mono_s() < self._renew_at:
+            return
+        try:
+            with self.lock, self.guarded():
+                self._renew_at = mono_s() + self.options.lease_ms / 3000
+                leases = [c.lease for consumed in self.consumed.values() for c in consumed.consumers()]
+                self.connections.links.pipeline([(lease.key, lease.pack_renew()) for lease in leases])
+        except StreamTaskError as exc:
+            log.info("leases are not renewed before the keeper is there: %s", exc)
 
     def touched_at(self, name: str, expires_ms: int, now: float) -> None:
         """A queue with ``x-expires`` was declared."""

@@ -144,6 +144,8 @@ class Keeper:
     def orders(self) -> list[dict[str, Any]]:
         """What the keeper has said since: mappings with ``op`` and
 
+        - ``up``: it renews what it was told of. Its start takes a while, above a lease time where the machine is busy: until
+          then the client renews itself;
         - ``own``: ``number queue shard epoch token by_expiry``: the client owns a shard; with a token that it knows, it
           has owned it all the time;
         - ``release``: ``number``: hand out nothing more of it, and say ``released`` when nothing of it runs;

@@ -177,6 +177,7 @@ class KeeperProcess:
         self._let_go: dict[ShardKeys, tuple[Lease, float]] = {}  # and when (monotonic) they end
         self._touched: dict[str, int] = {}
         self._touch_at = 0.0
+        self._up = False
         self._closed = self._gone = False
         self._coordinator = Coordinator(
             self._broker,
@@ -382,6 +383,9 @@ class KeeperProcess:
 
     def _beaten(self, live: Sequence[Member]) -> None:
         self._touch_at = 0.0
+        if live and not self._up:
+            self._up = True
+            self._wire.send("up")
         for keys, (lease, ends_at) in list(self._let_go.items()):
             if mono_s() >= ends_at and live:
                 self._end(lease)

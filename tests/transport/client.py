@@ -96,7 +96,7 @@ class Client:
                 self.asked.discard(number)
             elif order["op"] == "lost":
                 self.lost.append(self.owned.pop(number)["shard"])
-        self.seen += orders
+        self.seen += [order for order in orders if order["op"] != "up"]
         if not self.busy:
             for number in self.asked & self.owned.keys():
                 del self.owned[number]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,6 +211,36 @@ def test_an_eta_that_falls_due_wakes_the_loop(kit: Kit, make_loop: Any) -> None:
         publish(channel, 1, headers={"eta": eta, **({"shard_key": key} if key else {})})
         loop.until(lambda n=n: len(inbox.messages) == n + 1)
         assert -0.05 < time.time() - (time.monotonic() - inbox.times[-1]) - due < 0.5 + starved.seconds
+
+
+@pytest.mark.parametrize("how", ["loop", "drain"])
+def test_a_keeper_that_starts_for_longer_than_a_lease_costs_none(
+    make_kit: Any, redis_server: RedisServer, make_loop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """As on a machine that is busy: each loss would begin with another keeper, for ever."""
+    gate = tmp_path / "gate"
+    waits = f"while 'STREAMTASK_KEEPER' in os.environ and not os.path.exists({str(gate)!r}): time.sleep(0.01)"
+    (tmp_path / "sitecustomize.py").write_text(f"import os, time\n{waits}")
+    monkeypatch.syspath_prepend(tmp_path)
+    kit: Kit = make_kit(redis_server, lease=1.0)
+    channel = kit.channel()
+    kit.queue(channel)
+    connection, inbox = consuming(kit)
+    publish(channel, "a")
+    publish(channel, "b", headers={"shard_key": "u1"})
+    turn = make_loop(connection).turn if how == "loop" else inbox.drain
+    (alive,) = kit.keys("{kombu}:alive:workers")
+    client, renewals = kit.client(), set()
+
+    def renewed() -> bool:
+        turn()
+        renewals.add(client.zrange(alive, 0, -1, withscores=True)[0][1])
+        return len(renewals) > 3
+
+    wait_until(renewed, 20, poll=0)
+    assert inbox.bodies == ["a"]
+    gate.touch()
+    wait_until(lambda: turn() or sorted(inbox.bodies) == ["a", "b"], 20, poll=0)  # shards come from the keeper
 
 
 def test_cancel_and_consume(kit: Kit, make_loop: Any) -> None:
