@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import datetime as dt
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from kombu.compression import get_decoder
+from kombu import compression as of_kombu
 from kombu.transport.virtual import Channel
 from kombu.utils.json import dumps, loads
 
@@ -110,9 +109,9 @@ def decode_body(body: Any, encoding: Any) -> Any:
     return codec.decode(body)
 
 
-def _is_known(compression: str) -> bool:
+def _is_known(name: str) -> bool:
     try:
-        get_decoder(compression)
+        of_kombu.get_decoder(name)
     except KeyError:
         return False
     return True
@@ -124,44 +123,84 @@ def _shown(value: Any) -> str:
 
 def check_compressed(body: bytes, compression: Any) -> None:
     """Raises ``DecodeError`` for a body that would have more than ``MOST_DECOMPRESSED`` bytes. It is decompressed here, piece
-    by piece, and later by kombu. Of methods other than zlib's, bz2 and lzma kombu's decoder alone decides."""
-    opener = _DECOMPRESSORS.get(compression) if isinstance(compression, str) else None
-    if opener is None:
-        return
-    decompressor, data, size = opener(), body, 0
+    by piece, and later by kombu. Methods that are none of kombu's own are their owner's to bound."""
+    pieces = _PIECES.get(compression) if isinstance(compression, str) else None
+    size = 0
     try:
-        while not decompressor.eof:
-            piece = decompressor.decompress(data, _PIECE)
-            data = getattr(decompressor, "unconsumed_tail", b"")  # zlib's alone doesn't keep it
-            size += len(piece)
+        for piece in pieces(body) if pieces else ():
+            size += piece
             if size > MOST_DECOMPRESSED:
                 raise DecodeError(f"its body is more than {MOST_DECOMPRESSED} bytes when it is decompressed")
-            if not piece and not data:
-                break
     except DecodeError:
         raise
     except Exception as exc:
-        raise DecodeError(f"its body can't be decompressed: {exc}") from None
+        raise DecodeError(f"its body can't be decompressed: {said(exc)}") from None
+
+
+Pieces = Callable[[bytes], Iterable[int]]
+"""The sizes of the pieces of a decompressed body."""
+
+
+def _by_steps(opener: Callable[[], Any], body: bytes) -> Iterator[int]:
+    decompressor, data = opener(), body
+    while not decompressor.eof:
+        piece = decompressor.decompress(data, _PIECE)
+        data = getattr(decompressor, "unconsumed_tail", b"")  # zlib's alone doesn't keep it
+        yield len(piece)
+        if not piece and not data:
+            break
     if not decompressor.eof or decompressor.unused_data:
         raise DecodeError("its compressed body is cut off, or more than one")
 
 
-def _decompressors() -> dict[str, Callable[[], Any]]:
-    """By the names that kombu has for them."""
-    found: dict[str, Callable[[], Any]] = dict.fromkeys(("application/x-gzip", "gzip", "zlib"), zlib.decompressobj)
-    with suppress(ImportError):
-        import bz2
+def _by_steps_of_brotli(opener: Callable[[], Any], body: bytes) -> Iterator[int]:
+    decompressor = opener()
+    try:
+        decompressor.process(b"", output_buffer_limit=_PIECE)
+    except TypeError:
+        # Before 1.2 it gives what its input makes, and a few bytes make no more than some MB.
+        for i in range(0, len(body), 8):
+            yield len(decompressor.process(body[i : i + 8]))
+    else:
+        yield len(decompressor.process(body, output_buffer_limit=_PIECE))
+        while not decompressor.is_finished():
+            piece = decompressor.process(b"", output_buffer_limit=_PIECE)
+            yield len(piece)
+            if not piece and decompressor.can_accept_more_data():
+                break
+    if not decompressor.is_finished():
+        raise DecodeError("its compressed body is cut off")
 
-        found |= dict.fromkeys(("application/x-bz2", "bzip2", "bzip"), bz2.BZ2Decompressor)
-    with suppress(ImportError):
-        import lzma
 
-        opener = partial(lzma.LZMADecompressor, memlimit=2 * MOST_DECOMPRESSED)
-        found |= dict.fromkeys(("application/x-lzma", "lzma", "xz"), opener)
-    return found
+def _as_stated(size_of: Callable[[bytes], int], body: bytes) -> tuple[int]:
+    """Of a decompressor that gives no more than the body's head says, and nothing where that says nothing."""
+    return (max(0, size_of(body)),)
 
 
-_DECOMPRESSORS = _decompressors()
+def _pieces() -> dict[str, Pieces]:
+    """By the names that kombu has for them. Which libraries it takes depends on its version."""
+    methods: dict[tuple[str, ...], Pieces] = {
+        ("application/x-gzip", "gzip", "zlib"): partial(_by_steps, zlib.decompressobj)
+    }
+    library = getattr(of_kombu, "bz2", None)
+    if library is not None:
+        methods["application/x-bz2", "bzip2", "bzip"] = partial(_by_steps, library.BZ2Decompressor)
+    library = getattr(of_kombu, "lzma", None)
+    if library is not None:
+        opener = partial(library.LZMADecompressor, memlimit=2 * MOST_DECOMPRESSED)
+        methods["application/x-lzma", "lzma", "xz"] = partial(_by_steps, opener)
+    library = getattr(of_kombu, "brotli", None)
+    if library is not None:
+        methods["application/x-brotli", "brotli"] = partial(_by_steps_of_brotli, library.Decompressor)
+    library = getattr(of_kombu, "zstd", None)
+    if library is not None:
+        sized = getattr(library, "frame_content_size", None)  # the package zstandard, before kombu 5.6
+        found: Pieces = partial(_as_stated, sized) if sized else partial(_by_steps, library.ZstdDecompressor)
+        methods["application/zstd", "zstd", "zstandard"] = found
+    return {name: pieces for names, pieces in methods.items() for name in names}
+
+
+_PIECES = _pieces()
 
 
 def decode(delivery: Delivery) -> dict[str, Any]:
