@@ -16,6 +16,7 @@ from celery.local import Proxy
 from celery.worker import state
 
 from ..clock import mono_s
+from ..errors import StreamTaskError
 from ..text import logger
 from ..transport import hooks
 from .brokers import is_ours
@@ -43,14 +44,18 @@ class _Overlaid:
 
 
 def _guarded(consumer: Any, late: bool) -> Any:
-    """A consumer as the strategy of a task sees it: with a pool that starts no body whose message was given back."""
+    """A consumer as the strategy of a task sees it: with a pool that starts no body whose message was given back, and a timer
+    that nobody's key waits for."""
     if not is_ours(type(consumer.connection.transport)):
         return consumer
     pool = consumer.pool
     consumers.add(consumer)
     prefork = isinstance(pool, PreforkPool)
+    timer = _Overlaid(consumer.timer, call_at=functools.partial(_call_at, consumer))
     if not late and prefork:
-        return consumer  # such a message is acknowledged when its process says that it has begun
+        return _Overlaid(
+            consumer, timer=timer
+        )  # such a message is acknowledged when its process says that it has begun
     hold = not (late and consumer.app.conf.worker_cancel_long_running_tasks_on_connection_loss)
 
     def apply_async(target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
@@ -59,7 +64,36 @@ def _guarded(consumer: Any, late: bool) -> Any:
         seen = (ours, os.getpid(), *given_back, late, hold, _trusted_until(tag))
         return pool.apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
 
-    return _Overlaid(consumer, pool=_Overlaid(pool, apply_async=apply_async))
+    return _Overlaid(consumer, timer=timer, pool=_Overlaid(pool, apply_async=apply_async))
+
+
+def _call_at(consumer: Any, eta: float, apply: Callable[..., Any], args: Sequence[Any], **options: Any) -> Any:
+    """``Timer.call_at``: how Celery holds a request until its eta, unacknowledged. What waits long for that waits in Redis,
+    where a producer of ours has put it; what a stranger has put into the stream, or speaks protocol 1, goes there from here."""
+    message = args[0].message
+    if eta <= message.channel.holds_until(DELIVERY in message.headers):
+        return consumer.timer.call_at(eta, apply, args, **options)
+    # By the timer: Celery does not expect that a request has ended when it has just made it.
+    return consumer.timer.call_after(0, _put_off, (args[0], consumer, eta, apply, args), **options)
+
+
+def _put_off(request: Any, consumer: Any, eta: float, apply: Callable[..., Any], args: Sequence[Any]) -> None:
+    try:
+        if not request.message.channel.put_off(request.message.delivery_tag, eta):
+            apply(*args)
+            return
+    except StreamTaskError as exc:
+        log.warning("Task %s[%s] waits for its eta in this worker: %s", request.name, request.id, exc)
+        consumer.timer.call_after(AGAIN_S, _put_off, (request, consumer, eta, apply, args))
+        return
+    log.info("Task %s[%s] is delivered again at its eta", request.name, request.id)
+    request.acknowledged = True
+    state.task_ready(request)
+    consumer.qos.decrement_eventually()
+
+
+AGAIN_S = 5.0
+"""After so long it is tried again to store what waits for its eta."""
 
 
 def with_keyed_strategy(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from time import time
 from typing import Any
 
 from amqp.exceptions import ChannelError
@@ -23,6 +24,9 @@ from .session import Session
 log = logger("streamtask.transport")
 
 FOR_EVER_MS = 10**12  # some 30 years
+NEAR_S = 1.0
+"""A key may wait so long for the time of a message, which the clock of its worker may see come late."""
+
 LET_GO_S = 0.5
 """How long a channel that consumes a queue no longer waits at most until the keeper has taken its shards back."""
 
@@ -384,6 +388,18 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self.session.deliveries.reject(delivery_tag, False, why)
         self.qos.ack(delivery_tag)
         self._written()
+
+    def holds_until(self, keyed: bool) -> float:
+        """The last time (of the epoch) that messages wait for in the hands of who was given them; not the keyed ones."""
+        return time() + (0.0 if keyed else self.session.options.eta_hold_s) + NEAR_S
+
+    def put_off(self, delivery_tag: str, due: float) -> bool:
+        """Stores a message anew, for a time of the epoch: this delivery has ended. False where it is due already."""
+        if not self.session.deliveries.put_off(delivery_tag, int(due * 1000)):
+            return False
+        self.qos.ack(delivery_tag)
+        self._written()
+        return True
 
     def decode_body(self, body: Any, encoding: Any = None) -> Any:
         return decode_body(body, encoding)

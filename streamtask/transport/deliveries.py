@@ -11,7 +11,7 @@ from ..clock import mono_s
 from ..errors import LeaseLost, ReplyError, StreamTaskError
 from ..queue.consumer import Batch
 from ..text import logger
-from . import hooks
+from . import hooks, publish
 from .consumer import StreamConsumer
 from .resting import is_of_one_key
 
@@ -119,6 +119,21 @@ class Deliveries:
             handed = self._handed.get(tag)
             return handed is not None and handed.consumer.charge(handed.batch)
 
+    def put_off(self, tag: str, due_ms: int) -> bool:
+        """A message is to wait for a time of its own, which is not for its key to wait for: it is stored once more, among the
+        delayed ones, and this delivery has ended. False where it is due by Redis' clock, as it is for who was delivered when it
+        was due. Raises ``StreamTaskError``."""
+        with self._session.lock:
+            handed = self._handed.get(tag)
+            if handed is None:
+                return False
+            consumer, delivery = handed.consumer, handed.batch.deliveries[0]
+            # A retry in the place of its entry has waited there.
+            if consumer.generation(delivery.entry_id) or due_ms <= consumer.redis_ms():
+                return False
+        publish.put_off(self._session, consumer.queue, consumer.shard, delivery, due_ms)
+        return self.ack(tag) or True
+
     def receive(self, tag: str) -> bool:
         """The framework is about to look at a message, before any body: if the process dies of that, this message is charged,
         by the keeper; and where one comes again also by whoever has it next, for the keeper may die with its process. False
@@ -183,6 +198,7 @@ class Deliveries:
     def start(self, tag: str, hold: bool, here: bool) -> bool:
         """A body starts, or a pool gets it: False if its message was given back before. ``hold``: closing its channel does not
         give it back any more. ``here``: it starts in this process."""
+        self._session.stand_in()  # bodies may follow each other in the thread that does so else
         while True:
             # Under the lock: not between the look at what is worked on and the giving back of the rest.
             with self._session.lock:

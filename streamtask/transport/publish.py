@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StreamTaskError
 from ..queue.calls import Call, Target
+from ..queue.lanes import Delivery
 from ..redis import wire
 from ..redis.keys import SHARED
 from ..redis.scripts import Code, script
 from . import hooks
 from .message import PRODUCE_ID, REPLACES, SENT, due_ms, encode, key_of
 from .queues import GROUP, shared
-from .session import Session
 
 INF = float("inf")
 
 if TYPE_CHECKING:
     from .channel import Channel
+    from .session import Session
 
 
 @dataclass(slots=True)
@@ -99,6 +100,32 @@ def put(session: Session, queue_name: str, message: dict[str, Any]) -> None:
         since = call.sent_at or call.tried_at or (INF if call.repeated else None)
         if since is not None and SENT not in message:
             message[SENT] = (*(call.produce_id or ()), since)
+
+
+PUT_OFF_S = 1.0
+"""How long that waits for Redis: it is tried again."""
+
+
+def put_off(session: Session, queue_name: str, shard: int | str, delivery: Delivery, due_ms: int) -> None:
+    """Stores a message that was delivered once more, to be delivered when it is due. Who repeats that adds none. Raises
+    ``StreamTaskError``."""
+    envelope = wire.encode(delivery.task, delivery.key, delivery.id, delivery.args, delivery.kwargs)
+    produce_id = f"o{delivery.entry_id.decode()}", 0
+    call = KeyedCall if delivery.key is not None else Call
+    more = {} if delivery.key is None else {"key": delivery.key}
+    session.producer.send(
+        call(
+            session.queue(queue_name),
+            shard,
+            envelope,
+            due_ms=due_ms,
+            produce_id=produce_id,
+            repeated=True,
+            sent_at=INF,
+            **more,
+        ),
+        PUT_OFF_S,
+    )
 
 
 def keep_id(message: dict[str, Any]) -> None:

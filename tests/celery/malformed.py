@@ -80,3 +80,7 @@ JUST_FAILS = [
     parts([[], {"n": 0}, {"chain": [5]}]), old(streamtask_delivery="junk"),
 ]  # fmt: skip
 """What is run, or fails by itself."""
+
+FAR = "2990-01-01T00:00:00+00:00"
+LATER = [parts(eta=FAR), old(eta=FAR), parts({"args": [], "kwargs": {"n": 0}, "eta": FAR})]
+"""What is to run in another time, and came as if it was to run at once."""

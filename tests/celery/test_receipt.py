@@ -7,7 +7,7 @@ import json
 import msgpack
 import pytest
 
-from tests.celery.malformed import AT_FETCH, AT_RECEIPT, JUST_FAILS, REJECTED, parts
+from tests.celery.malformed import AT_FETCH, AT_RECEIPT, JUST_FAILS, LATER, REJECTED, parts
 from tests.helpers import is_alive, wait_until
 
 
@@ -24,6 +24,9 @@ def test_what_no_task_can_be_made_of_is_a_dead_letter_at_once(own_server, site, 
         for stream, key in ((shared, None), (shard, b"a")):
             if key is None or number % 3 == 0:
                 s.redis.xadd(stream, {"m": msgpack.packb(["late", key, b"i" * 16, case, {}, None])})
+    for case in LATER:
+        s.redis.xadd(shared, {"m": msgpack.packb(["late", None, b"i" * 16, case, {}, None])})
+        s.redis.xadd(shard, {"m": msgpack.packb(["late", b"a", b"i" * 16, case, {}, None])})
     behind = [s.send("late"), s.send("put", "a")]
     worker = s.worker(pool, c=2)
     for junk in (b"junk", packed(parts("[]")), packed(parts("5")), packed(parts(properties={"body_encoding": 5}))):
@@ -38,6 +41,9 @@ def test_what_no_task_can_be_made_of_is_a_dead_letter_at_once(own_server, site, 
     for n in behind:
         s.wait("E", n)
     s.nothing_left()
+    delayed = [s.redis.zcard(stream.replace(b":stream", b":delayed")) for stream in (shared, shard)]
+    assert delayed == [len(LATER)] * 2
+    assert s.app.control.inspect(timeout=1).stats()[worker.name]["prefetch_count"] == 8
     found = errors(s)
     for why, some in wrong.items():
         assert sum(why in error["message"] for error in found) >= len(some), (why, found)
