@@ -348,7 +348,8 @@ class Inspector:
                             (row["task_id"], (queue, str(shard), _texts(fields[:8]).get("entry", "").encode()))
                         )
             if name == "replay" and ended and self.app.results is not None:
-                # Before they run again: the next end of each is none that must not be overwritten.
+                # Before they run again: the next end of each is none that must not be overwritten. Who dies here leaves them
+                # among the dead letters, to be replayed by the next; after the other order an end could be lost for good.
                 self.app.results.forget(ended)
             if chosen:
                 call = script(name).pack(

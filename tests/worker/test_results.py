@@ -9,7 +9,9 @@ import time
 import pytest
 
 from streamtask import ResultTimeout, TaskError, TaskRevoked
+from streamtask.errors import BrokerUnavailable
 from streamtask.inspector import Inspector
+from streamtask.redis.scripts import script
 from tests.helpers import wait_until
 
 RESULTS = """
@@ -199,7 +201,8 @@ def test_no_other_message_overwrites_a_result(redis_server, site, concurrency):
 
 
 @pytest.mark.parametrize("on_dead", ["continue", "hold"])
-def test_a_replay_has_a_result_of_its_own(redis_server, site, on_dead):
+def test_a_replay_has_a_result_of_its_own(redis_server, site, on_dead, proxy):
+    """Also where one died, or was cut off, when it had forgotten the first result, and put nothing back yet."""
     site = site(redis_server, RESULTS, on_dead=on_dead)
     site.pod(1)
     heals = site.task("heals").delay("a")
@@ -207,6 +210,12 @@ def test_a_replay_has_a_result_of_its_own(redis_server, site, on_dead):
         heals.get(timeout=10)
     wait_until(site.dead)
     site.open_gate("healed")
+    line = proxy(redis_server)
+    line.cut_before_request(script("replay").sha.encode(), times=100)
+    with Inspector(site.load(line.url)) as inspector, pytest.raises(BrokerUnavailable):
+        inspector.replay("default")
+    assert len(site.dead()) == 1
+    assert heals.state == "PENDING"
     with Inspector(site.app) as inspector:
         assert inspector.replay("default") == 1
     assert heals.get(timeout=10) == "healed"
