@@ -59,6 +59,16 @@ def test_a_line_of_ours_is_printable_and_short_whoever_formats_it(formatter, cap
     assert len(log.filters) == 1
 
 
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+def test_a_line_of_others_is_too_where_we_format_it(formatter: logging.Formatter) -> None:
+    record = logging.LogRecord("a.task", logging.INFO, "", 0, "%s", (NASTY * 50_000,), None)
+    record.extra = NASTY
+    text = formatter.format(record)
+    assert text.isprintable()
+    assert "\\u202e" in text
+    assert len(text) < 11 * (MOST + MOST_LINES)
+
+
 def test_all_our_logs_are_made_so() -> None:
     found = subprocess.run(
         ["grep", "-rlE", r"getLogger|get_logger", "--include=*.py", "streamtask"],
