@@ -9,6 +9,7 @@ from ..errors import ShardCountMismatch
 from ..redis.connection import Broker
 from ..redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
 from ..redis.link import Link, Reply, pack
+from ..redis.misplaced import number
 from ..redis.scripts import script
 from ..sharding import shard_of
 
@@ -69,7 +70,8 @@ class Queue:
                 self.broker.check_version()
                 self.broker.warn_of_eviction()
             shards, epoch = link.run("declare_queue", [self.keys.meta], [self.shards])
-            shape = Shape(int(shards), int(epoch))
+            meta = self.keys.meta
+            shape = Shape(number(shards, 0, meta, "shards"), number(epoch, 0, meta, "epoch"))
             if shape.shards != self.shards:
                 raise ShardCountMismatch(
                     f"queue {self.name!r} of app {self.app!r} has {shape.shards} shards in Redis, but this app is "

@@ -1,10 +1,12 @@
-"""Which key is of another type than ours: something else was stored under its name. Redis' error says that there is one."""
+"""Which key is of another type than ours, or holds what is none of ours: something else was stored under its name. Redis'
+error says that there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import ConfigError, ReplyError, StreamTaskError
+from ..text import printable
 from .keys import type_of
 from .link import Link, Reply, pack
 
@@ -22,6 +24,17 @@ def by(link: Link) -> Ask:
 def of_one_key(error: object) -> bool:
     """Whether an error is a matter of one key, as one of a wrong type: what has other keys goes on."""
     return isinstance(error, ReplyError) and not isinstance(error, ConfigError)
+
+
+def number(value: bytes | int | None, default: int, key: str, field: str) -> int:
+    """A number that stands in a hash. Raises ``ReplyError`` where something else does."""
+    try:
+        return int(value or default)
+    except ValueError:
+        shown = printable(value, 60, lines=False)
+        raise ReplyError(
+            f"the field {field} of {key} is no number, but {shown}: put it right, or remove the key"
+        ) from None
 
 
 def misplaced(keys: Iterable[str], ask: Ask) -> dict[str, str]:

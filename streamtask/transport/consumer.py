@@ -3,11 +3,13 @@ next message is handed out only when Redis has answered that the one before is f
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..clock import mono_s
+from ..errors import ReplyError
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.lanes import Delivery, Entry, Note, entry_id_of, id_order
 from ..redis import wire
@@ -73,7 +75,9 @@ class StreamConsumer(ShardConsumer):
         if not self.lease.shared:
             flat = link.command("HGETALL", self._replaced_key)
             for entry_id, text in zip(flat[::2], flat[1::2], strict=True):
-                self._replacements[entry_id] = _parse(text)[::2]
+                generation, _, envelope = _parse(text)
+                if generation:
+                    self._replacements[entry_id] = generation, envelope
         elif not takeover:
             # Before any of it is fetched again: then it would be on offer while it is worked on.
             self.write_notes(link)
@@ -205,6 +209,8 @@ class StreamConsumer(ShardConsumer):
         generation, due_ms, envelope = _parse(text)
         self._replacements[entry_id] = generation, envelope
         arrived = self._decode([[entry_id, [wire.MSGPACK, envelope]]])
+        if not arrived:
+            raise ReplyError(f"the retry of entry {entry_id.decode()} in {self._replaced_key} is no message: remove it")
         assert isinstance(arrived[0], Delivery)
         return arrived[0], due_ms
 
@@ -296,9 +302,12 @@ def _slices(ids: list[bytes]) -> Iterator[list[bytes]]:
 
 
 def _parse(text: bytes) -> tuple[int, int, bytes]:
-    """A stored replacement: its generation, when it is due, its envelope."""
-    generation, due_ms, envelope = text.split(b" ", 2)
-    return int(generation), int(due_ms), envelope
+    """A stored replacement: its generation, when it is due, its envelope; generation 0 for what no script has written."""
+    found = _REPLACEMENT.fullmatch(text)
+    return (int(found[1]), int(found[2]), found[3]) if found else (0, 0, b"")
+
+
+_REPLACEMENT = re.compile(rb"(\d{1,19}) (\d{1,19}) (.*)", re.DOTALL)
 
 
 __all__ = ["StreamConsumer"]

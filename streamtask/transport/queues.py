@@ -7,7 +7,7 @@ carry replies, never need them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..queue.declare import Queue, Shape
 from ..redis.connection import Broker
 from ..redis.keys import SHARED, ShardKeys, app_queues, epochs
 from ..redis.link import Link, pack
+from ..redis.misplaced import number
 from ..redis.scripts import script
 from ..sharding import shard_of
 
@@ -89,7 +90,7 @@ class KombuQueue(Queue):
             epoch, shards, *priorities = link.run(
                 "open_queue", [self.keys.meta], [named, str(self.shards) if keyed else "", GROUP, *steps]
             )
-            shape = Shape(int(shards or 0), int(epoch))
+            shape = self._shape_of(shards, epoch)
             if shape.epoch != named:
                 return shape, [], set()
             # Those that were opened before may be more than there are now.
@@ -119,7 +120,7 @@ class KombuQueue(Queue):
         self._begin(shape)
         self._opened.update(streams)
         self.keyed = shape.shards > 0
-        self.priorities = (0, *sorted(int(step) for step in priorities))
+        self.priorities = _priorities(priorities)
         return shape
 
     def _name(self, least: int) -> int:
@@ -167,15 +168,22 @@ class KombuQueue(Queue):
             self.open(0)
         return shard_of(key, self.shape().shards)
 
+    def _shape_of(self, shards: bytes | None, epoch: bytes | None) -> Shape:
+        return Shape(number(shards, 0, self.keys.meta, "shards"), number(epoch, 0, self.keys.meta, "epoch"))
+
     def recorded(self) -> list[int | str]:
         """All streams that the queue has; none where no message came yet. Reads only."""
         flat = self._call(lambda link: link.command("HGETALL", self.keys.meta), self.keys.meta)
         meta = dict(zip(flat[::2], flat[1::2], strict=True))
         if not meta:
             return []
-        self._begin(Shape(int(meta.get(b"shards", 0)), int(meta.get(b"epoch", 0))))
+        self._begin(self._shape_of(meta.get(b"shards"), meta.get(b"epoch")))
         assert self._shape is not None
         self.keyed = self._shape.shards > 0
-        steps = sorted(int(name[9:]) for name in meta if name.startswith(b"priority:"))
-        self.priorities = (0, *steps)
+        self.priorities = _priorities(name[9:] for name in meta if name.startswith(b"priority:"))
         return [*(shared(priority) for priority in self.priorities), *range(self._shape.shards)]
+
+
+def _priorities(steps: Iterable[bytes]) -> tuple[int, ...]:
+    """Those that the queue has streams of, the most urgent first; without what somebody else has written there."""
+    return (0, *sorted(int(step) for step in steps if step.isdigit() and len(step) < 7))

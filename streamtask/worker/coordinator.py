@@ -29,7 +29,7 @@ from ..queue.declare import Shape
 from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, ShardKeys
 from ..redis.link import Link, pack
-from ..redis.misplaced import naming, of_one_key
+from ..redis.misplaced import naming, number, of_one_key
 from .links import Links
 from .outage import Outage, Rarely
 
@@ -452,7 +452,12 @@ class Coordinator:
             return False
         if not reply[0]:
             return False  # it has none yet; or Redis was flushed, and whoever sends next records it again
-        before, watch.shape = watch.shape, Shape(int(reply[0]), int(reply[1] or 0))
+        before, meta = watch.shape, watch.keys.meta
+        try:
+            watch.shape = Shape(number(reply[0], 0, meta, "shards"), number(reply[1], 0, meta, "epoch"))
+        except ReplyError as exc:
+            self._rests(watch, exc)
+            return False
         if before == watch.shape:
             return False
         watch.look_at = 0.0
@@ -579,20 +584,24 @@ class Coordinator:
         redis_now = membership.redis_now_ms()
         expiry: dict[int, int] = {}
         broken: set[int] = set()
-        for shard, record in zip(others, records, strict=True):
-            if isinstance(record, Exception):
-                self._shard_rests(watch, shard, record)
+        for shard, key, record in zip(others, keys, records, strict=True):
+            try:
+                if isinstance(record, Exception):
+                    raise record
+                lease_ms = number(record[2], self._lease_ms, key, "lease_ms")
+                expires_at = number(record[1], 0, key, "expires_at")
+            except ReplyError as exc:
+                self._shard_rests(watch, shard, exc)
                 broken.add(shard)
-            elif record[0]:
-                owners[shard] = record[0].decode()
-                expiry[shard] = int(record[1] or 0)
-                watch.seen_owner[shard] = int(record[2] or self._lease_ms)
+                continue
+            if record[0]:
+                owners[shard] = record[0].decode(errors="backslashreplace")
+                expiry[shard] = expires_at
+            if record[0] is not None:
+                watch.seen_owner[shard] = lease_ms
                 watch.missed_ms.pop(shard, None)
-            elif record[0] is None and shard in watch.seen_owner:
+            elif shard in watch.seen_owner:
                 watch.missed_ms.setdefault(shard, redis_now)
-            elif record[0] == b"":
-                watch.seen_owner[shard] = int(record[2] or self._lease_ms)
-                watch.missed_ms.pop(shard, None)
         for shard, named in owners.items():
             # The record names a process of ours that does not know of it: a lost reply, or the keeper before this one.
             # It takes it anew: another may have had it since, and Redis lost that.

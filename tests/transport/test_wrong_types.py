@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.helpers import wait_until
 from tests.transport.kit import Inbox, Kit, publish
 
 OF_QUEUE = ["meta", "members:workers", "member-info:workers"]
@@ -89,3 +90,26 @@ def test_nothing_is_taken_for_good_that_can_t_be_given(kit: Kit) -> None:
             client.rename(f"aside {name}", name)
     inbox.take(3)
     assert sorted(inbox.bodies) == ["a 0", "b 0", "c 0"]
+
+
+def test_junk_in_hashes_rests_what_it_is_of(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """No numbers where numbers stand, and no retry where a retry is stored."""
+    channel, client = kit.channel(), kit.client()
+    for name in ("bad", "odd", "good"):
+        kit.queue(channel, name)
+        publish(channel, f"{name} 0", to=name, headers={"shard_key": "u1"})
+    first = Inbox(kit.channel(), "odd", prefetch=100)
+    (entry,) = first.take()
+    (stream,) = [key for key in kit.keys("{kombu.odd.0.[0-9]}:stream") if client.xlen(key)]
+    client.hset(stream.replace(":stream", ":replaced:workers"), entry.headers["streamtask_delivery"]["entry"], "junk")
+    meta = f"{kit.namespace}:{{kombu.bad}}:meta"
+    shards = client.hget(meta, "shards")
+    client.hset(meta, mapping={"shards": "x", "priority:x": "1"})
+    first.channel.close()
+    second = Inbox(kit.channel(transport_options={"eta_hold": 59}), "bad", "odd", "good", prefetch=100)
+    assert taken(second, {"odd 0", "good 0"}, 15) == set()
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"the field shards of {meta} is no number, but b'x'" in said
+    client.hset(meta, "shards", shards)
+    assert taken(second, {"bad 0"}, 15) == set()
+    wait_until(lambda: kit.pending("odd") == 0 or second.drain(0.05))

@@ -8,7 +8,8 @@ import time
 import psutil
 import pytest
 
-from streamtask.redis.keys import SHARED, type_of
+from streamtask.errors import ReplyError
+from streamtask.redis.keys import SHARED, lease_times, type_of
 from tests.helpers import wait_until
 from tests.worker.rig import TASKS, keys_on
 
@@ -79,3 +80,57 @@ def test_keys_of_another_type_rest_their_shards_alone(redis_server_all, site, ki
     assert all(f"{key} is a {kind}, and has to be a " in check["message"] for key in spoiled), check
     site.redis.delete(*spoiled)
     site.produced.clear()
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_junk_in_hashes_rests_what_it_is_of(redis_server, site, concurrency):
+    """No numbers where numbers stand: nothing ends but a child whose lease is somebody else's then, the log says which it is,
+    and what is sound goes on."""
+    site = site(redis_server, TASKS + OTHER, lease=1.0)
+    pod = site.pod(2, concurrency)
+    site.ready(2)
+    sound = keys_on(7, 1)[0]
+    other = site.app.queue("other")
+    site.task("elsewhere").delay(k="a", n=0)
+    wait_until(lambda: site.of("E", key="a"))
+    shards = [site.keys.shard(0, shard) for shard in range(6)]
+    junk = [
+        (other.keys.meta, {"shards": "x", "epoch": "\x9b"}),
+        (shards[0].lease("workers"), {"owner": "nobody", "expires_at": "x"}),
+        (shards[1].lease("workers"), {"owner": b"\xff", "lease_ms": "-"}),
+        (shards[2].lease("workers"), {"token": "x", "voided": "x"}),
+        (shards[3].state, {"open": "x", "epoch": "x", "kept:workers": "x", "seq": "x"}),
+        (site.app.queue("default").keys.member_info("workers"), dict.fromkeys(("x", "y"), "{")),
+        (site.keys.shard(0, SHARED).state, {"kept:workers": "x"}),
+        (
+            lease_times(site.app.queue("default").keys.alive("workers", site.keys.shard(0, SHARED), cluster=False)),
+            {"x": "y"},
+        ),
+    ]
+    before = [site.redis.hgetall(key) for key, _ in junk]
+    for key, fields in junk:
+        site.redis.hset(key, mapping=fields)
+    notes = shards[4].notes("workers")
+    site.redis.hset(notes, mapping={"1-1": "x", "y": "\x9b"})
+    for first in (10, 20):
+        site.send(sound, range(first, first + 3))
+        wait_until(lambda first=first: site.started(sound)[-1:] == [first + 2], 20, lambda: pod.log)
+        time.sleep(1.5)  # some beats
+    assert f"of {shards[0].lease('workers')} is no number" in pod.log
+    with pytest.raises(ReplyError, match=r"the field shards of .*t.other.*:meta is no number, but b'x'"):
+        site.load(redis_server.url).tasks["elsewhere"].delay(k="a", n=1)
+    assert len(pod.log.splitlines()) < 100, pod.log
+    site.redis.delete(notes)
+    for (key, fields), were in zip(junk, before, strict=True):
+        site.redis.hdel(key, *fields)
+        if were:
+            site.redis.hset(key, mapping=were)
+    site.produced.clear()
+    site.task("elsewhere").delay(k="a", n=1)
+    wait_until(lambda: len(site.of("E", key="a")) == 2, 20, lambda: pod.log)
+    for shard in range(6):
+        site.send(keys_on(shard, 1)[0], range(30, 32))
+    site.wait_ended(timeout=30)
+    assert len(pod.children()) == 2
+    assert "Traceback" not in pod.log
+    assert pod.log.count("a worker process ended") <= 2, pod.log

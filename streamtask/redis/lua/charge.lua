@@ -20,6 +20,9 @@ for i = 4, #ARGV, 2 do
   if is_pending(KEYS[2], ARGV[3], ARGV[i]) then
     local note = redis.call('HGET', KEYS[3], ARGV[i]) or '0 0 0 0 0 0'
     local attempt, due, crashes, mark, by, held = note:match('^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
+    if not attempt then  -- what no script has written
+      attempt, due, crashes, mark, by, held = '0', '0', '0', '0', '0', '0'
+    end
     if ARGV[i + 1] == '0' then
       if mark ~= '0' then
         redis.call('HDEL', KEYS[3], ARGV[i])

@@ -49,7 +49,7 @@ if pending then
     return STORED_ALREADY
   end
   local there = redis.call('HGET', KEYS[8], ARGV[8])
-  if there and tonumber(there:match('^%d+')) >= tonumber(ARGV[10]) then
+  if there and tonumber(there:match('^%d+') or '0') >= tonumber(ARGV[10]) then
     return STORED_ALREADY
   end
   redis.call('HSET', KEYS[8], ARGV[8], ARGV[10] .. ' ' .. ARGV[6] .. ' ' .. ARGV[5])

@@ -23,7 +23,7 @@ local ids, kept = {}, {}
 local any = redis.call('EXISTS', KEYS[5]) == 1
 for i = 4, #ARGV, 2 do
   local replacement = any and redis.call('HGET', KEYS[5], ARGV[i])
-  if replacement and tonumber(replacement:match('^%d+')) > tonumber(ARGV[i + 1]) and is_pending(KEYS[2], ARGV[3], ARGV[i]) then
+  if replacement and tonumber(replacement:match('^%d+') or '0') > tonumber(ARGV[i + 1]) and is_pending(KEYS[2], ARGV[3], ARGV[i]) then
     kept[#kept + 1] = ARGV[i]
     kept[#kept + 1] = replacement
   else
