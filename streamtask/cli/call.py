@@ -33,16 +33,24 @@ def _json(kind: type, what: str) -> Any:
 
 @click.command()
 @click.argument("task")
-@click.option("--args", default="[]", metavar="JSON", callback=_json(list, "an array, as [1, 2]"), help="An array.")
 @click.option(
-    "--kwargs", default="{}", metavar="JSON", callback=_json(dict, 'an object, as {"a": 1}'), help="An object."
+    "--args", default="[]", metavar="JSON", callback=_json(list, "an array, as [1, 2]"), help="The arguments: an array."
 )
-@click.option("--countdown", type=float, metavar="S", help="Run it in so many seconds.")
-@click.option("--expires", type=float, metavar="S", help="Don't run it any more after so many seconds.")
-@click.option("--dedupe-id", metavar="ID", help="Send it once, however often this is called with this id.")
-@click.option("--task-id", metavar="ID", help="The id of the message, instead of a new one.")
-@click.option("--shard-key", metavar="KEY", help="Instead of what the task takes from its arguments.")
-@click.option("-q", "-Q", "--queue", metavar="QUEUE", help="Instead of the task's own.")
+@click.option(
+    "--kwargs",
+    default="{}",
+    metavar="JSON",
+    callback=_json(dict, 'an object, as {"a": 1}'),
+    help="The keyword arguments: an object.",
+)
+@click.option("--countdown", type=float, metavar="S", help="Run it after so many seconds.")
+@click.option("--expires", type=float, metavar="S", help="Don't run it later than in so many seconds.")
+@click.option("--dedupe-id", metavar="ID", help="Send it only once, however often it is called with this id.")
+@click.option("--task-id", metavar="ID", help="The message's id, instead of a new one.")
+@click.option(
+    "--shard-key", metavar="KEY", help="The shard key, instead of the one that the task takes from its arguments."
+)
+@click.option("-q", "-Q", "--queue", metavar="QUEUE", help="The queue, instead of the task's own.")
 @click.option(
     "--timeout",
     type=float,

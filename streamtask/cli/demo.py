@@ -46,10 +46,10 @@ def demo(
     kill: bool,
     as_json: bool,
 ) -> None:
-    """Sends messages through worker processes of which one is killed, and checks what came of them.
+    """Sends messages through worker processes, kills one of them, and checks what became of the messages.
 
-    Needs nothing: it starts a redis-server of its own and leaves nothing behind. The bodies write down each start, and
-    the end table is counted from that. Exit status 0 only if nothing is lost and nothing out of order.
+    It starts a redis-server of its own and leaves nothing behind. The bodies write down each start, and the table at
+    the end is counted from that. Exit status 0 only if nothing is lost and nothing out of order.
     """
     from .demo_events import Events
     from .demo_run import Demo, Plan

@@ -47,8 +47,8 @@ def migrate(
 ) -> None:
     """Moves a Celery app's messages from redis:// to streamtask://, or back.
 
-    Nothing is lost, whenever it dies: run it again and it goes on. Queues and priorities stay, bodies, headers and
-    properties are the same afterwards. Exit status 1 if a message stayed: those are named.
+    Nothing is lost if it dies: run it again and it goes on. Queues, priorities, bodies, headers and properties stay as
+    they are. Exit status 1 if a message stayed behind; it is named then.
 
     All users of the machine see a command's arguments. Give a URL that holds a password as @FILE, as - (a line of
     stdin; the one of --from comes first), or as STREAMTASK_MIGRATE_FROM and STREAMTASK_MIGRATE_TO in the environment;

@@ -16,7 +16,7 @@ from .common import cell, inspector_of, json_option, print_json, say
 def purge(ctx: click.Context, queue: str, keep_delayed: bool, yes: bool, as_json: bool) -> None:
     """Removes the messages that wait in QUEUE, for good. Dead letters stay: see 'dlq purge'.
 
-    What a worker was given already stays and runs: what runs now, waits for its retry, or was read ahead.
+    What a worker was already given stays and runs: bodies that run now, retries, and what was read ahead.
     """
     inspector = inspector_of(ctx)
     if not yes:
