@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from . import settings as settings_module
@@ -30,7 +31,7 @@ from .redis.link import pack
 from .results import AsyncResult, ResultStore
 from .settings import Settings
 from .sharding import shard_of
-from .task import Task, TaskKeywords, TaskOptions
+from .task import SendOptions, Task, TaskKeywords, TaskOptions
 from .version import installed
 from .worker.ports import WorkerSettings
 
@@ -83,6 +84,7 @@ class StreamTask:
         self._hooks = bool(self._before_send or self._after_send)
         named = (*self.settings.accept_content, self.settings.serializer)
         self._accepted = wire.SAFE_CONTENT | _content_types(named)
+        self._stranger = lru_cache(1000)(self._make_stranger)  # of a name that ``send_task`` was given
         self._accepted_of: dict[str, frozenset[str]] = {}  # by task
 
     def _result_store(self, backend: str | bool | None) -> ResultStore | None:
@@ -248,6 +250,49 @@ class StreamTask:
         call, outgoing = self._call(task, key, args, kwargs, **options)
         stored = await self._async_producer.send(call, timeout)
         return self._sent(call, outgoing, stored)
+
+    def send_task(
+        self,
+        name: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        queue: str | None = None,
+        shard_key: object = None,
+        **options: Unpack[SendOptions],
+    ) -> AsyncResult[Any]:
+        """Sends a task by its name, for programs that don't have its code. ``options`` are those of ``apply_async``.
+
+        A task that this app has is sent as by its own ``apply_async``. Of any other only what the call says is known: its
+        arguments are not checked, without a ``shard_key`` its message has no order, and without a ``queue`` it goes to
+        ``default``.
+        """
+        return self._named(name, queue).apply_async(args, kwargs, shard_key=shard_key, **options)
+
+    async def asend_task(
+        self,
+        name: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        queue: str | None = None,
+        shard_key: object = None,
+        **options: Unpack[SendOptions],
+    ) -> AsyncResult[Any]:
+        """As ``send_task``, for asyncio."""
+        return await self._named(name, queue).aapply_async(args, kwargs, shard_key=shard_key, **options)
+
+    def _named(self, name: str, queue: str | None) -> Task[..., Any]:
+        for what, text in (("name", name), ("queue", "default" if queue is None else queue)):
+            if not isinstance(text, str) or not text:
+                raise ConfigError(f"{what} must be text that is not empty, not {text!r}")
+        found = self.tasks.get(name)
+        if found is None:
+            return self._stranger(name, queue or "default")
+        return found if queue is None else found.on(queue)
+
+    def _make_stranger(self, name: str, queue: str) -> Task[..., Any]:
+        return Task(self, _anything, name, TaskOptions(queue=queue))
 
     def _call(
         self,
@@ -501,6 +546,10 @@ def _name_of(function: Callable[..., Any]) -> str:
         elif file:
             module = os.path.splitext(os.path.basename(file))[0]
     return f"{module}.{function.__qualname__}"
+
+
+def _anything(*args: Any, **kwargs: Any) -> None:
+    """Stands for the function of a task whose code is elsewhere."""
 
 
 def _due(countdown: float | None, eta: dt.datetime | None) -> tuple[int | None, bool]:

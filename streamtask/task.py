@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import functools
 import inspect
@@ -162,9 +163,9 @@ class Task(Generic[P, R]):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        countdown: float | None = None,
+        countdown: Seconds | None = None,
         eta: dt.datetime | None = None,
-        expires: float | dt.datetime | None = None,
+        expires: Seconds | dt.datetime | None = None,
         task_id: str | None = None,
         dedupe_id: str | None = None,
         shard_key: object = None,
@@ -227,6 +228,12 @@ class Task(Generic[P, R]):
         stored; other errors as ``delay``, before anything is sent.
         """
         return self.app.send_bulk(self, calls, timeout=timeout)
+
+    def on(self, queue: str) -> Task[P, R]:
+        """The same task with another queue, to send it there."""
+        other = copy.copy(self)
+        other.options = replace(self.options, queue=queue)
+        return other
 
     def retry(
         self,

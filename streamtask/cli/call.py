@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import difflib
 import json
 from typing import TYPE_CHECKING, Any
@@ -85,7 +83,9 @@ def call(
     ctx.call_on_close(app.close)
     if wait is not None and app.results is None:
         raise click.UsageError("--wait needs results, and this app keeps none: name a backend, as in backend=True")
-    found = _routed(_find(app, task), queue)
+    found = _find(app, task)
+    if queue is not None:
+        found = found.on(queue)
     try:
         sent = found.apply_async(
             args,
@@ -127,11 +127,3 @@ def _find(app: StreamTask, name: str) -> Task[..., Any]:
     else:
         hint = "it has none: import the modules with the tasks where the app is made"
     raise UnknownTask(f"app {app.name!r} has no task {name!r}: {hint}")
-
-
-def _routed(task: Task[..., Any], queue: str | None) -> Task[..., Any]:
-    if queue is None:
-        return task
-    routed = copy.copy(task)
-    routed.options = dataclasses.replace(task.options, queue=queue)
-    return routed

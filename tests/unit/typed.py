@@ -94,6 +94,10 @@ add.apply_async((1,), countdwn=5)  # wrong
 add.apply_async((1,), countdown="5")  # wrong
 add.apply_async((1,), kwargs=[1])  # wrong
 
+# send_task knows nothing of the arguments, but of the options.
+app.send_task("shop.push", (1,), {"text": "x"}, shard_key=1, queue="x", countdown=5)
+app.send_task("shop.push", (1,), countdwn=5)  # wrong
+
 # get gives what the function returns, and of an async def what it awaits.
 assert_type(add.delay(1), AsyncResult[int])
 assert_type(add.delay(1).get(timeout=5), int)
