@@ -29,6 +29,11 @@ def short(text: str, most: int = MOST) -> str:
     return f"{text[:most]} ... ({more:,} more characters)" if more > 0 else text
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number of things: ``1 retry``, ``1,200 retries``. ``many``: the word for several, where it is not ``one`` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def printable(value: object, most: int = MOST, *, lines: bool = True) -> str:
     """Anything as text that shows what it is made of and does nothing: control characters (C0, C1), marks that turn the
     direction of writing, and whatever else is not seen become escapes; see also ``short``. ``lines``: a newline stays one."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ..app import StreamTask
     from ..inspector import Inspector
 
-WIDTH = 100
-"""Columns of a table that goes to a file or a pipe."""
+UNBOUND = 1_000_000
+"""Columns of a file or a pipe: what reads it, as grep, wants whole lines."""
 MOST_DEEP = 100
 """Levels of arrays and maps that are shown."""
 
@@ -95,7 +95,7 @@ def console() -> Console:
     """Where tables are printed: without markup, since cells hold other people's text, and without colours in a pipe."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else UNBOUND
     return Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
 
 

@@ -40,19 +40,14 @@ def place_of(row: dict[str, Any]) -> str:
 
 
 def _print(rows: list[dict[str, Any]], nothing: str) -> None:
-    from rich.table import Table
+    from .tables import Table
 
     if not rows:
         click.echo(nothing)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("QUEUE", "left"), ("SHARD", "right"), ("GROUP", "left"), ("CONSUMER", "left")):
-        table.add_column(name, justify=justify, no_wrap=name != "CONSUMER", overflow="fold")  # type: ignore[arg-type]
-    table.add_column("STATE", no_wrap=True)
-    table.add_column("PENDING", justify="right", no_wrap=True)
-    table.add_column("PROCESS", overflow="fold")
+    table = Table("QUEUE", ">SHARD", "GROUP", "CONSUMER", "STATE", ">PENDING", "PROCESS")
     for row in rows:
-        table.add_row(
+        table.add(
             cell(row["queue"]),
             str(row["shard"]),
             cell(row["group"]),
@@ -64,4 +59,4 @@ def _print(rows: list[dict[str, Any]], nothing: str) -> None:
         )
     console().print(table)
     stale = sum(row["stale"] for row in rows)
-    click.echo(f"\n{len(rows)} registered, {sum(row['alive'] for row in rows)} alive, {stale} stale")
+    click.echo(f"\n{len(rows):,} registered, {sum(row['alive'] for row in rows):,} alive, {stale:,} stale")

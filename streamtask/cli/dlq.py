@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import StreamTaskError
-from ..text import MOST, MOST_LINES, printable
+from ..text import MOST, MOST_LINES, counted, printable
 from .common import cell, console, inspector_of, json_option, jsonable, number, print_json, queue_option
 
 if TYPE_CHECKING:
@@ -53,29 +53,19 @@ def list_(ctx: click.Context, queue: str | None, task: str | None, limit: int, o
 
 
 def _print_list(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from .tables import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
-    # What is to be copied into the next command is whole, also on a narrow screen.
-    table.add_column("ID", no_wrap=True, min_width=max(len(row["id"]) for row in rows))
     several = len({row["queue"] for row in rows}) > 1
-    if several:
-        table.add_column("QUEUE", overflow="fold")
-    table.add_column("DIED (UTC)", no_wrap=True)
-    table.add_column("TASK", overflow="fold", max_width=36)
-    table.add_column("KEY", overflow="fold", max_width=20)
-    table.add_column("RUNS", justify="right", no_wrap=True)
-    table.add_column("WHY", overflow="fold", ratio=1)
+    table = Table("=ID", *(["QUEUE"] if several else []), "DIED (UTC)", ">RUNS", "TASK", "KEY", "WHY")
     for row in rows:
         died = (row["dead_at"] or "-")[:19].replace("T", " ")
-        first = ((row["error"] or "").strip().splitlines() or [""])[-1]
-        why = f"{row['reason']}: {first}" if first else row["reason"]
+        why = f"{row['reason']}: {row['error']}" if row["error"] else row["reason"]
         if row["held"]:
             why = "HOLDS ITS LANE; " + why
-        cells = [row["id"], died, cell(row["task"] or "-", 72), cell(row["key"] or "-", 40), number(row["attempts"])]
+        cells = [row["id"], died, number(row["attempts"]), cell(row["task"] or "-", 72), cell(row["key"] or "-", 40)]
         if several:
             cells.insert(1, cell(row["queue"]))
-        table.add_row(*cells, cell(textwrap.shorten(why[:1000], 120, placeholder=" ...")))
+        table.add(*cells, cell(textwrap.shorten(why[:1000], 120, placeholder=" ...")))
     console().print(table)
 
 
@@ -152,7 +142,7 @@ def purge(
     inspector = inspector_of(ctx)
     found = _by_queue(inspector, ids, queue)
     if found and not yes:
-        what = f"{len(ids)} dead letter{'s' if len(ids) > 1 else ''}" if ids else "all dead letters"
+        what = counted(len(ids), "dead letter") if ids else "all dead letters"
         if task:
             what += f" of task {cell(task)}"
         click.confirm(f"Remove {what} of queue {', '.join(map(cell, found))} for good?", abort=True, err=True)
@@ -180,7 +170,7 @@ def _report(what: str, done: dict[str, int], ids: tuple[str, ...], as_json: bool
     if as_json:
         print_json({what: total, "queues": done})
     else:
-        click.echo(f"{what} {total:,} dead letter{'s' if total != 1 else ''}")
+        click.echo(f"{what} {counted(total, 'dead letter')}")
     missing = len(set(ids)) - total
     if ids and missing > 0:
         raise StreamTaskError(f"{missing} of them did not count: gone meanwhile, or another task's")

@@ -7,9 +7,12 @@ from typing import Any
 
 import click
 
-from ..text import MOST
-from .common import cell, inspector_of, json_option, print_json
+from ..text import MOST, counted
+from .common import UNBOUND, cell, console, inspector_of, json_option, print_json
 
+INDENT = 23
+WIDEST = 110
+"""Columns of a line that is to be read."""
 _MARKS = {True: ("ok  ", "green"), None: ("warn", "yellow"), False: ("FAIL", "red")}
 
 
@@ -29,22 +32,21 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 def _print(checks: list[dict[str, Any]]) -> None:
+    width = console().width
+    width = width if width == UNBOUND else min(width, WIDEST)
     for check in checks:
         mark, colour = _MARKS[check["ok"]]
         click.echo(f"{click.style(mark, fg=colour, bold=check['ok'] is False)}  {check['name']:<15}  ", nl=False)
-        click.echo(_wrapped(check["message"]))
+        click.echo(_wrapped(check["message"], width))
         if check["advice"]:
-            click.echo(f"{'':23}{_wrapped('-> ' + check['advice'])}")
+            click.echo(" " * INDENT + _wrapped("-> " + check["advice"], width))
     failed = sum(check["ok"] is False for check in checks)
     warned = sum(check["ok"] is None for check in checks)
-    click.echo(f"\n{_count(len(checks), 'check')}: {failed} failed, {_count(warned, 'warning')}")
+    click.echo(f"\n{counted(len(checks), 'check')}: {failed} failed, {counted(warned, 'warning')}")
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
-
-
-def _wrapped(text: str) -> str:
-    return ("\n" + " " * 23).join(
-        textwrap.wrap(cell(text, MOST), 77, break_long_words=False, break_on_hyphens=False) or [""]
+def _wrapped(text: str, width: int) -> str:
+    room = max(width - INDENT, 20)
+    return ("\n" + " " * INDENT).join(
+        textwrap.wrap(cell(text, MOST), room, break_long_words=False, break_on_hyphens=False) or [""]
     )

@@ -5,21 +5,22 @@ from __future__ import annotations
 import datetime as dt
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..clock import wall_ms
 from ..errors import AccessRefused, BrokerUnavailable
-from ..text import MOST
+from ..text import MOST, counted
 from .common import age, cell, console, inspector_of, json_option, number, print_json, queue_option
 from .consumers import place_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
     from ..inspector import Inspector
+    from .tables import Table
 
 
 @click.command()
@@ -63,30 +64,33 @@ def _watch(inspector: Inspector, queue: str | None, seconds: float, as_json: boo
                 print_json(queues, indent=None)
             else:
                 console().print(_picture(inspector, queues))
-    from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
+    from .tables import Screenful
+
     screen = console()
     picture: RenderableType = Text("asking ...")
+    error: RenderableType = ""
     seen = False
     try:
         with Live(picture, console=screen, screen=True, auto_refresh=False) as live:
             while True:
-                error = ""
                 try:
-                    picture = _picture(inspector, inspector.status(queue, seconds))
+                    picture, error = _picture(inspector, inspector.status(queue, seconds)), ""
                     seen = True
                 except BrokerUnavailable as exc:
                     if isinstance(exc, AccessRefused) and not seen:
                         raise
                     # What was seen last stays: it is what there is to go by while Redis is away.
-                    error = str(exc)
+                    error = Text(f"! {cell(str(exc), MOST)}", style="bold red")
+                live.update(Screenful(picture, error), refresh=True)
+                if error:
                     time.sleep(seconds)
-                shown = Group(picture, Text(f"\n! {cell(error, MOST)}", style="bold red")) if error else picture
-                live.update(shown, refresh=True)
     except KeyboardInterrupt:
         screen.print(picture)
+        if error:
+            screen.print(error)
         raise
 
 
@@ -113,13 +117,16 @@ def _picture(inspector: Inspector, queues: dict[str, dict[str, Any]]) -> Rendera
 def _headline(name: str, row: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
-    line = Text()
-    line.append(cell(name), style="bold")
-    line.append(f"   backlog {number(row['backlog'])}", style="bold")
-    line.append(f" (lag {number(row['lag'])}, pending {number(row['pending'])}, delayed {number(row['delayed'])})")
-    line.append(f"   in {number(row['in_per_s'], '/s')}   out {number(row['out_per_s'], '/s')}")
-    line.append(f"   dead {number(row['dead'])}", style="red" if row["dead"] else "")
-    return line
+    from .tables import Line
+
+    return Line(
+        Text(cell(name), "bold"),
+        Text(f"backlog {number(row['backlog'])}", "bold"),
+        Text(f"(lag {number(row['lag'])}, pending {number(row['pending'])}, delayed {number(row['delayed'])})"),
+        Text(f"in {number(row['in_per_s'], '/s')}"),
+        Text(f"out {number(row['out_per_s'], '/s')}"),
+        Text(f"dead {number(row['dead'])}", "red" if row["dead"] else ""),
+    )
 
 
 def _warnings(row: dict[str, Any]) -> list[str]:
@@ -128,45 +135,30 @@ def _warnings(row: dict[str, Any]) -> list[str]:
     if row["backlog"] and not row["workers"]:
         found.append("no worker is alive: nothing runs")
     elif row["workers"]:
-        ownerless = [str(one["shard"]) for one in row["shards"] if one["owner"] is None and one["shard"] != "shared"]
+        ownerless = [one["shard"] for one in row["shards"] if one["owner"] is None and isinstance(one["shard"], int)]
         if ownerless:
-            found.append(f"without an owner: shard{'s' if len(ownerless) > 1 else ''} {', '.join(ownerless)}")
+            found.append(f"without an owner: shard{'s' if len(ownerless) > 1 else ''} {ranges(ownerless)}")
     stale = sum(one["stale"] for one in row["consumers"])
     if stale:
-        found.append(f"{stale} stale consumer{'s' if stale > 1 else ''}: see 'consumers'")
+        found.append(f"{counted(stale, 'stale consumer')}: see 'consumers'")
     return found
 
 
-def _table(*columns: tuple[str, bool]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name, right in columns:
-        table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    return table
-
-
 def _shard_table(row: dict[str, Any]) -> Table:
+    from .tables import Table
+
     places = {worker["id"]: place_of(worker) for worker in row["workers"]}
-    table = _table(
-        ("SHARD", True),
-        ("LAG", True),
-        ("PENDING", True),
-        ("DELAYED", True),
-        ("DEAD", True),
-        ("LENGTH", True),
-        ("OWNER", False),
-    )
+    # The table of the workers has the owners' whole names.
+    table = Table(">SHARD", ">LAG", ">PENDING", ">DELAYED", ">DEAD", ">LENGTH", "<OWNER" if places else "OWNER")
     for one in row["shards"]:
-        if one["shard"] == "shared":
-            takers = sum("shared" in worker["shards"] for worker in row["workers"])
-            owner = f"{takers} process{'es' if takers != 1 else ''}" if takers else "-"
+        shared = not isinstance(one["shard"], int)
+        if shared:
+            takers = sum(one["shard"] in worker["shards"] for worker in row["workers"])
+            owner = counted(takers, "process", "processes") if takers else "-"
         else:
             owner = places.get(one["owner"]) or one["owner"] or "-"
-        lost = (
-            one["owner"] is None and one["shard"] != "shared" and bool(row["workers"] or one["lag"] or one["pending"])
-        )
-        table.add_row(
+        lost = one["owner"] is None and not shared and bool(row["workers"] or one["lag"] or one["pending"])
+        table.add(
             str(one["shard"]),
             *(number(one[name]) for name in ("lag", "pending", "delayed", "dead", "length")),
             cell(owner),
@@ -176,24 +168,26 @@ def _shard_table(row: dict[str, Any]) -> Table:
 
 
 def _worker_table(row: dict[str, Any]) -> Table:
+    from .tables import Table
+
     several = len(row["groups"]) > 1
-    table = _table(
-        ("WORKER", False), *([("GROUP", False)] if several else []), ("UP", True), ("LANES", True), ("SHARDS", False)
-    )
+    table = Table("WORKER", *(["GROUP"] if several else []), ">UP", ">LANES", "SHARDS")
     for worker in row["workers"]:
         started, lanes = worker.get("started"), worker.get("concurrency")
         up = age(wall_ms() / 1000 - started) if isinstance(started, int | float) else "-"
         cells = [place_of(worker), up, str(lanes or "-"), ranges(worker["shards"]) or "-"]
         if several:
             cells.insert(1, cell(worker["group"]))
-        table.add_row(*cells)
+        table.add(*cells)
     return table
 
 
 def _group_table(row: dict[str, Any]) -> Table:
-    table = _table(("GROUP", False), ("LAG", True), ("PENDING", True), ("PROCESSES", True))
+    from .tables import Table
+
+    table = Table("GROUP", ">LAG", ">PENDING", ">PROCESSES")
     for one in row["groups"]:
-        table.add_row(
+        table.add(
             cell(one["group"]),
             number(one["lag"]),
             number(one["pending"]),
@@ -203,7 +197,7 @@ def _group_table(row: dict[str, Any]) -> Table:
     return table
 
 
-def ranges(shards: list[int | str]) -> str:
+def ranges(shards: Sequence[int | str]) -> str:
     """Shards as people write them: ``0-3, 7, shared``."""
     parts: list[str] = []
     numbers = sorted(one for one in shards if isinstance(one, int))

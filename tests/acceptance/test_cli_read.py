@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+import select
+import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +33,7 @@ from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
 from streamtask.redis import wire
 from streamtask.text import harmless, printable
 from tests.fix_redis import RedisServer
-from tests.helpers import ROOT, spawn, wait_until
+from tests.helpers import ROOT, popen, spawn, wait_until
 
 APP = """
 import os
@@ -127,7 +133,7 @@ def test_status_as_json(run: Run, seeded: StreamTask) -> None:
 def test_status_as_text(run: Run, seeded: StreamTask) -> None:
     text = run("status").stdout
     assert "\x1b" not in text
-    assert "default   backlog 5 (lag 3, pending 1, delayed 1)" in text
+    assert "default  backlog 5  (lag 3, pending 1, delayed 1)" in text
     assert "! no worker is alive: nothing runs" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["SHARD", "LAG", "PENDING", "DELAYED", "DEAD", "LENGTH", "OWNER"] in rows
@@ -157,6 +163,43 @@ def test_watch_in_a_pipe_shows_picture_after_picture(run: Run, redis_server: Red
         watch.signal(2)
         assert watch.wait() == 0
         assert "Traceback" not in watch.stderr
+
+
+def test_watch_says_what_is_below_the_screen_and_why_it_stands_still(own_server: RedisServer, tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(APP.replace("shards=2", "shards=64"))
+    app = StreamTask("shop", broker=own_server.url, shards=64)
+    app.queue("default").declare(("workers",))
+    app.close()
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    seen = b""
+
+    def screen() -> str:
+        nonlocal seen
+        with contextlib.suppress(OSError):  # after its end
+            while select.select([ours], [], [], 0)[0]:
+                seen += os.read(ours, 65536)
+        return seen.decode(errors="replace")
+
+    args = [sys.executable, "-m", "streamtask", "-A", "shop", "status", "--watch", "--interval", "0.1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "URL": own_server.url, "TERM": "xterm"}
+    with popen(args, stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path, env=env) as watch:
+        try:
+            os.close(theirs)
+            # 64 shards and the shared stream below 5 lines of headings, on 24 lines.
+            wait_until(lambda: "... 47 more lines" in screen(), 20, screen)
+            own_server.kill()
+            wait_until(lambda: "can't be reached" in screen().rpartition("more lines")[2], 20, screen)
+            watch.send_signal(signal.SIGINT)
+            wait_until(lambda: screen() and watch.poll() is not None, 20, screen)
+            assert watch.returncode == 0
+            # What was seen last stays in the terminal, whole.
+            left = screen().rpartition("\x1b[?1049l")[2]
+            assert "  63  " in left
+            assert "can't be reached" in left
+        finally:
+            watch.kill()
+            os.close(ours)
 
 
 def test_consumers(run: Run, seeded: StreamTask) -> None:
