@@ -191,11 +191,18 @@ class UnknownTask(StreamTaskError, LookupError):
 
 
 class TaskError(StreamTaskError):
-    """A task failed for good. ``traceback`` holds the worker's traceback as text, where there is one."""
+    """A task failed for good. ``traceback`` holds the worker's traceback as text, where there is one; Python, and so
+    pytest, shows it above this error's own."""
 
     def __init__(self, message: str, *, traceback: str | None = None) -> None:
         super().__init__(message)
         self.traceback = traceback
+        if traceback:
+            self.__cause__ = _InTheWorker(f"\n\n{traceback}")
+
+
+class _InTheWorker(Exception):
+    """Where a task failed: in another process, or at another time."""
 
 
 class TaskRevoked(TaskError):

@@ -22,7 +22,7 @@ from .redis import wire
 from .request import Request, here, in_coroutine
 from .results import FAILURE, REVOKED, SUCCESS, ResultStore
 from .task import FINAL, Task
-from .text import MOST_LINES, harmless, logger, said, short
+from .text import MOST_LINES, counted, harmless, logger, said, short
 from .worker.ports import Place
 
 if TYPE_CHECKING:
@@ -256,8 +256,12 @@ class Runner:
             ):
                 return Outcome("dead", reason=FAILED, message=_brief(exc), traceback=_text(exc))
         if limit is not None and attempt >= limit:
+            after = f"(after {counted(attempt, 'retry', 'retries')})"
             return Outcome(
-                "dead", reason=EXHAUSTED, message=f"{_brief(cause)} (after {attempt} retries)", traceback=_text(exc)
+                "dead",
+                reason=EXHAUSTED,
+                message=f"{_brief(cause)} {after}",
+                traceback=_text(exc),
             )
         if delay is None:
             backoff = options.retry_backoff
@@ -270,6 +274,7 @@ class Runner:
         log.warning(
             "retry in %.2f s task=%s id=%s attempt=%d: %s",
             delay, delivery.task, wire.id_text(delivery.id), attempt, _brief(cause),
+            exc_info=None if isinstance(cause, Retry) else cause, extra=_fields(delivery, attempt, cause),
         )  # fmt: skip
         if self._on_retry:
             request = Request(delivery, place)
@@ -323,6 +328,13 @@ def _asked_delay_s(exc: Retry) -> float | None:
         asked = (exc.eta - dt.datetime.now(dt.timezone.utc)).total_seconds()
     # A body may ask for anything: what is no number raises here, and never in the loop that stores when it is due.
     return None if asked is None else min(max(0.0, float(asked)), MOST_DELAY_S)
+
+
+def _fields(delivery: Delivery, attempt: int, error: BaseException) -> dict[str, Any]:
+    """What a record says beside its text of the message that it is of."""
+    key = None if delivery.key is None else delivery.key.decode("utf-8", "backslashreplace")
+    fields = {"task": delivery.task, "id": wire.id_text(delivery.id), "key": key}
+    return {**fields, "attempt": attempt, "error": _brief(error)}
 
 
 def _brief(exc: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .queue.lanes import id_order
 from .redis import wire
+from .text import ADDED
 
 if TYPE_CHECKING:
     from .queue.consumer import Batch
@@ -129,3 +131,18 @@ def current() -> Request | None:
     if here.batch is not None:
         return Request(here.batch.delivery(here.cells[0]), here.place)
     return None if here.delivery is None else Request(here.delivery, here.place)
+
+
+class TaskFilter(logging.Filter):
+    """Gives each record that is made within a body the fields ``task``, ``id``, ``key`` and ``attempt`` of the message that
+    runs; elsewhere, and where the record has them, it changes nothing. Workers give it to all handlers that there are once
+    the app is imported."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # What we log around a body says by itself which message it is of, if any.
+        request = None if ADDED in record.__dict__ or record.name.startswith("streamtask.") else current()
+        if request is not None:
+            fields = {"task": request.task, "id": request.id, "key": request.shard_key, "attempt": request.attempt}
+            added = {name: value for name, value in fields.items() if name not in record.__dict__}
+            record.__dict__.update(added, **{ADDED: tuple(added)})
+        return True

@@ -47,11 +47,29 @@ def printable(value: object, most: int = MOST, *, lines: bool = True) -> str:
     return "".join(c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode() for c in text)
 
 
+FIELDS = ("reason", "task", "id", "key", "attempt", "error")
+"""What our records of one message say of it, beside their text: formats of JSON, and handlers of other kinds, find it there."""
+ADDED = "_streamtask"
+"""The attribute of a record that names what ``TaskFilter`` has added to it."""
+
+
 def logger(name: str) -> logging.Logger:
-    """The logger of that name. Its lines are printable and short, whoever formats them: Celery, say, or an app."""
+    """The logger of that name. Its lines are printable and short, whoever formats them: Celery, say, or an app. A
+    configuration that names it not (``disable_existing_loggers``, the default of ``dictConfig``) does not silence it."""
     found = logging.getLogger(name)
-    found.addFilter(_show)
+    if not isinstance(found, _Heard):
+        found.__class__ = type("Logger", (_Heard, type(found)), {})
+        found.addFilter(_show)
     return found
+
+
+class _Heard(logging.Logger):
+    @property
+    def disabled(self) -> bool:
+        return False
+
+    @disabled.setter
+    def disabled(self, value: bool) -> None: ...
 
 
 def _show(record: logging.LogRecord) -> bool:
@@ -62,4 +80,7 @@ def _show(record: logging.LogRecord) -> bool:
     if record.exc_info and not record.exc_text:
         # Formatters take it from here.
         record.exc_text = printable(logging.Formatter().formatException(record.exc_info), MOST_LINES)
+    elif text := record.__dict__.pop("traceback", None):
+        # Of another process, or of a while ago: the exception itself is gone.
+        record.exc_text = printable(text.rstrip(), MOST_LINES)
     return True

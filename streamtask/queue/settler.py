@@ -153,6 +153,13 @@ class Settling(Held):
             "dead letter: %s queue=%s shard=%s entry=%s task=%s id=%s: %s",
             outcome.reason, self.queue, self.shard, entry_id.decode(),
             delivery.task if delivery else "-", wire.id_text(delivery.id) if delivery else "-", error["message"],
+            extra={
+                "reason": outcome.reason,
+                **{name: error.get(name) for name in ("task", "id", "key")},
+                "attempt": note.attempt,
+                "error": error["message"],
+                "traceback": outcome.traceback,
+            },
         )  # fmt: skip
         if delivery is not None:
             self.on_dead(self, delivery, outcome)

@@ -30,6 +30,7 @@ from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, ShardKeys
 from ..redis.link import Link, pack
 from ..redis.misplaced import naming, number, of_one_key
+from ..text import counted
 from .links import Links
 from .outage import Outage, Rarely
 
@@ -62,6 +63,7 @@ class QueueWatch:
         self.ask = True  # for its shape, at the next beat
         self.revoked: set[str] = set()
         self.said: list[Any] = []
+        self.taken_over: list[int | str] = []  # and not said yet
 
     @property
     def shared_out(self) -> bool:
@@ -480,10 +482,12 @@ class Coordinator:
         held = Held(member.next_number(), watch, shard, lease)
         member.held[held.number] = held
         member.own(held)
-        self._log.info(
+        self._log.debug(
             "took a lease queue=%s shard=%s token=%d process=%d%s",
             watch.name, shard, lease.token, member.index, " (it had expired)" if lease.by_expiry else "",
         )  # fmt: skip
+        if lease.by_expiry and not lease.shared:
+            watch.taken_over.append(shard)
 
     def released(self, member: Member, number: int) -> None:
         """A member has ended what it ran of a shard."""
@@ -623,14 +627,22 @@ class Coordinator:
         self._say_owned(watch)
 
     def _say_owned(self, watch: QueueWatch) -> None:
-        """One line on who owns what here, whenever that has changed."""
+        """One line on who owns what here, whenever that has changed, and one on what others have left."""
+        if watch.taken_over:
+            shards, watch.taken_over = sorted(watch.taken_over, key=str), []
+            self._log.warning(
+                "took over %s whose owners are gone queue=%s: %s",
+                counted(len(shards), "shard"),
+                watch.name,
+                ", ".join(map(str, shards)),
+            )
         owned = [
             (member.index, sorted(h.shard for h in member.held.values() if h.watch is watch and not h.lease.shared))
             for member in sorted(self._members, key=lambda member: member.index)
         ]
         if owned != watch.said and any(member.kept for member in self._members):
             watch.said = owned
-            self._log.info(
+            self._log.debug(
                 "shards owned here queue=%s: %s",
                 watch.name,
                 "; ".join(f"process {i}: {', '.join(map(str, shards)) or 'none'}" for i, shards in owned) or "none",

@@ -18,6 +18,7 @@ from ..queue.held import Held
 from ..queue.lanes import Delivery
 from ..redis.keys import SHARED
 from ..redis.link import Link
+from ..text import counted
 from .executor import SequentialExecutor
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory, create_file
@@ -25,6 +26,7 @@ from .shared import SharedMemory, create_file
 
 def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: float, fail_fast: bool) -> int:
     """See ``StreamTask.run_until_idle``. Raises ``TaskError``, ``ConfigError``, ``BrokerUnavailable``."""
+    __tracebackhide__ = True
     memory_fd = create_file(1)
     try:
         memory = SharedMemory(memory_fd, 1)
@@ -69,7 +71,7 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
                     return done
                 time.sleep(max(0.0, min(wait, deadline) - mono_s()))
             if mono_s() > deadline:
-                raise TaskError(f"not idle after {timeout_s} s: {done} messages ran")
+                raise TaskError(f"not idle after {timeout_s:g} s: {counted(done, 'message')} ran")
     finally:
         for consumer in consumers:
             _give_back(consumer, link, settings)

@@ -29,7 +29,7 @@ from ..clock import mono_s, wall_ms
 from ..coordination.lease import join_shared
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
-from ..text import logger
+from ..text import counted, logger
 from .child import ENV_FDS
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .ports import WorkerSettings
@@ -156,6 +156,7 @@ class Supervisor:
             beaten=self._join_shared,
             log=log,
         )
+        self._said_ready = False
         self._stop_signals = 0
         self._exit_status = EXIT_OK
         self._wake_read, self._wake_write = socket.socketpair()
@@ -198,6 +199,18 @@ class Supervisor:
             self._settle_estates()  # before any lease is taken
         self._coordinator.closing = bool(self._stop_signals)
         self._coordinator.work()
+        self._say_ready()
+
+    def _say_ready(self) -> None:
+        """Once: all processes have started, and own something."""
+        if not self._said_ready and len(self._children) == self._processes and all(c.held for c in self._children):
+            self._said_ready = True
+            log.info(
+                "ready: %s, %s at once in each queues=%s",
+                counted(self._processes, "process", "processes"),
+                counted(self.settings.concurrency, "message"),
+                ",".join(watch.name for watch in self._watches),
+            )
 
     def _timeout_s(self) -> float:
         now = mono_s()
@@ -279,7 +292,9 @@ class Supervisor:
             started_wall=wall_ms() / 1000,
         )
         self._children.append(child)
-        log.info("started a worker process pid=%d process=%d id=%s", process.pid, index, child.incarnation)
+        # Of the first ones nothing is said before all are ready.
+        how = logging.INFO if self._said_ready else logging.DEBUG
+        log.log(how, "started a worker process pid=%d process=%d id=%s", process.pid, index, child.incarnation)
 
     def _serve(self, child: Child, events: int) -> None:
         if events & selectors.EVENT_WRITE:
@@ -432,3 +447,4 @@ class Supervisor:
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
+        log.info("stopped status=%d", self._exit_status)

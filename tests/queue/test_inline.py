@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import uuid
 
 import pytest
 
 from streamtask import ConfigError, Dedupe, Middleware, Reject, ResultTimeout, StreamTask, TaskError
 from streamtask.inspector import Inspector
+from tests.helpers import ROOT
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -202,6 +205,41 @@ def test_the_fixture_gives_an_app_of_its_own(own_app):
     result = task.delay(1)
     assert own_app.run_until_idle() == 1
     assert result.get(timeout=1) == 2
+
+
+OWN_TEST = """
+import pytest
+from streamtask import StreamTask
+
+app = StreamTask("mine")
+
+@app.task(max_retries=1, retry_backoff=False)
+def fails(n):
+    raise ValueError("no such order\\nat all")
+
+@pytest.fixture
+def streamtask_app_options():
+    return {"app": "test_mine:app"}
+
+def test_mine(streamtask_app):
+    fails.delay(7)
+    streamtask_app.run_until_idle()
+"""
+
+
+def test_a_failure_shows_where_the_task_failed(tmp_path):
+    """In pytest's report: the line of the body, the line of the test, and nothing of ours between."""
+    (tmp_path / "test_mine.py").write_text(OWN_TEST)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "-p", "no:cacheprovider", "test_mine.py"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert 'raise ValueError("no such order\\nat all")' in done.stdout
+    assert ">       streamtask_app.run_until_idle()" in done.stdout
+    assert "dead letter: task test_mine.fails with [7] {}: exhausted: ValueError: no such order" in done.stdout
+    assert "at all (after 1 retry)" in done.stdout
+    assert "inline.py" not in done.stdout
 
 
 @pytest.fixture
