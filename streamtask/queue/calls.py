@@ -19,8 +19,11 @@ from ..redis import wire
 from ..redis.keys import ShardKeys
 from ..redis.link import Link
 from ..redis.scripts import Code, as_text, script
+from ..text import logger
 from .declare import Queue
 from .seen import PAGE, Pages, generation_keys
+
+log = logger("streamtask.producer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,9 +242,10 @@ def window_s(ttl_ms: int, timeout_s: float) -> float:
 class Waiting:
     """How long a produce call goes on. ``pause`` says how long to wait before the next try, or raises ``error``."""
 
-    __slots__ = ("_deadline", "_delays", "_full_deadline")
+    __slots__ = ("_deadline", "_delays", "_full_deadline", "_started")
 
     def __init__(self, timeout_s: float, full_timeout_s: float, started: float) -> None:
+        self._started = started
         self._deadline = started + timeout_s
         self._full_deadline = started + full_timeout_s
         self._delays: Iterator[float] = delays(0.01, 0.5)
@@ -270,4 +274,23 @@ class Waiting:
             left = min(left, until - now) if left > 0 else left
         if left <= 0:
             raise error
-        return min(next(self._delays), left)
+        pause = next(self._delays)
+        if now >= self._started + SAY_AFTER_S and left >= SAY_FROM_S and _worth_saying(error, now):
+            log.warning("a produce call waits, for up to %.1f s: %s", left, error)
+        return min(pause, left)
+
+
+SAY_AFTER_S = 0.05
+"""What passes sooner, as a connection that Redis has closed meanwhile, is not worth a word."""
+SAY_FROM_S = 1.0
+"""What ends sooner is said by its error."""
+SAY_AGAIN_S = 10.0
+_said: dict[type, float] = {}
+
+
+def _worth_saying(error: StreamTaskError, now: float) -> bool:
+    """Many calls may wait for the same: it is said now and then."""
+    if now < _said.get(type(error), -SAY_AGAIN_S) + SAY_AGAIN_S:
+        return False
+    _said[type(error)] = now
+    return True

@@ -43,6 +43,10 @@ SHOWN_OPTIONS = frozenset({
 """What may stand in a URL's query and is no secret. All else is hidden: a password has many names."""
 
 
+SET_HERE = {"protocol": "2", "decode_responses": "false", "encoding": "utf-8", "encoding_errors": "strict"}
+"""Options of redis-py's connections that ours depend on."""
+
+
 def safe_url(url: str) -> str:
     """The URL without its password and without secrets in its query, for logs and errors: the one place that hides them.
 
@@ -129,6 +133,12 @@ class Broker:
             )
         if self.scheme in ("redis", "rediss", "redis+cluster") and not parts.hostname:
             raise ConfigError(f"the broker URL {self.safe_url!r} names no host, as in redis://localhost:6379/0")
+        for option, value in parse_qsl(parts.query):
+            if value.lower() != SET_HERE.get(option, value).lower():
+                raise ConfigError(
+                    f"the broker URL {self.safe_url!r} sets {option}, and streamtask needs {SET_HERE[option]!r} there: "
+                    "leave it out"
+                )
         if self.scheme in ("redis", "rediss"):
             path = parts.path.strip("/")
             if path and not path.isdigit():
@@ -168,7 +178,7 @@ class Broker:
                 except ERRORS as exc:
                     raise translate(exc, self.safe_url) from None
                 except (ValueError, TypeError) as exc:
-                    raise ConfigError(f"the broker URL {self.safe_url!r} can't be used: {exc}") from None
+                    raise ConfigError(f"the broker URL {self.safe_url!r} can't be used: {_of_url(exc)}") from None
             client = self._client
         return self._ask_for_slots(client) if self._slots_stale and self.is_cluster else client
 
@@ -402,6 +412,15 @@ class Broker:
             if self._embedded is not None:
                 self._embedded.leave()
                 self._embedded = None
+
+
+def _of_url(exc: Exception) -> str:
+    """What is wrong with a URL's query, in words of who wrote it."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(exc))
+    if unknown is None:
+        return str(exc)
+    hint = ": for TLS it begins with rediss://" if unknown[1] == "ssl" else ""
+    return f"its option {unknown[1]} is none that a connection has{hint}"
 
 
 def _checked(client: Any) -> Any:

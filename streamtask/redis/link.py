@@ -9,6 +9,7 @@ connection end here: callers see ``BrokerUnavailable``, ``BrokerOutOfMemory``, `
 from __future__ import annotations
 
 import ipaddress
+import re
 import select
 import socket
 import struct
@@ -20,7 +21,7 @@ import redis
 from hiredis import pack_command
 from redis import exceptions as rexc
 
-from ..errors import AccessRefused, BrokerOutOfMemory, BrokerUnavailable, ReplyError, StreamTaskError
+from ..errors import AccessRefused, BrokerOutOfMemory, BrokerUnavailable, Misconfigured, ReplyError, StreamTaskError
 from .replies import translate_reply
 from .scripts import as_text, by_sha, script
 
@@ -72,6 +73,12 @@ def translate(exc: Exception, where: str) -> StreamTaskError:
     for known, code in CODES.items():
         if isinstance(exc, known):
             return translate_reply(f"{code} {text}", where)  # redis-py has taken the code away
+    if isinstance(exc, rexc.InvalidResponse):
+        return BrokerUnavailable(f"what answers at {where} is no Redis ({text}): is the port right?")
+    if "Cluster mode is not enabled" in text:
+        return Misconfigured(f"Redis at {where} is no Redis Cluster: its URL must begin with redis:// or rediss://")
+    # redis-py shows its client there with all that it was made with, in some versions the password.
+    text = re.sub(r"<redis\..*>", "a Sentinel", text)
     if isinstance(exc, rexc.ConnectionError | rexc.TimeoutError | rexc.RedisClusterException | OSError):
         return BrokerUnavailable(
             f"Redis at {where} can't be reached: {text.rstrip('.')}. Is it running, and is the URL right?"
@@ -132,7 +139,11 @@ class Link:
             self._take_over(self._conn._sock)
         except BaseException as exc:
             # Also after an interruption: the answers of a broken handshake would be taken for others.
-            raise not_done(self._failed(exc)) from None
+            error = self._failed(exc)
+            if type(error) is ReplyError:
+                # Nothing was asked but what the URL says: user, database, the client's name.
+                error = Misconfigured(f"Redis at {self._where} refuses the connection: {error}", error.code)
+            raise not_done(error) from None
         self.connects += 1
 
     def _take_over(self, sock: Any) -> None:

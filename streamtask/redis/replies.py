@@ -108,4 +108,15 @@ def translate_reply(text: str, where: str) -> StreamTaskError:
             "(of a Celery app with streamtask+cluster://)",
             code,
         )
+    if "DB index" in text:
+        return Misconfigured(
+            f"Redis at {where} has no database of that number: name a lower one at the URL's end, as in /0, or raise databases "
+            "in redis.conf",
+            code,
+        )
+    if "unknown command" in text and "SENTINEL" in text:
+        return Misconfigured(
+            f"what answers at {where} is no Sentinel: the URL must name Sentinels and their port (26379), or begin with redis://",
+            code,
+        )
     return ReplyError(text.removeprefix("ERR "), code)
