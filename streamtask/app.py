@@ -496,6 +496,7 @@ class StreamTask:
         """
         from .worker.inline import run_until_idle
 
+        __tracebackhide__ = True  # pytest shows where it was called, and where the task failed
         return run_until_idle(self.worker_settings(), self.runner(), timeout_s=timeout, fail_fast=fail_fast)
 
     @contextmanager
@@ -610,24 +611,36 @@ def _encode_with_kombu(
 def find_app(name: str) -> StreamTask:
     """The app that ``-A`` names: ``module:attribute``, or ``module`` (the one app in it, or ``app``).
 
-    Raises ``ConfigError`` saying what was looked for.
+    Raises ``ConfigError`` saying what was looked for, and where an import failed.
     """
-    module_name, _, attribute = name.partition(":")
+    module_name, colon, attribute = name.partition(":")
+    if not module_name or (colon and not attribute):
+        raise ConfigError(f"-A {name} must name a module and the app in it, as in -A myproject.tasks:app")
+    if "/" in module_name or module_name.endswith(".py"):
+        dotted = os.path.normpath(module_name).removesuffix(".py").strip("./").replace(os.sep, ".")
+        raise ConfigError(
+            f"-A {name} names a file: name its module, as in -A {dotted}{colon}{attribute}, from the folder it is found in"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = import_named(module_name, f"-A {name}")
+    apps = {key: value for key, value in vars(module).items() if isinstance(value, StreamTask)}
+    there = f"its apps are {', '.join(sorted(apps))}" if apps else "there is no StreamTask app in it"
     if attribute:
         found = getattr(module, attribute, None)
-        if not isinstance(found, StreamTask):
-            raise ConfigError(f"{module_name}:{attribute} is no StreamTask app but {type(found).__name__}")
-        return found
-    apps = {id(value): value for value in vars(module).values() if isinstance(value, StreamTask)}
-    named = getattr(module, "app", None)
-    if isinstance(named, StreamTask):
-        return named
-    if len(apps) == 1:
+        if isinstance(found, StreamTask):
+            return found
+        if not hasattr(module, attribute):
+            raise ConfigError(f"the module {module_name!r} has no {attribute!r} (-A {name}): {there}")
+        raise ConfigError(
+            f"{module_name}:{attribute} is no StreamTask app, but of type {type(found).__name__}: {there}"
+        )
+    if "app" in apps:
+        return apps["app"]
+    if len({id(app) for app in apps.values()}) == 1:
         return next(iter(apps.values()))
+    if not apps:
+        raise ConfigError(f"the module {module_name!r} has no StreamTask app: name the module that makes one")
     raise ConfigError(
-        f"module {module_name!r} has {len(apps) or 'no'} StreamTask app{'s' if len(apps) != 1 else ''}: "
-        f"name one with -A {module_name}:attribute"
+        f"the module {module_name!r} has several apps: name one, as in -A {module_name}:{min(apps)}; {there}"
     )

@@ -25,7 +25,7 @@ def import_named(name: str, asked: str) -> ModuleType:
     if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
         raise ConfigError(
             f"there is no module {error.name!r} ({asked}): run from the folder that holds it, or install it"
-        ) from error
+        ) from None
     if isinstance(error, SyntaxError):
         what = f"{type(error).__name__}: {error.msg}"
     else:

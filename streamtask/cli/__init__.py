@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import traceback
@@ -37,7 +38,12 @@ COMMANDS = {
 }
 """Where each command lives; those whose module is missing don't exist."""
 
+SHARED_OPTIONS = ("app_name", "log_level", "log_format", "show_traceback")
+
 EPILOG = """\b
+-A, -l, --log-format and --traceback may stand behind the command, too.
+
+\b
 Exit status:
   0  fine
   1  what was asked about is wrong: Redis can't be reached, a check of doctor
@@ -66,7 +72,7 @@ class LazyGroup(click.Group):
         if importlib.util.find_spec(module_name) is None:
             return None
         command: click.Command = getattr(importlib.import_module(module_name), attribute)
-        return command
+        return _taking_late(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
@@ -92,7 +98,7 @@ class LazyGroup(click.Group):
         except Exception as exc:
             if isinstance(exc, BrokenPipeError):
                 raise  # whoever read our output has left; click ends quietly
-            _say(ctx, f"unexpected {type(exc).__name__}: {exc} (with --traceback before the command it says where)")
+            _say(ctx, f"unexpected {type(exc).__name__}: {exc} (with --traceback it says where)")
             ctx.exit(1)
 
 
@@ -104,7 +110,7 @@ def exit_status(exc: StreamTaskError) -> int:
 
 
 def _say(ctx: click.Context, message: str) -> None:
-    if ctx.params.get("show_traceback"):
+    if (ctx.obj or {}).get("show_traceback"):
         say(traceback.format_exc(), err=True)
     say(f"Error: {message}", err=True)
 
@@ -132,7 +138,10 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     help="The app, as in myproject.tasks:app.",
 )
 @click.option(
+    "-l",
     "--log-level",
+    "--loglevel",
+    "log_level",
     type=click.Choice(LEVELS, case_sensitive=False),
     default="info",
     envvar="STREAMTASK_LOG_LEVEL",
@@ -157,14 +166,35 @@ def main(ctx: click.Context, app_name: str | None, log_level: str, log_format: s
 
     Start with 'streamtask -A module:app worker', look with 'status', and when something seems wrong ask 'doctor'.
     """
-    set_up(log_level, log_format)
-    # ``app`` imports when it is called: commands that need no app work without one.
-    ctx.obj = {
-        "app_name": app_name,
-        "app": partial(load_app, app_name),
-        "log_level": log_level,
-        "log_format": log_format,
-    }
+    ctx.obj = {"app_name": app_name, "log_level": log_level, "log_format": log_format, "show_traceback": show_traceback}
+    _settle(ctx.obj)
+
+
+def _settle(obj: dict[str, Any]) -> None:
+    set_up(obj["log_level"], obj["log_format"])
+    # It imports when it is called: commands that need no app work without one.
+    obj["app"] = partial(load_app, obj["app_name"])
+
+
+def _taking_late(command: click.Command) -> click.Command:
+    """Lets a command take the group's options behind its name, too, where people write them who come from Celery."""
+    if isinstance(command, click.Group):
+        for one in command.commands.values():
+            _taking_late(one)
+    taken = {name for option in command.params for name in option.opts}
+    for option in main.params:
+        if option.name in SHARED_OPTIONS and not taken & set(option.opts):
+            late = copy.copy(option)
+            assert isinstance(late, click.Option)
+            late.hidden, late.expose_value, late.callback, late.envvar, late.default = True, False, _late, None, None
+            command.params.append(late)
+    return command
+
+
+def _late(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.obj[param.name] = value
+        _settle(ctx.obj)
 
 
 __all__ = ["COMMANDS", "exit_status", "main"]

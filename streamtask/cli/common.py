@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import ConfigError
 from ..text import MOST_LINES, printable
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ def load_app(name: str | None) -> StreamTask:
         raise click.UsageError("name the app: streamtask -A module:app COMMAND, or set STREAMTASK_APP=module:app")
     from ..app import find_app
 
-    return find_app(name)
+    try:
+        return find_app(name)
+    except ConfigError as exc:
+        if exc.__cause__ is not None:
+            exc.args = (f"{exc}. --traceback shows the way there",)
+        raise
 
 
 def inspector_of(ctx: click.Context) -> Inspector:

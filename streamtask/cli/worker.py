@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -9,12 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from ..errors import StreamTaskError
+from ..errors import ConfigError, StreamTaskError
+from ..text import counted, logger
 from .common import say
+from .logs import name_tasks
 
 if TYPE_CHECKING:
     from ..app import StreamTask
     from ..worker.ports import WorkerSettings
+
+log = logger("streamtask.supervisor")
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -50,6 +55,7 @@ def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: 
     app = ctx.obj["app"]()
     names = [one.strip() for one in queues.split(",") if one.strip()]
     settings = app.worker_settings(queues=names, concurrency=concurrency)
+    _check_tasks(app, names)
     if app.broker.is_cluster or app.broker.scheme == "memory":
         raise StreamTaskError(
             f"workers do not run on {app.broker.scheme}:// yet: use redis://, rediss://, unix:// or embedded://"
@@ -68,6 +74,23 @@ def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: 
     ctx.exit(Supervisor(settings, argv, count).run())
 
 
+def _check_tasks(app: StreamTask, names: list[str]) -> None:
+    if not app.tasks:
+        raise ConfigError(
+            f"the app {app.name!r} has no tasks, so that every message would be a dead letter: import the modules that have "
+            "them where the app is made, or name another app with -A"
+        )
+    known = app.queue_names()
+    strange = [name for name in names if name not in known]
+    if strange:
+        near = {close for name in strange for close in difflib.get_close_matches(name, known, n=1)}
+        log.warning(
+            "no task of the app goes to %s (-Q): %s",
+            ", ".join(strange),
+            f"did you mean {', '.join(sorted(near))}?" if near else f"its tasks go to {', '.join(known)}",
+        )
+
+
 def _banner(app: StreamTask, settings: WorkerSettings, processes: int, version: tuple[int, ...]) -> str:
     lines = [
         f" -- streamtask {settings.version} -- {os.uname().nodename}, pid {os.getpid()}",
@@ -76,7 +99,7 @@ def _banner(app: StreamTask, settings: WorkerSettings, processes: int, version: 
         f"    results    {app.results.broker.safe_url if app.results else 'not kept'}",
         f"    processes  {processes}, {settings.concurrency} at once in each",
         f"    lease      {settings.lease_ms / 1000:g} s, group {settings.consumer.group}",
-        "    queues     " + ", ".join(f"{q.name} ({q.shards} shards)" for q in settings.queues),
+        "    queues     " + ", ".join(f"{q.name} ({counted(q.shards, 'shard')})" for q in settings.queues),
         "    tasks      " + (", ".join(sorted(app.tasks)) or "none"),
     ]
     return "\n".join(lines)
@@ -104,6 +127,7 @@ def worker_process(ctx: click.Context, concurrency: int, queues: str) -> None:
     child.print_whole_lines()
     try:
         app = ctx.obj["app"]()
+        name_tasks()
         names = [one for one in queues.split(",") if one]
         settings = app.worker_settings(queues=names, concurrency=concurrency)
         app.producer.full_timeout_s = 0.0
