@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from .redis import wire
 from .redis.connection import MIN_VERSION
 from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, expiring, is_shared, lease_times
 from .redis.link import Link, pack
-from .redis.misplaced import misplaced
+from .redis.misplaced import WRONGTYPE, misplaced
 from .redis.replies import EXHAUSTED_ADVICE
 from .redis.scripts import by_sha, script
 from .results import Origin
+from .text import counted
 
 if TYPE_CHECKING:
     from .app import StreamTask
@@ -131,7 +132,8 @@ class Inspector:
 
     def _ask(self, calls: Sequence[tuple[str, bytes]]) -> list[Any]:
         """The replies to packed commands, each with a key that says which server it is for."""
-        return [replies[0] for replies in self._send([(key, [packed]) for key, packed in calls])]
+        with self._naming_keys():
+            return [replies[0] for replies in self._send([(key, [packed]) for key, packed in calls])]
 
     def _ask_at_once(self, blocks: Sequence[tuple[str, list[bytes]]]) -> list[list[Any]]:
         """The replies to blocks of commands, each block of one slot and in one transaction. Errors of single commands,
@@ -234,6 +236,22 @@ class Inspector:
         shots = self._snapshots(self._asked(queue), consumers=True)
         return [{"queue": name, **row} for name, shot in shots.items() for row in _consumer_rows(shot)]
 
+    def full(self) -> str:
+        """What is to be said where Redis' memory limit is reached, else ''; also where INFO is refused."""
+        key = app_queues(self.app.settings.namespace, self.app.name)
+        try:
+            info = _info(self._ask([(key, pack("INFO", "memory"))])[0])
+        except (ReplyError, ConfigError):
+            return ""
+        return next(
+            (
+                f"Redis is full, and takes no messages: {row['message']}. Workers drain it; see 'doctor'"
+                for row in _check_memory(info)
+                if row["name"] == "memory" and row["ok"] is False
+            ),
+            "",
+        )
+
     def _snapshots(self, shapes: dict[str, Shape], *, consumers: bool = False) -> dict[str, Snapshot]:
         blocks: list[tuple[str, list[bytes]]] = []
         for shape in shapes.values():
@@ -241,13 +259,14 @@ class Inspector:
             blocks += [
                 (shape.shard(s).state, _pack_shard(shape.shard(s), s, shape, consumers)) for s in shape.all_shards()
             ]
-        replies = iter(self._ask_at_once(blocks))
         shots = {}
-        for name, shape in shapes.items():
-            shot = shots[name] = Snapshot(name, shape)
-            _read_members(shot, next(replies))
-            for shard in shape.all_shards():
-                shot.shards[shard] = _read_shard(shape, shard, next(replies))
+        with self._naming_keys():
+            replies = iter(self._ask_at_once(blocks))
+            for name, shape in shapes.items():
+                shot = shots[name] = Snapshot(name, shape)
+                _read_members(shot, next(replies))
+                for shard in shape.all_shards():
+                    shot.shards[shard] = _read_shard(shape, shard, next(replies))
         return shots
 
     # Dead letters
@@ -515,12 +534,13 @@ class Inspector:
         shapes = self._shapes(names)
         checks = [row, self._check_shard_counts(shapes)]
         shots = self._snapshots(shapes, consumers=True)
-        stale, ownerless = _stale(shots), _ownerless(shots)
+        stale, ownerless = _stale(shots, True), _ownerless(shots)
         if stale or ownerless:
             time.sleep(self.app.settings.lease + 1)
             shots = self._snapshots(shapes, consumers=True)
-            stale &= _stale(shots)
+            stale &= _stale(shots, True)
             ownerless &= _ownerless(shots)
+        left = _stale(shots, False)
         checks.append(
             _check(
                 "shard-owners",
@@ -535,10 +555,17 @@ class Inspector:
             _check(
                 "stale-consumers",
                 False,
-                f"{len(stale)} consumer{'s' if len(stale) > 1 else ''} without a live process: {_listed(stale)}",
-                "live workers remove these within a lease time, and none did: start a worker, or look at its log",
+                f"{counted(len(stale), 'consumer')} without a live process: {_listed(stale)}",
+                "live workers take over what these had within a lease time, and none did: look at the workers' logs",
             )
             if stale
+            else _check(
+                "stale-consumers",
+                None,
+                f"{counted(len(left), 'consumer')} of processes that are gone, and no worker lives: {_listed(left)}",
+                "the next worker that starts takes over what these had",
+            )
+            if left
             else _check("stale-consumers", True, "no consumer is left over from a dead process")
         )
         checks.append(_check_groups(shots))
@@ -569,6 +596,17 @@ class Inspector:
             )
             return _check("keys", False, message, advice), names
         return _check("keys", True, "all keys are of their types"), names
+
+    @contextmanager
+    def _naming_keys(self) -> Iterator[None]:
+        """Says which keys are of a wrong type, where one is: Redis' error says no more than that."""
+        try:
+            yield
+        except ReplyError as exc:
+            row = self._check_types()[0] if exc.code == WRONGTYPE else {"ok": True}
+            if row["ok"] is not False:
+                raise
+            raise ReplyError(f"{row['message']} (remove or rename it): {exc}", exc.code) from None
 
     def _misplaced(self, keys: Sequence[str]) -> list[str]:
         def ask(commands: Sequence[tuple[str, bytes]]) -> list[Any]:
@@ -957,7 +995,7 @@ def _check_memory(info: dict[str, str]) -> list[Row]:
             _check(
                 "evicted",
                 False,
-                f"Redis has evicted {evicted:,} keys since its start",
+                f"Redis has evicted {counted(evicted, 'key')} since its start",
                 "raise maxmemory; see 'eviction'",
             )
         )
@@ -1063,9 +1101,9 @@ def _check_groups(shots: dict[str, Snapshot]) -> Row:
         for group in shot.shape.groups:
             lag, pending, delayed, _ = _totals(shot, group)
             if lag + pending + delayed and not shot.members[group]:
-                unserved.append(f"group {group} of queue {name} ({lag + pending + delayed:,} messages)")
+                unserved.append(f"group {group} of queue {name} ({counted(lag + pending + delayed, 'message')})")
         if not shot.shape.groups and (waiting := sum(_totals(shot, None)[:3])):
-            unserved.append(f"queue {name}, where no worker has ever started ({waiting:,} messages)")
+            unserved.append(f"queue {name}, where no worker has ever started ({counted(waiting, 'message')})")
     if unserved:
         return _check(
             "served",
@@ -1089,13 +1127,13 @@ def _check_dead(shots: dict[str, Snapshot]) -> Row:
     return _check("dead-letters", True, "none")
 
 
-def _stale(shots: dict[str, Snapshot]) -> set[str]:
-    """Consumers of dead processes, in groups that have a live one which should have removed them."""
+def _stale(shots: dict[str, Snapshot], served: bool) -> set[str]:
+    """Consumers of dead processes, of groups that have a live one, which should have taken over from them, or have none."""
     return {
         f"{name}/{row['shard']}/{row['group']}/{row['consumer']}"
         for name, shot in shots.items()
         for row in _consumer_rows(shot)
-        if row["stale"] and row["consumer"] != OWNER and shot.members[row["group"]]
+        if row["stale"] and bool(shot.members[row["group"]]) == served
     }
 
 

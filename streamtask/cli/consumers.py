@@ -20,10 +20,13 @@ def consumers(ctx: click.Context, queue: str | None, only_stale: bool, as_json: 
     A shard has one consumer, 'owner', whoever owns it; a shared stream has one for each live process. A stale one is
     registered, but its lease has expired: live workers remove it within a lease time.
     """
-    rows = [row for row in inspector_of(ctx).consumers(queue) if row["stale"] or not only_stale]
+    inspector = inspector_of(ctx)
+    rows = [row for row in inspector.consumers(queue) if row["stale"] or not only_stale]
     if as_json:
         print_json(rows)
         return
+    if full := inspector.full():
+        click.secho(f"! {full}\n", fg="red", bold=True)
     _print(rows, "no stale consumers" if only_stale else "no consumers: no worker has started yet")
 
 

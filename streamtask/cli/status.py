@@ -101,6 +101,8 @@ def _picture(inspector: Inspector, queues: dict[str, dict[str, Any]]) -> Rendera
     app = inspector.app
     now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     parts: list[RenderableType] = [Text(f"{cell(app.name)} at {app.broker.safe_url}   {now}", style="dim")]
+    if full := inspector.full():
+        parts.append(Text(f"! {full}", style="bold red"))
     if not queues:
         parts.append(Text("\nno queue yet: one is recorded when its first message is sent or its first worker starts"))
     for name, row in queues.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import ShardCountMismatch
 from ..redis.connection import Broker
 from ..redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
-from ..redis.link import Link, Reply, pack
+from ..redis.link import Link, Reply
 from ..redis.misplaced import number
 from ..redis.scripts import script
 from ..sharding import shard_of
@@ -82,8 +82,7 @@ class Queue:
                 link.run("register_group", [self.keys.meta], [f"group:{group}"])
             self._open_shards(link, shape, self.see_groups(link))
             names = app_queues(self.namespace, self.app)
-            if not self._on(names, link, pack("SISMEMBER", names, self.name)):  # no write where Redis is full
-                self._on(names, link, pack("SADD", names, self.name))
+            self._on(names, link, script("record_queue").pack((names,), (self.name,)))
         finally:
             link.close()
         self._shape = shape

@@ -44,10 +44,12 @@ class Rig:
         self.link.close()
         self.app.close()
 
-    def own(self, shard: int, incarnation: str = ONE, group: str = "workers", **settings: Any) -> ShardConsumer:
+    def own(
+        self, shard: int, incarnation: str = ONE, group: str = "workers", lease_ms: int = 60_000, **settings: Any
+    ) -> ShardConsumer:
         """Takes a shard and reads what waits in it."""
         self.queue.declare((group,))
-        lease = leases.acquire(self.link, self.queue.shard_keys(shard), group, incarnation, 60_000)
+        lease = leases.acquire(self.link, self.queue.shard_keys(shard), group, incarnation, lease_ms)
         assert isinstance(lease, leases.Lease)
         consumer = ShardConsumer(lease, "default", shard, ConsumerSettings(group=group, **settings))
         self.read(consumer)
@@ -578,8 +580,11 @@ def test_memory_at_its_limit_fails(rig: Rig, redis_server: RedisServer) -> None:
         return int(redis_server.client().info("memory")["used_memory"])
 
     rig.inspector.doctor()  # loads the scripts, which take memory too
+    assert rig.inspector.full() == ""
     redis_server.config_set(maxmemory=used())
     assert rig.check("memory")["ok"] is False
+    assert "Redis is full" in rig.inspector.full()
+    assert "of maxmemory" in rig.inspector.full()
     redis_server.config_set(maxmemory=int(used() * 1.1))
     assert rig.check("memory")["ok"] is None
 
@@ -630,6 +635,30 @@ def test_shards_without_owner_and_stale_consumers(rig: Rig) -> None:
     assert checks["shard-owners"]["message"] == "workers live, but nobody owns default/1"
     assert checks["stale-consumers"]["ok"] is False
     assert f"default/shared/workers/{TWO}" in checks["stale-consumers"]["message"]
+
+
+def test_the_doctor_and_consumers_and_status_say_the_same_of_stale_consumers(rig: Rig) -> None:
+    """Of shared streams and of shards, while a worker lives and while none does."""
+    rig.tidy.delay()
+    rig.join(TWO, lease_ms=10)
+    rig.own(0, lease_ms=10)
+    rig.own(1)
+    time.sleep(0.02)
+
+    def stale() -> tuple[list[str], int, dict[str, Any]]:
+        rows = [row for row in rig.inspector.consumers() if row["stale"]]
+        names = sorted(f"default/{row['shard']}/workers/{row['consumer']}" for row in rows)
+        shown = sum(row["stale"] for row in rig.inspector.status(interval=0)["default"]["consumers"])
+        return names, shown, rig.check("stale-consumers")
+
+    names, shown, check = stale()
+    assert len(names) == shown > 0
+    assert (check["ok"], check["message"].rpartition(": ")[2]) == (None, ", ".join(names))
+    assert "no worker lives" in check["message"]
+    rig.beat(ONE)
+    names, shown, check = stale()
+    assert len(names) == shown > 0
+    assert (check["ok"], check["message"].rpartition(": ")[2]) == (False, ", ".join(names))
 
 
 def test_what_passes_within_a_lease_time_is_no_complaint(rig: Rig) -> None:

@@ -108,7 +108,10 @@ def test_status_of_one_group_of_several() -> None:
     assert any("workers" in line for line in shown(_worker_table(row), width=140))
 
 
-def test_a_dead_letter_s_error_begins_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_letter_s_error_begins_with_its_first_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     row = {"id": "1:1-1", "queue": "q", "dead_at": None, "task": None, "key": None, "attempts": 1, "held": True}
     _print_list([{**row, "reason": "exhausted", "error": "RuntimeError: first\nsecond (after 1 retry)"}])
     lines = capsys.readouterr().out.splitlines()

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from streamtask import BrokerOutOfMemory
-from tests.worker.rig import keys_on
+from tests.worker.rig import TASKS, keys_on
 
 
 def test_workers_drain_a_full_redis(own_server_all, site):
@@ -61,14 +61,15 @@ def test_a_full_redis_stays_full_for_producers_and_a_dead_letter_still_fits(own_
 
 
 def test_a_pod_that_starts_while_redis_is_full_drains_it(own_server_all, site):
-    site = site(own_server_all, lease=1.0)
-    pod = site.pod(1)
+    """The first one that the app ever had, with a queue that nobody has used; and the next one, when that is gone."""
+    site = site(own_server_all, TASKS + '@app.task(queue="unused")\ndef unused(): ...\n', lease=1.0)
     keys = [keys_on(shard, 1)[0] for shard in range(site.shards)]
     for key in keys:
         site.send(key, range(100), ms=2)
     site.send(None, range(100), ms=2)
-    site.wait_started()
     own_server_all.config_set(maxmemory="100kb")
+    pod = site.pod(1)
+    site.wait_started()
     pod.kill_all()
     site.pod(2)
     site.wait_ended()

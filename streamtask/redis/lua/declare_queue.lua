@@ -2,8 +2,10 @@
 -- KEYS[1] meta     hash
 -- ARGV[1] shards that the caller is configured with
 -- Returns: {shards, epoch}
--- Looks before it writes: what is there can be used also above maxmemory.
 if redis.call('HEXISTS', KEYS[1], 'shards') == 0 then
+  -- A write that Redis allows above maxmemory lets the next ones through: a worker of a queue that nobody has used yet may have
+  -- others to drain.
+  redis.call('HDEL', KEYS[1], '')
   redis.call('HSET', KEYS[1], 'shards', ARGV[1])
   redis.call('HSETNX', KEYS[1], 'epoch', 0)
 end

@@ -2,8 +2,9 @@
 -- KEYS[1] meta     hash
 -- ARGV[1] field of the group: group:NAME
 -- Returns: 1 if it is new, else 0
--- Looks before it writes: what is there can be used also above maxmemory.
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then
   return 0
 end
+-- A write that Redis allows above maxmemory lets the next ones through: the first worker must be able to begin.
+redis.call('HDEL', KEYS[1], '')
 return redis.call('HSET', KEYS[1], ARGV[1], 1)
