@@ -203,9 +203,21 @@ def unpack_body(data: bytes) -> Any:
 
 
 def _make_map(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    if len(pairs) > MOST_ALIKE:
-        _check_hashes([key for key, _ in pairs])
-    return dict(pairs)
+    try:
+        if len(pairs) > MOST_ALIKE:
+            _check_hashes([key for key, _ in pairs])
+        return dict(pairs)
+    except TypeError:
+        # Keys that were tuples or frozensets, which msgpack answers as lists and sets.
+        hashable = [(_hashable(key), value) for key, value in pairs]
+    _check_hashes([key for key, _ in hashable])
+    return dict(hashable)
+
+
+def _hashable(key: Any) -> Any:
+    if type(key) is list:
+        return tuple(map(_hashable, key))
+    return frozenset(key) if type(key) is set else key
 
 
 def encode(
@@ -241,6 +253,21 @@ def _check_headers(headers: dict[Any, Any], args: object) -> None:
         raise DecodeError(
             f"the header {H_CONTENT!r} is the content type of arguments that are bytes, not {ascii(content)[:60]}"
         )
+
+
+def check_json_keys(value: object) -> None:
+    """Raises TypeError for a map's keys that JSON would make other values of: true of True, "1.5" of 1.5. (Of whole numbers it
+    makes text, as everybody knows.)"""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            for key in one:
+                if not isinstance(key, str | int) or isinstance(key, bool):
+                    raise TypeError(f"a key of a map is {ascii(key)[:60]}, and JSON has no keys but text")
+            left += one.values()
+        elif isinstance(one, list | tuple):
+            left += one
 
 
 def whole(fields: list[bytes]) -> list[bytes]:

@@ -66,6 +66,43 @@ def test_plain_values_come_back_as_they_were(value):
     assert type(back) is type(value)
 
 
+bare = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.datetimes(timezones=st.just(dt.timezone.utc) | st.none())
+    | st.uuids()
+    | st.decimals(allow_nan=False)
+)
+hashable = st.recursive(bare | st.frozensets(bare, max_size=3), lambda inner: st.tuples(inner, inner), max_leaves=4)
+
+
+@given(st.dictionaries(hashable, st.integers(0, 9), max_size=4))
+def test_keys_of_a_map_come_back_as_they_were(value):
+    fields = [wire.MSGPACK, wire.encode("task", b"key", ID, [value], {})]
+    found = wire.decode(fields)[3][0]
+    assert found == value
+    assert set(map(repr, found)) == set(map(repr, value)) or any(isinstance(key, tuple | frozenset) for key in value)
+    assert wire.unpack_body(wire.pack_body(value)) == value  # as results are stored
+
+
+def test_many_keys_that_are_tuples():
+    value = {(n, str(n)): n for n in range(5_000)}
+    assert roundtrip(value) == value
+    with pytest.raises(EncodeError, match="10000"):
+        wire.encode("t", None, ID, [{(n,): n for n in range(20_000)}], {})
+
+
+@pytest.mark.parametrize("key", [None, True, 1.5, (1, 2)])
+def test_json_keys_are_text(key):
+    with pytest.raises(TypeError, match="key"):
+        wire.check_json_keys(([], {"a": [{"b": {key: 1}}]}))
+    wire.check_json_keys(([{"a": {1: [{}]}}], {}))
+
+
 @pytest.mark.parametrize(
     "value",
     [
