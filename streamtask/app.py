@@ -13,9 +13,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from . import settings as settings_module
+from .arguments import call_options, item_arguments, many_calls
+from .checks import FLAG, TEXT, TIMEOUT, Rule, check, either, optional
 from .clock import wall_ms
 from .errors import ConfigError, EncodeError, MessageTooLarge
 from .execution import Runner
+from .functions import say_taken, task_name
 from .imports import import_named
 from .middleware import Dedupe, Middleware, Outgoing, overriding
 from .queue.aproducer import AsyncProducer
@@ -28,8 +31,8 @@ from .redis import wire
 from .redis.connection import Broker
 from .redis.keys import SHARED
 from .redis.link import pack
-from .results import AsyncResult, ResultStore
-from .settings import Settings
+from .results import NO_BACKEND, AsyncResult, ResultStore
+from .settings import Seconds, Settings
 from .sharding import shard_of
 from .task import SendOptions, Task, TaskKeywords, TaskOptions
 from .version import installed
@@ -44,6 +47,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 ENV_URL = "STREAMTASK_BROKER_URL"
 ENV_AUDIT_S = "STREAMTASK_AUDIT_S"
+
+
+def _middlewares(value: Any) -> Any:
+    if not isinstance(value, tuple | list) or not all(isinstance(one, Middleware) for one in value):
+        raise TypeError
+    return value
+
+
+APP_RULES: Mapping[str, Rule] = {
+    "name": Rule("text that is not empty, as in StreamTask('notifications')", TEXT.take),
+    "broker": optional(Rule("a URL, as redis://localhost:6379/0", TEXT.take)),
+    "backend": optional(either(FLAG, Rule("a URL, as redis://localhost:6379/1", TEXT.take))),
+    "middleware": Rule("a list of middlewares, made already, as in [Dedupe()]", _middlewares),
+}
 
 
 class StreamTask:
@@ -64,8 +81,9 @@ class StreamTask:
         middleware: Sequence[Middleware] = (),
         **options: Unpack[SettingsKeywords],
     ) -> None:
-        if not name or not isinstance(name, str):
-            raise ConfigError("an app needs a name, as in StreamTask('notifications')")
+        given = {"name": name, "broker": broker, "backend": backend, "middleware": middleware}
+        for option, rule in APP_RULES.items():
+            check(f"the {option} of an app", rule, given[option], secret=True)  # a URL may have a password
         self.name = name
         self.settings: Settings = settings_module.from_options(options)
         url = broker if broker is not None else os.environ.get(ENV_URL) or "embedded://"
@@ -139,11 +157,14 @@ class StreamTask:
                     f"unknown task option{'s' if len(unknown) > 1 else ''} {', '.join(sorted(unknown))}: "
                     f"known are name, {', '.join(sorted(TaskOptions.__dataclass_fields__))}"
                 )
-            task: Task[..., Any] = Task(self, function, name or _name_of(function), _task_options(options))
-            if task.name in self._tasks and self._tasks[task.name].function is not function:
-                other = self._tasks[task.name].function
-                if (other.__module__, other.__qualname__) != (function.__module__, function.__qualname__):
-                    raise ConfigError(f"two tasks are named {task.name!r}: give one of them another name=")
+            if isinstance(function, Task):
+                raise ConfigError(
+                    f"{function.name!r} is a task already: @app.task takes its function, {function.name}.function"
+                )
+            task: Task[..., Any] = Task(self, function, task_name(function, name), TaskOptions(**options))
+            before = self._tasks.get(task.name)
+            if before is not None:
+                say_taken(task.name, function, before.function)
             own = task.options.serializer
             self._accepted_of[task.name] = self._accepted | _content_types([own] if own else [])
             self._tasks[task.name] = task
@@ -209,7 +230,7 @@ class StreamTask:
         message_id = new_id()
         envelope = self._encode(task, key, message_id, args, kwargs, None)
         self.producer.append(queue, queue.shard_for(key), envelope)
-        return AsyncResult(message_id, self.results, self._revoker(queue))
+        return AsyncResult(message_id, self._store_of(task), self._revoker(queue))
 
     def send(
         self,
@@ -218,18 +239,18 @@ class StreamTask:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         *,
-        dedupe_id: str | None = None,
-        task_id: str | None = None,
-        timeout: float | None = None,
+        queue: str | None = None,
+        timeout: Seconds | None = None,
         **options: Any,
     ) -> AsyncResult[Any]:
         """Stores one message; ``task.delay`` and ``apply_async`` are the ways to call it."""
-        queue = self.queue(task.options.queue)
-        if not queue.declared:
-            self.producer.declare(queue, timeout)
-        call, outgoing = self._call(task, key, args, kwargs, dedupe_id=dedupe_id, task_id=task_id, **options)
-        stored = self.producer.send(call, timeout)
-        return self._sent(call, outgoing, stored)
+        to, timeout_s = self._where_to(task, queue, timeout)
+        options = call_options(options)
+        if not to.declared:
+            self.producer.declare(to, timeout_s)
+        call, outgoing = self._call(task, to, key, args, kwargs, **options)
+        stored = self.producer.send(call, timeout_s)
+        return self._sent(task, call, outgoing, stored)
 
     async def asend(
         self,
@@ -238,18 +259,24 @@ class StreamTask:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         *,
-        timeout: float | None = None,
+        queue: str | None = None,
+        timeout: Seconds | None = None,
         **options: Any,
     ) -> AsyncResult[Any]:
         """As ``send``, for asyncio."""
+        to, timeout_s = self._where_to(task, queue, timeout)
+        options = call_options(options)
         if self._async_producer is None:
             self._async_producer = AsyncProducer(self.producer, self.broker)
-        queue = self.queue(task.options.queue)
-        if not queue.declared:
-            await asyncio.to_thread(self.producer.declare, queue, timeout)
-        call, outgoing = self._call(task, key, args, kwargs, **options)
-        stored = await self._async_producer.send(call, timeout)
-        return self._sent(call, outgoing, stored)
+        if not to.declared:
+            await asyncio.to_thread(self.producer.declare, to, timeout_s)
+        call, outgoing = self._call(task, to, key, args, kwargs, **options)
+        stored = await self._async_producer.send(call, timeout_s)
+        return self._sent(task, call, outgoing, stored)
+
+    def _where_to(self, task: Task[..., Any], queue: str | None, timeout: Seconds | None) -> tuple[Queue, float | None]:
+        name = task.options.queue if queue is None else check("queue", TEXT, queue)
+        return self.queue(name), None if timeout is None else check("timeout", TIMEOUT, timeout)
 
     def send_task(
         self,
@@ -257,7 +284,6 @@ class StreamTask:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        queue: str | None = None,
         shard_key: object = None,
         **options: Unpack[SendOptions],
     ) -> AsyncResult[Any]:
@@ -267,7 +293,7 @@ class StreamTask:
         arguments are not checked, without a ``shard_key`` its message has no order, and without a ``queue`` it goes to
         ``default``.
         """
-        return self._named(name, queue).apply_async(args, kwargs, shard_key=shard_key, **options)
+        return self._named(name).apply_async(args, kwargs, shard_key=shard_key, **options)
 
     async def asend_task(
         self,
@@ -275,28 +301,22 @@ class StreamTask:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        queue: str | None = None,
         shard_key: object = None,
         **options: Unpack[SendOptions],
     ) -> AsyncResult[Any]:
         """As ``send_task``, for asyncio."""
-        return await self._named(name, queue).aapply_async(args, kwargs, shard_key=shard_key, **options)
+        return await self._named(name).aapply_async(args, kwargs, shard_key=shard_key, **options)
 
-    def _named(self, name: str, queue: str | None) -> Task[..., Any]:
-        for what, text in (("name", name), ("queue", "default" if queue is None else queue)):
-            if not isinstance(text, str) or not text:
-                raise ConfigError(f"{what} must be text that is not empty, not {text!r}")
-        found = self.tasks.get(name)
-        if found is None:
-            return self._stranger(name, queue or "default")
-        return found if queue is None else found.on(queue)
+    def _named(self, name: str) -> Task[..., Any]:
+        return self.tasks.get(check("name", TEXT, name)) or self._stranger(name)
 
-    def _make_stranger(self, name: str, queue: str) -> Task[..., Any]:
-        return Task(self, _anything, name, TaskOptions(queue=queue))
+    def _make_stranger(self, name: str) -> Task[..., Any]:
+        return Task(self, _anything, name, TaskOptions())
 
     def _call(
         self,
         task: Task[..., Any],
+        queue: Queue,
         key: bytes | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
@@ -308,14 +328,12 @@ class StreamTask:
         task_id: str | None = None,
         headers: Mapping[str, Any] | None = None,
     ) -> tuple[Call, Outgoing | None]:
-        options = task.options
         self.producer.check_process()
-        queue = self.queue(options.queue)
         call_id = new_id()
         message_id: bytes | str = call_id
         dedupe = None
         if dedupe_id is not None:
-            message_id = dedupe = dedupe_hash(options.queue, key, dedupe_id)
+            message_id = dedupe = dedupe_hash(queue.name, key, dedupe_id)
         if task_id is not None:
             message_id = wire.id_bytes(task_id)
         due_ms: int | None = None
@@ -327,12 +345,12 @@ class StreamTask:
                 head[wire.H_PRODUCED] = wall_ms()
                 head[wire.H_ETA] = wall_ms() + due_ms if relative else due_ms
         if expires is None:
-            expires = options.expires
+            expires = task.options.expires
         if expires is not None:
             head[wire.H_EXPIRES] = _deadline_ms(expires)
         outgoing = None
         if self._hooks:
-            outgoing = Outgoing(task.name, wire.id_text(message_id), args, kwargs, options.queue, key, head)
+            outgoing = Outgoing(task.name, wire.id_text(message_id), args, kwargs, queue.name, key, head)
             for hook in self._before_send:
                 hook(outgoing)
             head = outgoing.headers
@@ -364,38 +382,69 @@ class StreamTask:
             )
         return envelope
 
-    def _sent(self, call: Call, outgoing: Outgoing | None, stored: bool) -> AsyncResult[Any]:
+    def _sent(self, task: Task[..., Any], call: Call, outgoing: Outgoing | None, stored: bool) -> AsyncResult[Any]:
         if outgoing is not None:
             for hook in self._after_send:
                 hook(outgoing, stored)
             message_id: bytes | str = outgoing.id
         else:
             message_id = call.message_id
-        return AsyncResult(message_id, self.results, self._revoker(call.queue), stored)
+        return AsyncResult(message_id, self._store_of(task), self._revoker(call.queue), stored)
+
+    def _store_of(self, task: Task[..., Any]) -> ResultStore | str:
+        """Where the task's results lie, or why there are none."""
+        if task.options.ignore_result:
+            return f"task {task.name!r} keeps no results: it has ignore_result=True"
+        return self.results or NO_BACKEND
 
     def send_bulk(
         self,
         task: Task[..., Any],
         calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
         *,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
     ) -> list[AsyncResult[Any]]:
         """Stores many messages of one task; ``task.send_many`` is the way to call it."""
+        queue, timeout_s = self._where_to(task, None, timeout)
+        calls = many_calls(calls, task.name)
+        self.producer.declare(queue, timeout_s)
+        messages, results, outgoing = self._many(task, queue, calls)
+        self.producer.send_many(queue, messages, timeout_s)
+        self._many_sent(outgoing)
+        return results
+
+    async def asend_bulk(
+        self,
+        task: Task[..., Any],
+        calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
+        *,
+        timeout: Seconds | None = None,
+    ) -> list[AsyncResult[Any]]:
+        """As ``send_bulk``, for asyncio: a thread talks to Redis meanwhile."""
+        queue, timeout_s = self._where_to(task, None, timeout)
+        calls = many_calls(calls, task.name)
+        await asyncio.to_thread(self.producer.declare, queue, timeout_s)
+        messages, results, outgoing = self._many(task, queue, calls)
+        await asyncio.to_thread(self.producer.send_many, queue, messages, timeout_s)
+        self._many_sent(outgoing)
+        return results
+
+    def _many(
+        self, task: Task[..., Any], queue: Queue, calls: Iterable[Any]
+    ) -> tuple[list[tuple[int | str, bytes]], list[AsyncResult[Any]], list[Outgoing]]:
         self.producer.check_process()
-        queue = self.queue(task.options.queue)
-        self.producer.declare(queue, timeout)
         messages: list[tuple[int | str, bytes]] = []
         results: list[AsyncResult[Any]] = []
         outgoing: list[Outgoing] = []
         revoke = self._revoker(queue)
         expires = task.options.expires
         base_headers = {wire.H_EXPIRES: _deadline_ms(expires)} if expires is not None else None
-        key_of, results_store, name = task.shard_key, self.results, task.name
+        key_of, results_store, name = task.shard_key, self._store_of(task), task.name
         msgpack = self._serializer(task) == "msgpack"
         most = self.settings.max_message_bytes
         shards = queue.shape().shards
         for one, message_id in zip(calls, new_ids(), strict=False):
-            args, kwargs = one if type(one) is tuple or not isinstance(one, Mapping) else ((), one)
+            args, kwargs = ((), one) if type(one) is dict else item_arguments(one, name)
             key = key_of(args, kwargs)
             headers = base_headers
             if self._hooks:
@@ -408,17 +457,20 @@ class StreamTask:
                 envelope = self._encode(task, key, message_id, args, kwargs, headers)
             messages.append((SHARED if key is None else shard_of(key, shards), envelope))
             results.append(AsyncResult(message_id, results_store, revoke))
-        self.producer.send_many(queue, messages, timeout)
+        return messages, results, outgoing
+
+    def _many_sent(self, outgoing: Iterable[Outgoing]) -> None:
         for out in outgoing:
             for hook in self._after_send:
                 hook(out, True)
-        return results
 
     # Results
 
     def AsyncResult(self, task_id: str, *, queue: str = "default") -> AsyncResult[Any]:
         """The result of a task id; ``queue`` is where ``revoke`` looks for its message."""
-        return AsyncResult(wire.id_bytes(task_id), self.results, self._revoker(self.queue(queue)))
+        check("the task id", TEXT, task_id)
+        to = self.queue(check("queue", TEXT, queue))
+        return AsyncResult(wire.id_bytes(task_id), self.results or NO_BACKEND, self._revoker(to))
 
     def _revoker(self, queue: Queue) -> Callable[[str], None]:
         found = self._revokers.get(queue)
@@ -488,7 +540,7 @@ class StreamTask:
             has_time_limits=any(task.options.time_limit for task in self.tasks.values()),
         )
 
-    def run_until_idle(self, *, timeout: float = 60.0, fail_fast: bool = True) -> int:
+    def run_until_idle(self, *, timeout: Seconds = 60.0, fail_fast: bool = True) -> int:
         """Runs everything that is queued in this process, until nothing is left that could run within the time.
 
         For tests, with any broker, ``memory://`` among them. Waits for retries and delayed messages up to ``timeout``
@@ -497,7 +549,10 @@ class StreamTask:
         from .worker.inline import run_until_idle
 
         __tracebackhide__ = True  # pytest shows where it was called, and where the task failed
-        return run_until_idle(self.worker_settings(), self.runner(), timeout_s=timeout, fail_fast=fail_fast)
+        # Also those that a call alone has named.
+        settings = self.worker_settings(queues=sorted({*self.queue_names(), *self._queues}))
+        timeout_s = check("timeout", TIMEOUT, timeout)
+        return run_until_idle(settings, self.runner(), timeout_s=timeout_s, fail_fast=fail_fast)
 
     @contextmanager
     def on_broker(self, url: str) -> Iterator[None]:
@@ -523,54 +578,20 @@ class StreamTask:
         return f"<StreamTask {self.name!r} at {self.broker.safe_url}>"
 
 
-def _task_options(options: dict[str, Any]) -> TaskOptions:
-    for name in ("autoretry_for", "dont_autoretry_for"):
-        value = options.get(name)
-        if value is not None:
-            value = (value,) if isinstance(value, type) else value
-            if not isinstance(value, tuple | list | set | frozenset) or not all(
-                isinstance(one, type) and issubclass(one, BaseException) for one in value
-            ):
-                raise ConfigError(f"{name} must be a tuple of exception classes")
-            options[name] = tuple(value)
-    return TaskOptions(**options)
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    module = function.__module__
-    if module == "__main__":
-        # What runs as a script is imported by the worker under its file's name.
-        file = getattr(sys.modules["__main__"], "__file__", None)
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        if spec is not None and spec.name:
-            module = spec.name.removesuffix(".__main__")
-        elif file:
-            module = os.path.splitext(os.path.basename(file))[0]
-    return f"{module}.{function.__qualname__}"
-
-
 def _anything(*args: Any, **kwargs: Any) -> None:
     """Stands for the function of a task whose code is elsewhere."""
 
 
 def _due(countdown: float | None, eta: dt.datetime | None) -> tuple[int | None, bool]:
-    if countdown is not None and eta is not None:
-        raise ConfigError("give countdown or eta, not both")
     if eta is not None:
-        if not isinstance(eta, dt.datetime) or eta.tzinfo is None:
-            raise ConfigError("eta must be a datetime with a time zone, as datetime.now(timezone.utc) + timedelta(...)")
         due = int(eta.timestamp() * 1000)
         return (due if due > wall_ms() else None), False
-    if isinstance(countdown, bool) or not isinstance(countdown, int | float):
-        raise ConfigError(f"countdown must be a number of seconds, not {countdown!r}")
     # Never early: a part of a millisecond counts as a whole one.
-    return (-int(-countdown * 1000 // 1), True) if countdown > 0 else (None, False)
+    return (-int(-countdown * 1000 // 1), True) if countdown else (None, False)
 
 
 def _deadline_ms(expires: float | dt.datetime) -> int:
     if isinstance(expires, dt.datetime):
-        if expires.tzinfo is None:
-            raise ConfigError("expires must be a number of seconds or a datetime with a time zone")
         return int(expires.timestamp() * 1000)
     return wall_ms() + int(expires * 1000)
 
@@ -602,6 +623,8 @@ def _encode_with_kombu(
 
     try:
         content_type, encoding, body = dumps((list(args), dict(kwargs)), serializer)
+        if content_type == "application/json":
+            wire.check_json_keys((args, kwargs))
     except Exception as exc:
         raise EncodeError(f"the arguments of task {task!r} can't be serialised as {serializer}: {exc}") from None
     raw = body.encode(encoding or "utf-8") if isinstance(body, str) else bytes(body)

@@ -20,7 +20,7 @@ from .queue.consumer import Outcome
 from .queue.lanes import Delivery
 from .redis import wire
 from .request import Request, here, in_coroutine
-from .results import FAILURE, REVOKED, SUCCESS, ResultStore
+from .results import FAILURE, IGNORED, REVOKED, SUCCESS, ResultStore
 from .task import FINAL, Task
 from .text import MOST_LINES, counted, harmless, logger, said, short
 from .worker.ports import Place
@@ -225,7 +225,7 @@ class Runner:
         if error is None:
             return None, self._store(delivery, place, task, SUCCESS, result)
         if isinstance(error, Ignore):
-            return None, None
+            return None, self._store(delivery, place, task, IGNORED)
         outcome = self.failed(delivery, place, error)
         return outcome, self._failure(delivery, place, outcome)
 

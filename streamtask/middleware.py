@@ -7,11 +7,12 @@ logged.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError
+from .checks import TEXTS, check, seconds
 from .request import Request
 
 
@@ -58,11 +59,9 @@ class Dedupe(Middleware):
     The first entry that carries an id runs, the others are acknowledged without running. Replayed dead letters run.
     """
 
-    def __init__(self, *, ttl: float = 3600.0, tasks: Iterable[str] | None = None) -> None:
-        if ttl <= 0:
-            raise ConfigError(f"the ttl of Dedupe must be above 0 seconds, not {ttl!r}")
-        self.ttl_ms = int(ttl * 1000)
-        self.tasks = None if tasks is None else frozenset(tasks)
+    def __init__(self, *, ttl: float | dt.timedelta = 3600.0, tasks: Iterable[str] | None = None) -> None:
+        self.ttl_ms = int(check("the ttl of Dedupe", seconds(0.1), ttl) * 1000)
+        self.tasks = None if tasks is None else frozenset(check("tasks of Dedupe", TEXTS, tasks))
 
 
 def overriding(middlewares: Iterable[Middleware], hook: str) -> list[Any]:

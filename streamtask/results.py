@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from .backoff import delays
+from .checks import TIMEOUT, check
 from .clock import mono_s, wall_ms
 from .errors import AccessRefused, BrokerUnavailable, ConfigError, DecodeError, ResultTimeout, TaskError, TaskRevoked
 from .redis import keys, wire
+from .redis.aio import News, Pipe
 from .redis.connection import Broker
+from .redis.link import pack
 from .redis.scripts import script
+from .settings import Seconds
 from .text import harmless, said
 
 R = TypeVar("R", covariant=True)
@@ -21,6 +28,11 @@ PENDING = "PENDING"
 SUCCESS = "SUCCESS"
 FAILURE = "FAILURE"
 REVOKED = "REVOKED"
+IGNORED = "IGNORED"
+
+POLL_S = 0.02
+"""How often asyncio programs look for a result where they can't be told of it: in memory, on a Cluster, behind Sentinels."""
+NO_BACKEND = "this app keeps no results: name a backend, as in StreamTask(..., backend=True)"
 
 
 Origin = tuple[str, str, bytes]
@@ -36,6 +48,9 @@ class ResultStore:
         self._namespace = namespace
         self._app = app
         self._ttl_ms = int(ttl_s * 1000)
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Pipe, News]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def key(self, task_id: str) -> str:
         return keys.result(self._namespace, self._app, task_id)
@@ -110,6 +125,61 @@ class ResultStore:
             if deadline is not None and mono_s() >= deadline:
                 raise ResultTimeout(f"no result of task {task_id} within {timeout_s} s")
 
+    async def await_(self, task_id: str, timeout_s: float | None) -> dict[str, Any]:
+        """As ``wait``, for asyncio: all waits of an event loop hear of their results over one connection."""
+        deadline = None if timeout_s is None else mono_s() + timeout_s
+        waits = delays(0.05, 1.0)
+        while True:
+            try:
+                found = await self._await_once(task_id, deadline)
+                if found is not None:
+                    return found
+            except AccessRefused:
+                raise
+            except BrokerUnavailable:
+                if deadline is not None and mono_s() >= deadline:
+                    raise
+                await asyncio.sleep(next(waits))
+            if deadline is not None and mono_s() >= deadline:
+                raise ResultTimeout(f"no result of task {task_id} within {timeout_s} s")
+
+    async def _await_once(self, task_id: str, deadline: float | None) -> dict[str, Any] | None:
+        """None: not yet; ask again."""
+        if not self.broker.has_async_client:
+            found = await asyncio.to_thread(self.read, task_id)
+            if found is None:
+                await asyncio.sleep(POLL_S)
+            return found
+        pipe, news = self._here()
+        channel, event = self.key(task_id).encode(), asyncio.Event()
+        events = news.events.setdefault(channel, set())
+        events.add(event)
+        try:
+            await news.hear(channel)
+            while True:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(event.wait(), None if deadline is None else max(0.0, deadline - mono_s()))
+                event.clear()
+                payload = await pipe.call(pack("GET", channel))
+                if payload is not None:
+                    return _read(task_id, payload)
+                if not news.connected or (deadline is not None and mono_s() >= deadline):
+                    return None
+        finally:
+            events.discard(event)
+            if not events and news.events.get(channel) is events:
+                del news.events[channel]
+                await news.leave(channel)
+
+    def _here(self) -> tuple[Pipe, News]:
+        loop = asyncio.get_running_loop()
+        found = self._loops.get(loop)
+        if found is None:
+            for ended in [other for other in self._loops if other.is_closed()]:
+                del self._loops[ended]
+            found = self._loops[loop] = Pipe(self.broker), News(self.broker)
+        return found
+
     def _wait_once(self, task_id: str, deadline: float | None) -> dict[str, Any] | None:
         with self.broker.wrapped():
             pubsub = self.broker.client().pubsub()
@@ -143,19 +213,24 @@ def _read(task_id: str, payload: bytes) -> dict[str, Any]:
     return found
 
 
+def _timeout_s(timeout: object) -> float | None:
+    return None if timeout is None else check("timeout", TIMEOUT, timeout)
+
+
 class Revoker(Protocol):
     def __call__(self, task_id: str) -> None: ...
 
 
 class AsyncResult(Generic[R]):
-    """A handle on a sent message. ``id`` is the task id; ``R`` is what its function returns."""
+    """A handle on a sent message. ``id`` is the task id; ``R`` is what its function returns. ``store``: where its result will
+    be, or why there will be none."""
 
     __slots__ = ("_id", "_revoke", "_store", "_text", "stored")
 
     def __init__(
         self,
         task_id: bytes | str,
-        store: ResultStore | None,
+        store: ResultStore | str,
         revoke: Callable[[str], None] | None = None,
         stored: bool = True,
     ) -> None:
@@ -173,28 +248,40 @@ class AsyncResult(Generic[R]):
         return self._text
 
     def _results(self) -> ResultStore:
-        if self._store is None:
-            raise ConfigError("this app keeps no results: name a backend, as in StreamTask(..., backend=True)")
+        if isinstance(self._store, str):
+            raise ConfigError(self._store)
         return self._store
 
     @overload
-    def get(self: AsyncResult[Awaitable[T]], timeout: float | None = None) -> T: ...
+    def get(self: AsyncResult[Awaitable[T]], timeout: Seconds | None = None) -> T: ...
     @overload
-    def get(self, timeout: float | None = None) -> R: ...
-    def get(self, timeout: float | None = None) -> Any:
-        """Waits for the result and returns it. ``timeout`` in seconds; None waits for ever.
+    def get(self, timeout: Seconds | None = None) -> R: ...
+    def get(self, timeout: Seconds | None = None) -> Any:
+        """Waits for the result and returns it, None for a task that raised ``Ignore``. ``timeout`` in seconds; None waits for
+        ever.
 
-        Raises ``TaskError`` if the task failed for good, ``TaskRevoked``, ``ResultTimeout``, ``BrokerUnavailable``.
+        Raises ``TaskError`` if the task failed for good, ``TaskRevoked``, ``ResultTimeout``, ``BrokerUnavailable``; and
+        ``ConfigError`` at once where no result is kept.
         """
-        found = self._results().wait(self.id, timeout)
-        if found["state"] == SUCCESS:
+        return self._value(self._results().wait(self.id, _timeout_s(timeout)))
+
+    @overload
+    async def aget(self: AsyncResult[Awaitable[T]], timeout: Seconds | None = None) -> T: ...
+    @overload
+    async def aget(self, timeout: Seconds | None = None) -> R: ...
+    async def aget(self, timeout: Seconds | None = None) -> Any:
+        """As ``get``, for asyncio."""
+        return self._value(await self._results().await_(self.id, _timeout_s(timeout)))
+
+    def _value(self, found: Mapping[str, Any]) -> Any:
+        if found["state"] in (SUCCESS, IGNORED):
             return found["result"]
         kind = TaskRevoked if found["state"] == REVOKED else TaskError
         raise kind(f"task {self.id}: {found['error']}", traceback=found["traceback"])
 
     @property
     def state(self) -> str:
-        """``PENDING`` (also for an unknown id), ``SUCCESS``, ``FAILURE`` or ``REVOKED``."""
+        """``PENDING`` (also for an unknown id), ``SUCCESS``, ``FAILURE``, ``REVOKED`` or ``IGNORED``."""
         found = self._results().read(self.id)
         return PENDING if found is None else str(found["state"])
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from .checks import TEXT, TEXTS, Rule, check_fields, one_of, seconds, whole
 from .errors import ConfigError
 
 Seconds = float | dt.timedelta
@@ -97,31 +98,47 @@ class Settings:
     """How long to wait for a connection or a reply."""
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "shards", "max_message_bytes", "send_timeout", "produce_ttl", "dedupe_ttl", "lease", "result_ttl"
-        )
-        _positive(self, "ack_batch", "prefetch", "redis_timeout", "max_dedupe_ids")
-        if not isinstance(self.namespace, str) or not re.fullmatch(r"[A-Za-z0-9_.:-]+", self.namespace):
-            raise ConfigError(f"namespace must be made of letters, digits and _ . : -, not {self.namespace!r}")
-        _one_of(self, "ack", "batch", "each")
-        _one_of(self, "on_dead", "continue", "hold")
-        _one_of(self, "on_expired", "drop", "dead")
-        if self.ack_batch > 200 or self.prefetch > 200:
-            raise ConfigError("ack_batch and prefetch are at most 200")
-        if self.shards > 1024 or any(not 0 < n <= 1024 for n in self.queue_shards.values()):
-            raise ConfigError("a queue has 1 to 1024 shards")
+        check_fields(self, RULES, "the setting")
 
 
-def _positive(settings: Settings, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ConfigError(f"the setting {name} must be a number above 0, not {value!r}")
+def _namespace(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_.:-]+", value):
+        raise ValueError
+    return value
 
 
-def _one_of(settings: Settings, name: str, *values: str) -> None:
-    if getattr(settings, name) not in values:
-        raise ConfigError(f"the setting {name} must be one of {', '.join(values)}, not {getattr(settings, name)!r}")
+def _queue_shards(value: Any) -> dict[str, int]:
+    return {TEXT.take(queue): SHARDS.take(shards) for queue, shards in dict(value).items()}
+
+
+SHARDS = whole(1, 1024)
+RULES: Mapping[str, Rule] = {
+    "shards": SHARDS,
+    "queue_shards": Rule("a mapping from names of queues to whole numbers from 1 to 1024", _queue_shards),
+    "namespace": Rule("made of letters, digits and _ . : -", _namespace),
+    "group": TEXT,
+    "serializer": TEXT,
+    "accept_content": TEXTS,
+    "max_message_bytes": whole(1),
+    "max_backlog": whole(0),
+    "send_timeout": seconds(above=True),
+    "produce_ttl": seconds(0.1),
+    "dedupe_ttl": seconds(0.1),
+    "max_dedupe_ids": whole(1),
+    # Below, a keeper is late with its renewals on a machine that is but a little busy, and nothing runs.
+    "lease": seconds(0.2),
+    "handover_timeout": seconds(),
+    "ack": one_of("batch", "each"),
+    "ack_batch": whole(1, 200),
+    "ack_interval": seconds(),
+    "prefetch": whole(1, 200),
+    "max_crashes": whole(0),
+    "on_dead": one_of("continue", "hold"),
+    "on_expired": one_of("drop", "dead"),
+    "result_ttl": seconds(0.1),
+    "redis_timeout": seconds(0.01),
+}
+"""What each may be."""
 
 
 def from_options(options: Mapping[str, Any]) -> Settings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime as dt
 import functools
 import inspect
@@ -12,7 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar
 
+from .arguments import arguments
+from .checks import EXCEPTIONS, FLAG, TEXT, Rule, check_fields, either, optional, seconds, shown, whole
 from .errors import ConfigError, Retry, ShardKeyError
+from .functions import is_async
 from .request import Request, current
 from .sharding import canonical
 
@@ -54,34 +56,51 @@ class TaskOptions:
     rate_limit: str | float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("soft_time_limit", "time_limit", "expires"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-                raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
-        if self.max_retries is not None and (
-            isinstance(self.max_retries, bool) or not isinstance(self.max_retries, int) or self.max_retries < 0
-        ):
+        check_fields(self, RULES, "the task option")
+        soft, hard = self.soft_time_limit, self.time_limit
+        if soft is not None and hard is not None and soft > hard:
             raise ConfigError(
-                f"max_retries must be a whole number from 0, or None for no limit, not {self.max_retries!r}"
+                f"the task option soft_time_limit must be at most the time_limit ({hard:g} s), not {soft:g} s: the process "
+                "would have ended before"
             )
-        self.rate_per_s()
 
     def rate_per_s(self) -> float | None:
-        """``rate_limit`` as starts per second: a number, or ``"10/s"``, ``"100/m"``, ``"1000/h"`` as in Celery."""
-        rate = self.rate_limit
-        if rate is None:
-            return None
-        try:
-            if isinstance(rate, str):
-                count, _, unit = rate.partition("/")
-                value = float(count) / {"": 1, "s": 1, "m": 60, "h": 3600}[unit]
-            else:
-                value = float(rate)
-        except (ValueError, KeyError):
-            value = 0.0
-        if not 0 < value < math.inf:
-            raise ConfigError(f"rate_limit must be a number per second or text such as '100/m', not {rate!r}")
-        return value
+        """``rate_limit`` as starts per second."""
+        return None if self.rate_limit is None else _per_s(self.rate_limit)
+
+
+def _rate(rate: Any) -> str | float:
+    if isinstance(rate, bool) or not 0 < _per_s(rate) < math.inf:
+        raise ValueError
+    found: str | float = rate
+    return found
+
+
+def _per_s(rate: str | float) -> float:
+    if not isinstance(rate, str):
+        return float(rate)
+    count, _, unit = rate.partition("/")
+    return float(count) / {"": 1, "s": 1, "m": 60, "h": 3600}.get(unit, math.nan)
+
+
+RULES: Mapping[str, Rule] = {
+    "queue": TEXT,
+    "ordered": FLAG,
+    "bind": FLAG,
+    "max_retries": optional(whole(0), " for no limit"),
+    "retry_backoff": either(FLAG, seconds()),
+    "retry_backoff_max": seconds(),
+    "retry_jitter": FLAG,
+    "autoretry_for": optional(EXCEPTIONS),
+    "dont_autoretry_for": EXCEPTIONS,
+    "soft_time_limit": optional(seconds(above=True)),
+    "time_limit": optional(seconds(above=True)),
+    "expires": optional(seconds(above=True)),
+    "ignore_result": FLAG,
+    "serializer": optional(TEXT),
+    "rate_limit": optional(Rule("a number of starts per second, or text such as '10/s', '100/m' or '1000/h'", _rate)),
+}
+"""What each may be; ``shard_key`` is looked at with the function's arguments (``compile_key``)."""
 
 
 class TaskKeywords(TypedDict, total=False):
@@ -112,8 +131,9 @@ class SendOptions(TypedDict, total=False):
     expires: Seconds | dt.datetime | None
     task_id: str | None
     dedupe_id: str | None
+    queue: str | None
     headers: Mapping[str, Any] | None
-    timeout: float | None
+    timeout: Seconds | None
 
 
 class Task(Generic[P, R]):
@@ -123,15 +143,17 @@ class Task(Generic[P, R]):
     """
 
     def __init__(self, app: StreamTask, function: Callable[..., R], name: str, options: TaskOptions) -> None:
+        functools.update_wrapper(self, function, updated=())
+        # What stands on the function stands on the task, unless it would hide what a task has.
+        self.__dict__.update({k: v for k, v in getattr(function, "__dict__", {}).items() if not hasattr(Task, k)})
         self.app = app
         self.function = function
         self.name = name
         self.options = options
-        self.is_async = inspect.iscoroutinefunction(function)
+        self.is_async = is_async(function, name)
         self.is_plain = options.expires is None  # messages have no headers, if their call gives them none
         self._key_of = compile_key(function, name, options)
         self._fits = compile_key(function, name, replace(options, shard_key=None))
-        functools.update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.options.bind:
@@ -160,7 +182,7 @@ class Task(Generic[P, R]):
 
     def apply_async(
         self,
-        args: Sequence[Any] = (),
+        args: Sequence[Any] | None = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
         countdown: Seconds | None = None,
@@ -169,17 +191,19 @@ class Task(Generic[P, R]):
         task_id: str | None = None,
         dedupe_id: str | None = None,
         shard_key: object = None,
+        queue: str | None = None,
         headers: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
     ) -> AsyncResult[R]:
         """Sends the task with options. When it returns, the message is stored.
 
         ``countdown``: seconds from now (Redis' clock); ``eta``: a timezone-aware instant; ``expires``: seconds or an
         instant after which the body does not run; ``dedupe_id``: a repeated call with it, queue and shard key adds
-        nothing for ``dedupe_ttl``; ``shard_key``: instead of what the task would take from its arguments; ``timeout``:
-        seconds to wait for Redis and for room. Raises as ``delay`` does.
+        nothing for ``dedupe_ttl``; ``shard_key``: instead of what the task would take from its arguments; ``queue``:
+        instead of the task's own; ``timeout``: seconds to wait for Redis and for room. Raises as ``delay`` does, and
+        ``ConfigError`` for a wrong option.
         """
-        kwargs = {} if kwargs is None else kwargs
+        args, kwargs = arguments(args, kwargs, self.name)
         return self.app.send(
             self,
             self._key(args, kwargs, shard_key),
@@ -190,6 +214,7 @@ class Task(Generic[P, R]):
             expires=expires,
             task_id=task_id,
             dedupe_id=dedupe_id,
+            queue=queue,
             headers=headers,
             timeout=timeout,
         )
@@ -206,21 +231,21 @@ class Task(Generic[P, R]):
 
     async def aapply_async(
         self,
-        args: Sequence[Any] = (),
+        args: Sequence[Any] | None = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
         shard_key: object = None,
         **options: Unpack[SendOptions],
     ) -> AsyncResult[R]:
         """As ``apply_async``, for asyncio."""
-        kwargs = {} if kwargs is None else kwargs
+        args, kwargs = arguments(args, kwargs, self.name)
         return await self.app.asend(self, self._key(args, kwargs, shard_key), args, kwargs, **options)
 
     def send_many(
         self,
         calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
         *,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
     ) -> list[AsyncResult[R]]:
         """Sends many calls: kwargs mappings, or pairs ``(args, kwargs)``. Calls of one shard key keep their order.
 
@@ -229,11 +254,14 @@ class Task(Generic[P, R]):
         """
         return self.app.send_bulk(self, calls, timeout=timeout)
 
-    def on(self, queue: str) -> Task[P, R]:
-        """The same task with another queue, to send it there."""
-        other = copy.copy(self)
-        other.options = replace(self.options, queue=queue)
-        return other
+    async def asend_many(
+        self,
+        calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
+        *,
+        timeout: Seconds | None = None,
+    ) -> list[AsyncResult[R]]:
+        """As ``send_many``, for asyncio. If it is cancelled, what is under way goes on."""
+        return await self.app.asend_bulk(self, calls, timeout=timeout)
 
     def retry(
         self,
@@ -265,9 +293,21 @@ class Task(Generic[P, R]):
 def compile_key(function: Callable[..., Any], name: str, options: TaskOptions) -> Callable[..., bytes | None]:
     """A function with the task's own signature that returns the canonical shard key: Python itself then binds the
     arguments, which is the fastest way, and refuses those that don't fit."""
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:
+        raise ConfigError(
+            f"the arguments of task {name} can't be told from {shown(function)}: wrap it in a def"
+        ) from None
     if options.bind:
-        parameters = parameters[1:]
+        if not parameters or parameters[0].kind not in (
+            inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+        ):  # fmt: skip
+            raise ConfigError(
+                f"task {name} has bind=True, so its first argument must be the task, as in def pay(self, ...)"
+            )
+        if parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+            parameters = parameters[1:]
     shard_key = options.shard_key
     if shard_key is None:
         return _with_signature(parameters, "None", name, {})

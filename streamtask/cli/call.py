@@ -84,8 +84,6 @@ def call(
     if wait is not None and app.results is None:
         raise click.UsageError("--wait needs results, and this app keeps none: name a backend, as in backend=True")
     found = _find(app, task)
-    if queue is not None:
-        found = found.on(queue)
     try:
         sent = found.apply_async(
             args,
@@ -95,6 +93,7 @@ def call(
             dedupe_id=dedupe_id,
             task_id=task_id,
             shard_key=shard_key,
+            queue=queue,
             timeout=timeout,
         )
     except (EncodeError, ShardKeyError):

@@ -40,6 +40,8 @@ class AsyncProducer:
     async def send(self, call: Call, timeout_s: float | None = None) -> bool:
         """As ``Producer.send``."""
         producer = self._producer
+        if not self._broker.has_async_client:
+            return await asyncio.to_thread(producer.send, call, timeout_s)
         started = mono_s()
         while True:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -10,7 +11,10 @@ from redis.exceptions import RedisError
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, StreamTaskError
 from .connection import Broker
-from .link import not_done, too_late, translate
+from .link import not_done, pack, too_late, translate
+
+QUIET_S = 30.0
+"""A connection that says nothing for so long may have died without a word."""
 
 
 class Pipe:
@@ -109,3 +113,57 @@ class Pipe:
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.wait([self._task])
+
+
+class News:
+    """One connection of one event loop that hears channels. ``events``, by channel: set when it is heard from now on, at each
+    message of it, and when the connection is lost, after which it is to be heard again."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._where = broker.safe_url
+        self._client = broker.async_client()
+        self._conn: Any = None
+        self._saying = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self.events: dict[bytes, set[asyncio.Event]] = {}
+
+    @property
+    def connected(self) -> bool:
+        return self._conn is not None
+
+    async def hear(self, channel: bytes) -> None:
+        """Raises ``BrokerUnavailable`` or ``ConfigError``."""
+        try:
+            async with self._saying:
+                if self._conn is None:
+                    conn = self._client.connection_pool.make_connection()
+                    await conn.connect()
+                    self._conn, self._task = conn, asyncio.ensure_future(self._listen(conn))
+                await self._conn.send_packed_command([pack("SUBSCRIBE", channel)], check_health=False)
+        except (RedisError, OSError) as exc:
+            raise translate(exc, self._where) from None
+
+    async def leave(self, channel: bytes) -> None:
+        """Hears no more of a channel, if nobody waits for it."""
+        async with self._saying:
+            if self._conn is not None and channel not in self.events:
+                with contextlib.suppress(RedisError, OSError):
+                    await self._conn.send_packed_command([pack("UNSUBSCRIBE", channel)], check_health=False)
+
+    async def _listen(self, conn: Any) -> None:
+        try:
+            while True:
+                _, channel, _ = await conn.read_response(disable_decoding=True, timeout=QUIET_S)
+                self._set(channel)
+        except Exception:
+            pass  # those that wait connect anew, and meet what is wrong
+        finally:
+            if self._conn is conn:
+                self._conn = None
+            for channel in self.events:
+                self._set(channel)
+            await conn.disconnect(nowait=True)
+
+    def _set(self, channel: bytes) -> None:
+        for event in self.events.get(channel, ()):
+            event.set()

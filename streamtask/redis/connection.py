@@ -351,24 +351,24 @@ class Broker:
                 anonymous=anonymous,
             )
 
+    @property
+    def has_async_client(self) -> bool:
+        return self.scheme in ("redis", "rediss", "unix", "embedded")
+
     def async_client(self) -> Any:
-        """redis-py's asyncio client; make one per event loop."""
+        """redis-py's asyncio client, where there is one; make one per event loop."""
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
         options = self._options()
-        if self.scheme in ("redis", "rediss", "unix", "embedded"):
-            from redis.asyncio.retry import Retry
-            from redis.backoff import NoBackoff
+        options["retry"] = Retry(NoBackoff(), 0)
+        url = self._embedded_url() if self.scheme == "embedded" else self.url
+        client = redis.asyncio.Redis.from_url(url, **self._for_scheme(options))
+        if self.scheme == "embedded":
+            from .embedded import AsyncConnection
 
-            options["retry"] = Retry(NoBackoff(), 0)
-            url = self._embedded_url() if self.scheme == "embedded" else self.url
-            client = redis.asyncio.Redis.from_url(url, **self._for_scheme(options))
-            if self.scheme == "embedded":
-                from .embedded import AsyncConnection
-
-                client.connection_pool.connection_class = AsyncConnection
-            return client
-        raise ConfigError(
-            f"asyncio produce calls need a redis://, rediss://, unix:// or embedded:// broker, not {self.scheme}://"
-        )
+            client.connection_pool.connection_class = AsyncConnection
+        return client
 
     def check_version(self) -> tuple[int, ...]:
         """The server's version. Raises ``UnsupportedServer`` below 6.2 and ``BrokerUnavailable``."""

@@ -10,12 +10,13 @@ import os
 import time
 import uuid
 
-from ..clock import mono_s
+from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
 from ..errors import ConfigError, TaskError
 from ..queue.consumer import Outcome, ShardConsumer
 from ..queue.held import Held
 from ..queue.lanes import Delivery
+from ..redis import wire
 from ..redis.keys import SHARED
 from ..redis.link import Link
 from ..text import counted
@@ -33,21 +34,37 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
     finally:
         os.close(memory_fd)
     memory.trusted[0] = float("inf")
-    executor = SequentialExecutor(runner, memory)
     link = settings.broker.link()
     results = settings.result_broker.link() if settings.result_broker else None
     consumers = _own_all(settings, link, int(timeout_s * 1000) + 60_000)
+
+    def read_revoked() -> None:
+        for queue in settings.queues:
+            ids = link.command("ZRANGEBYSCORE", queue.keys.revoked, wall_ms(), "+inf")
+            revoked = {wire.id_bytes(one.decode()) for one in ids}
+            for consumer in consumers:
+                if consumer.queue == queue.name:
+                    consumer.revoked = revoked
+
+    executor = SequentialExecutor(runner, memory, read_revoked)
+    executor.signal_after_s = 0.0  # between any two bodies: the first may revoke the second
     dead: list[tuple[Delivery, Outcome]] = []
 
     def on_dead(consumer: Held, delivery: Delivery, outcome: Outcome) -> None:
         dead.append((delivery, outcome))
-        place = Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
+        place = Place(consumer.queue, consumer.shard, consumer.lease.token, _no_limit, False)
         stored = runner.dead(delivery, place, outcome)
+        if stored is not None and results is not None:
+            results.call(stored)
+
+    def on_revoked(consumer: Held, delivery: Delivery) -> None:
+        stored = runner.revoked(delivery, Place(consumer.queue, consumer.shard, consumer.lease.token, _no_limit, False))
         if stored is not None and results is not None:
             results.call(stored)
 
     for consumer in consumers:
         consumer.on_dead = on_dead  # type: ignore[method-assign]
+        consumer.on_revoked = on_revoked  # type: ignore[method-assign]
         consumer.recover(link, takeover=True)
     deadline = mono_s() + timeout_s
     done = 0
@@ -55,6 +72,7 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
         while True:
             ran = 0
             for consumer in consumers:
+                read_revoked()
                 started, well = _turn(consumer, link, results, executor)
                 ran += started
                 done += well
@@ -142,3 +160,7 @@ def _give_back(consumer: ShardConsumer, link: Link, settings: WorkerSettings) ->
         reap(link, lease.keys, lease.group, lease.incarnation, settings.lease_ms, gone=True, alive=lease.alive)
     else:
         lease.release(link)
+
+
+def _no_limit(deadline: float) -> None:
+    """A body's ``time_limit``: there is no supervisor that could end this process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -10,7 +11,17 @@ import uuid
 
 import pytest
 
-from streamtask import ConfigError, Dedupe, Middleware, Reject, ResultTimeout, StreamTask, TaskError
+from streamtask import (
+    ConfigError,
+    Dedupe,
+    Ignore,
+    Middleware,
+    Reject,
+    ResultTimeout,
+    StreamTask,
+    TaskError,
+    TaskRevoked,
+)
 from streamtask.inspector import Inspector
 from tests.helpers import ROOT
 
@@ -107,6 +118,92 @@ def test_a_dead_letter_fails_fast_and_says_why(make):
     with pytest.raises(TaskError, match="rejected: no"):
         result.get(timeout=1)
     assert result.failed()
+
+
+def test_what_is_revoked_does_not_run(make):
+    """Nor what a body before it revokes, also of the same batch."""
+    app = make()
+    ran = []
+
+    @app.task(shard_key="key")
+    def note(key, n, revokes=()):
+        ran.append(n)
+        for task_id in revokes:
+            app.AsyncResult(task_id).revoke()
+
+    names = [f"m{n}" for n in range(6)]
+    results = [
+        note.apply_async(("a", n, names[n + 2 : n + 3] if n in (1, 3) else ()), task_id=name)
+        for n, name in enumerate(names)
+    ]
+    results[0].revoke()
+    assert app.run_until_idle() == 4
+    assert ran == [1, 2, 4, 5]
+    states = ["REVOKED", "SUCCESS", "SUCCESS", "REVOKED", "SUCCESS", "SUCCESS"]
+    assert [result.state for result in results] == states
+
+
+def test_a_call_may_name_another_queue(make):
+    app = make()
+    seen = []
+
+    @app.task(bind=True, shard_key="key")
+    def note(self, key):
+        seen.append((self.request.queue, key))
+
+    note.apply_async(("a",), queue="urgent")
+    asyncio.run(note.aapply_async(("b",), queue="urgent"))
+    note.delay("c")
+    first = note.apply_async(("d",), queue="urgent", dedupe_id="x")
+    assert note.apply_async(("d",), queue="urgent", dedupe_id="x").stored is False
+    assert note.apply_async(("d",), dedupe_id="x").stored  # a dedupe id is of its queue
+    later = note.apply_async(("e",), queue="urgent")
+    later.revoke()
+    assert app.run_until_idle() == 5
+    assert sorted(seen) == [("default", "c"), ("default", "d"), ("urgent", "a"), ("urgent", "b"), ("urgent", "d")]
+    assert first.get(timeout=1) is None
+    with pytest.raises(TaskRevoked):
+        later.get(timeout=1)
+
+
+def test_what_keeps_no_result_says_so_at_once(make):
+    app = make()
+    ignored = app.task(lambda: 1, name="ignored", ignore_result=True)
+
+    def end():
+        raise Ignore
+
+    ends = app.task(end, name="ends").delay()
+    sent = [ignored.delay(), *ignored.send_many([{}]), ignored.apply_async(), asyncio.run(ignored.adelay())]
+    for result in sent:
+        with pytest.raises(ConfigError, match="task 'ignored' keeps no results: it has ignore_result=True"):
+            result.get()
+        with pytest.raises(ConfigError, match="keeps no results"):
+            _ = result.state
+    assert app.run_until_idle() == 5
+    assert (ends.get(timeout=1), ends.state, ends.ready(), ends.successful()) == (None, "IGNORED", True, False)
+
+
+def test_asyncio_calls(make):
+    app = make()
+
+    @app.task(shard_key="n")
+    def double(n):
+        return 2 * n
+
+    async def send():
+        one = await double.adelay(1)
+        two = await double.aapply_async((2,), countdown=0.01)
+        many = await double.asend_many([{"n": 3}, ((4,), {})])
+        return [one, two, *many]
+
+    results = asyncio.run(send())
+    assert app.run_until_idle() == 4
+
+    async def get():
+        return await asyncio.gather(*(result.aget(timeout=5) for result in results))
+
+    assert asyncio.run(get()) == [2, 4, 6, 8]
 
 
 def test_unkeyed_and_async_tasks_run(make):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import datetime as dt
 import functools
 import inspect
 import uuid
-from types import SimpleNamespace
+from collections.abc import Sequence
+from decimal import Decimal
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
-from streamtask import StreamTask
-from streamtask.errors import ConfigError, ShardKeyError
+from streamtask import Dedupe, StreamTask, settings, task
+from streamtask.arguments import arguments, item_arguments, many_calls
+from streamtask.errors import ConfigError, EncodeError, ShardKeyError
+from streamtask.settings import Settings
+from streamtask.task import TaskOptions
 
 
 @pytest.fixture
@@ -242,46 +250,66 @@ def test_wrong_shard_keys_are_refused_where_the_task_is_declared(app, shard_key)
             pass
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"colour": "red"},
-        {"time_limit": 0},
-        {"time_limit": -1},
-        {"time_limit": "10"},
-        {"time_limit": True},
-        {"time_limit": float("nan")},
-        {"soft_time_limit": 0},
-        {"expires": 0},
-        {"expires": -5},
-        {"max_retries": -1},
-        {"max_retries": 1.5},
-        {"max_retries": "3"},
-        {"max_retries": True},
-        {"rate_limit": 0},
-        {"rate_limit": "100"[:0]},
-        {"rate_limit": "ten/m"},
-        {"rate_limit": "10/d"},
-        {"rate_limit": "-1/s"},
-        {"rate_limit": float("nan")},
-        {"rate_limit": "inf"},
-        {"rate_limit": "10/m/s"},
-        {"autoretry_for": ["ValueError"]},
-        {"autoretry_for": 5},
-        {"dont_autoretry_for": (int,)},
-        {"serializer": "no-such-serializer"},
-    ],
-    ids=repr,
-)
-def test_wrong_options_are_refused_by_name(app, options):
-    (name,) = options
-    with pytest.raises(ConfigError, match="serializer" if name == "serializer" else name):
+NO_NUMBERS = (float("nan"), float("inf"), -1, "5", True, [], Decimal(1))
+NO_SECONDS = (*NO_NUMBERS, dt.timedelta(seconds=-1), 1e300, 10**400)
+NO_TEXTS = ("", 5, b"x", "\udc80", ["x"])
+NO_FLAGS = (1, 0, "no", None)
 
-        @app.task(name="t", **options)
-        def task():
-            pass
+WRONG_OPTIONS: dict[str, Sequence[object]] = {
+    "queue": (*NO_TEXTS, None),
+    "ordered": NO_FLAGS,
+    "bind": NO_FLAGS,
+    "max_retries": (*NO_NUMBERS, 1.5, 2.0),
+    "retry_backoff": [one for one in NO_SECONDS if one is not True],
+    "retry_backoff_max": (*NO_SECONDS, None),
+    "retry_jitter": NO_FLAGS,
+    "soft_time_limit": (*NO_SECONDS, 0, dt.timedelta(0)),
+    "time_limit": (*NO_SECONDS, 0),
+    "expires": (*NO_SECONDS, 0, dt.datetime.now(dt.timezone.utc)),
+    "ignore_result": NO_FLAGS,
+    "rate_limit": (0, True, "", "ten/m", "10/d", "-1/s", "inf", float("nan"), "10/m/s", dt.timedelta(1)),
+    "autoretry_for": (["ValueError"], 5),
+    "dont_autoretry_for": ((int,), None),
+    "serializer": ("no-such-serializer", *NO_TEXTS),
+    "colour": ("red",),
+}
 
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_wrong_options_are_refused_by_name(app, name):
+    for value in WRONG_OPTIONS[name]:
+        with pytest.raises(ConfigError, match=name) as refused:
+            app.task(lambda: None, name="t", **{name: value})
+        assert len(str(refused.value)) < 300
     assert "t" not in app.tasks
+
+
+def test_a_soft_limit_is_not_above_the_hard_one(app):
+    with pytest.raises(ConfigError, match=r"soft_time_limit must be at most the time_limit \(5 s\), not 6 s"):
+        app.task(lambda: None, name="t", soft_time_limit=6, time_limit=dt.timedelta(seconds=5))
+    assert app.task(lambda: None, name="t", soft_time_limit=5, time_limit=5)
+
+
+def test_an_error_says_what_was_given_and_what_is_right(app):
+    with pytest.raises(ConfigError) as refused:
+        app.task(lambda: None, name="t", time_limit="5 min")
+    assert str(refused.value) == (
+        "the task option time_limit must be a number of seconds above 0, at most 100 years, or a timedelta, or None, not "
+        "'5 min'"
+    )
+    with pytest.raises(ConfigError) as refused:
+        StreamTask("t", broker="redis://localhost:1", lease=0.001)
+    assert str(refused.value) == (
+        "the setting lease must be a number of seconds from 0.2, at most 100 years, or a timedelta, not 0.001"
+    )
+
+
+def test_a_timedelta_is_as_good_as_seconds(app):
+    minute = dt.timedelta(minutes=1)
+    options = app.task(lambda: None, name="t", time_limit=minute, expires=minute, retry_backoff=minute).options
+    assert (options.time_limit, options.expires, options.retry_backoff) == (60.0, 60.0, 60.0)
+    assert StreamTask("t", broker="redis://localhost:1", lease=minute).settings.lease == 60.0
+    assert Dedupe(ttl=minute).ttl_ms == 60_000
 
 
 @pytest.mark.parametrize(
@@ -341,16 +369,242 @@ def test_request_outside_of_a_run_says_so(app):
         task()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"shards": 0}, {"shards": 1025}, {"shards": True}, {"shards": "8"}, {"queue_shards": {"a": 0}}, {"lease": 0},
-        {"colour": 1}, {"ack": "never"}, {"on_dead": "x"}, {"prefetch": 201}, {"max_message_bytes": -1},
-        {"dedupe_ttl": 0}, {"send_timeout": 0}, {"serializer": "no-such"},
-    ],
-    ids=repr,
-)  # fmt: skip
-def test_wrong_settings_are_refused_by_name(options):
-    (name,) = options
-    with pytest.raises(ConfigError, match="serializer" if name == "serializer" else name.removeprefix("queue_")):
-        StreamTask("t", broker="redis://localhost:1", **options)
+WRONG_SETTINGS: dict[str, Sequence[object]] = {
+    "shards": (*NO_NUMBERS, 0, 1025, 8.0, None),
+    "queue_shards": ({"a": 0}, {"a": True}, {"a": 1.0}, {5: 1}, {"": 1}, ["a"], 5),
+    "namespace": (*NO_TEXTS, "a b"),
+    "group": NO_TEXTS,
+    "serializer": ("no-such", *NO_TEXTS),
+    "accept_content": (5, ("",), "no-such", [5]),
+    "max_message_bytes": (*NO_NUMBERS, 0, 1.5),
+    "max_backlog": (*NO_NUMBERS, 1.0),
+    "send_timeout": (*NO_SECONDS, 0),
+    "produce_ttl": (*NO_SECONDS, 0),
+    "dedupe_ttl": (*NO_SECONDS, 0),
+    "max_dedupe_ids": (*NO_NUMBERS, 0, 1.5),
+    "lease": (*NO_SECONDS, 0, 0.001, 0.19),
+    "handover_timeout": NO_SECONDS,
+    "ack": ("never", None, []),
+    "ack_batch": (*NO_NUMBERS, 0, 201, 1.5),
+    "ack_interval": NO_SECONDS,
+    "prefetch": (*NO_NUMBERS, 0, 201, 1.5),
+    "max_crashes": (*NO_NUMBERS, 1.5),
+    "on_dead": ("x", None, {}),
+    "on_expired": ("x", None),
+    "result_ttl": (*NO_SECONDS, 0),
+    "redis_timeout": (*NO_SECONDS, 0, 1e-9),
+    "colour": (1,),
+    "middleware": (Dedupe, [Dedupe], Dedupe(), "x", None),
+    "backend": (5, b"redis://:secret@h", ""),
+    "broker": (5, b"redis://:secret@h", ""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS)
+def test_wrong_settings_are_refused_by_name(name):
+    word = name.replace("accept_content", "accept_content|serializer")
+    for value in WRONG_SETTINGS[name]:
+        with pytest.raises(ConfigError, match=word) as refused:
+            StreamTask("t", **{"broker": "redis://localhost:1", name: value})
+        assert len(str(refused.value)) < 500
+        assert "secret" not in str(refused.value)
+    assert name in WRONG_SETTINGS
+
+
+def test_every_setting_and_option_is_looked_at():
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    assert fields == set(settings.RULES) <= set(WRONG_SETTINGS)
+    fields = {field.name for field in dataclasses.fields(TaskOptions)}
+    assert fields - {"shard_key"} == set(task.RULES) <= set(WRONG_OPTIONS)
+
+
+@pytest.mark.parametrize("value", [*NO_TEXTS, None])
+def test_an_app_needs_a_name(value):
+    with pytest.raises(ConfigError, match="name of an app"):
+        StreamTask(value, broker="redis://localhost:1")
+
+
+def test_wrong_options_of_dedupe():
+    for options in ({"ttl": 0}, {"ttl": float("nan")}, {"tasks": 5}, {"tasks": [5]}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))} of Dedupe"):
+            Dedupe(**options)
+    assert Dedupe(tasks="one").tasks == {"one"}
+
+
+# Calls: what is wrong is said at once, also where Redis is away, as it is here.
+
+NAIVE = dt.datetime(2030, 1, 1)  # noqa: DTZ001
+WRONG_CALLS: dict[str, Sequence[object]] = {
+    "countdown": (*NO_SECONDS, NAIVE),
+    "eta": (NAIVE, dt.date(2030, 1, 1), "2030-01-01T00:00:00Z", 5, dt.timedelta(1)),
+    "expires": (*NO_SECONDS, 0, NAIVE),
+    "timeout": NO_SECONDS,
+    "task_id": (*NO_TEXTS, uuid.uuid4()),
+    "dedupe_id": (*NO_TEXTS, uuid.uuid4()),
+    "queue": NO_TEXTS,
+    "headers": (5, "ab", {1: 2}, [("a", 1)]),
+    "colour": (1,),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_options_of_a_call_are_refused_by_name(app, name):
+    task = app.task(lambda: None, name="t")
+    for value in WRONG_CALLS[name]:
+        with pytest.raises((ConfigError, TypeError), match=name):
+            task.apply_async(**{name: value})
+        with pytest.raises((ConfigError, TypeError), match=name):
+            asyncio.run(task.aapply_async(**{name: value}))
+    for value in WRONG_CALLS["timeout"]:
+        with pytest.raises(ConfigError, match="timeout"):
+            task.send_many([{}], timeout=value)
+        with pytest.raises(ConfigError, match="timeout"):
+            StreamTask("t", broker="redis://localhost:1", backend=True).AsyncResult("x").get(timeout=value)
+        with pytest.raises(ConfigError, match="timeout"):
+            app.run_until_idle(timeout=value)
+    for value in WRONG_CALLS["task_id"]:
+        with pytest.raises(ConfigError, match="task id"):
+            app.AsyncResult(value)
+
+
+def test_countdown_and_eta_exclude_each_other(app):
+    task = app.task(lambda: None, name="t")
+    with pytest.raises(ConfigError, match="not both"):
+        task.apply_async(countdown=1, eta=dt.datetime.now(dt.timezone.utc))
+
+
+@pytest.mark.parametrize("args", ["ab", b"ab", {"x": 1}, {1, 2}, 5, iter([1, 2])])
+def test_arguments_are_a_sequence_and_a_mapping(app, args):
+    task = app.task(lambda *args, **kwargs: None, name="t")
+    for call in (
+        lambda: task.apply_async(args),
+        lambda: asyncio.run(task.aapply_async(args)),
+        lambda: task.apply_async((1,), [args]),
+        lambda: task.apply_async(kwargs="x"),
+    ):
+        with pytest.raises(EncodeError, match=r"arguments of task 't' must be a"):
+            call()
+    for one in (args, (args, {}), ([1], "x"), (1,), (1, 2, 3)):
+        if not isinstance(one, dict):
+            with pytest.raises(EncodeError, match="of task 't'"):
+                item_arguments(one, "t")
+    if not hasattr(args, "__next__"):
+        with pytest.raises(EncodeError, match="of task 't'"):
+            [item_arguments(one, "t") for one in many_calls(args, "t")]
+
+
+def test_arguments_of_other_kinds_are_taken():
+    assert arguments(None, None, "t") == ((), {})
+    assert arguments(range(2), MappingProxyType({"a": 1}), "t") == ([0, 1], {"a": 1})
+    assert item_arguments(([1], None), "t") == ([1], {})
+
+
+# What is no function, or has no name.
+
+
+class Callable:
+    def __call__(self, n):
+        return n
+
+
+class AsyncCallable:
+    async def __call__(self, n):
+        return n
+
+
+def generates(n):
+    yield n
+
+
+async def agenerates(n):
+    yield n
+
+
+class Generates:
+    def __call__(self, n):
+        yield n
+
+
+@pytest.mark.parametrize("function", [generates, agenerates, Generates(), functools.partial(generates, 1)])
+def test_generators_are_refused(app, function):
+    with pytest.raises(ConfigError, match="task t is a generator: a call of it runs nothing"):
+        app.task(function, name="t")
+    assert not app.tasks
+
+
+@pytest.mark.parametrize("function", ["x", 5, classmethod(generates), [generates]])
+def test_what_is_no_function_is_refused(app, function):
+    with pytest.raises(ConfigError, match=r"@app\.task takes a function"):
+        app.task(function)
+    with pytest.raises(ConfigError, match=r"@app\.task takes a function"):
+        app.task(name="t")(function)
+
+
+def test_a_task_is_no_function(app):
+    with pytest.raises(ConfigError, match="'t' is a task already"):
+        app.task(app.task(lambda: None, name="t"), name="u")
+
+
+@pytest.mark.parametrize("function", [Callable(), functools.partial(Callable(), 1)])
+def test_what_has_no_name_needs_one(app, function):
+    with pytest.raises(ConfigError, match=r"has no name .* app\.task\(name="):
+        app.task(function)
+    assert not app.task(function, name="t").is_async
+
+
+@pytest.mark.parametrize("name", NO_TEXTS)
+def test_a_tasks_name_is_text(app, name):
+    with pytest.raises(ConfigError, match="name must be text"):
+        app.task(lambda: None, name=name)
+
+
+async def coroutine(n):
+    return n
+
+
+@pytest.mark.parametrize("function", [coroutine, AsyncCallable(), functools.partial(coroutine, 1)])
+def test_async_functions_are_known(app, function):
+    assert app.task(function, name="t").is_async
+
+
+def test_what_stands_on_a_function_hides_nothing_of_the_task(app):
+    def f():
+        pass
+
+    f.delay, f.name, f.app, f.mark = 1, "x", 2, 3
+    task = app.task(f, name="t")
+    assert (task.name, task.app, task.mark) == ("t", app, 3)
+    assert callable(task.delay)
+
+
+def test_bind_needs_an_argument(app):
+    with pytest.raises(ConfigError, match=r"task t has bind=True"):
+        app.task(lambda: None, name="t", bind=True)
+    with pytest.raises(ConfigError, match=r"task t has bind=True"):
+        app.task(lambda *, n: None, name="t", bind=True)
+    assert key(app.task(lambda *args: None, name="t", bind=True), 1, 2) is None
+
+
+def test_a_function_that_is_defined_anew_is_said(app, caplog):
+    sources = ["def f(n): return n", "def f(n): return n", "\ndef f(n): return n + 1"]
+    for source in sources:
+        scope = {"__name__": "mod"}
+        exec(compile(source, "mod.py", "exec"), scope)
+        app.task(scope["f"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "task mod.f is defined a second time, and the first is not called any more: f (mod.py:1), then f (mod.py:2)"
+    ]
+    assert app.tasks["mod.f"](1) == 2
+
+
+def test_two_tasks_of_one_name_are_told_apart(app):
+    app.task(generates_nothing, name="t")
+    with pytest.raises(
+        ConfigError, match=r"two tasks are named 't': generates_nothing \(.*test_task_options.py:\d+\) and <"
+    ):
+        app.task(Callable(), name="t")
+    app.task(generates_nothing, name="t")
+
+
+def generates_nothing(n):
+    pass

@@ -90,6 +90,7 @@ without_result_hint.delay("x", "y")  # wrong
 # apply_async checks its options.
 add.apply_async((1,), {"b": 2}, countdown=5)
 charge.apply_async([1], eta=dt.datetime.now(dt.timezone.utc), dedupe_id="x", shard_key=5, headers={"a": 1})
+add.apply_async((1,), countdown=dt.timedelta(minutes=1), queue="x", timeout=dt.timedelta(seconds=1))
 add.apply_async((1,), countdwn=5)  # wrong
 add.apply_async((1,), countdown="5")  # wrong
 add.apply_async((1,), kwargs=[1])  # wrong
@@ -114,5 +115,9 @@ async def main() -> None:
     assert_type(await fetch(1), bytes)
     assert_type((await fetch.adelay(1)).get(), bytes)
     assert_type((await add.aapply_async((1,), countdown=1, task_id="x")).get(), int)
+    assert_type(await fetch.delay(1).aget(timeout=dt.timedelta(seconds=5)), bytes)
+    assert_type(await (await add.adelay(1)).aget(), int)
+    assert_type(await add.asend_many([{"a": 1}], timeout=5), list[AsyncResult[int]])
+    await add.aapply_async((1,), queue="x")
     await add.adelay("1")  # wrong
     await add.aapply_async((1,), countdwn=5)  # wrong

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import threading
 import time
 
 import pytest
 
-from streamtask import ResultTimeout, TaskError, TaskRevoked
+from streamtask import ConfigError, TaskError, TaskRevoked
 from streamtask.errors import BrokerUnavailable
 from streamtask.inspector import Inspector
 from streamtask.redis.scripts import script
@@ -55,6 +56,10 @@ def ignored():
     note("S", None, 1)
     note("E", None, 1)
 
+@app.task(name="ends")
+def ends():
+    raise Ignore()
+
 @app.task(name="slow", shard_key="k")
 def slow(k, n):
     note("S", k, n)
@@ -63,6 +68,9 @@ def slow(k, n):
     note("E", k, n)
     return n
 """
+
+
+LONG_AGO = dt.datetime(2000, 1, 1, tzinfo=dt.timezone.utc)
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -87,11 +95,12 @@ def test_what_a_caller_gets(redis_server, site, concurrency):
         site.task("dies").delay("d").get(timeout=20)
     with pytest.raises(TaskError, match="serialised"):
         site.task("unserialisable").delay().get(timeout=10)
-    ignored = site.task("ignored").delay()
-    wait_until(lambda: site.of("E"))
-    assert ignored.state == "PENDING"
-    with pytest.raises(ResultTimeout):
-        ignored.get(timeout=0.1)
+    for ask in (lambda result: result.get(), lambda result: result.state):
+        with pytest.raises(ConfigError, match="task 'ignored' keeps no results: it has ignore_result=True"):
+            ask(site.task("ignored").delay())
+    ends = site.task("ends").delay()
+    assert ends.get(timeout=10) is None
+    assert (ends.state, ends.successful(), ends.failed(), ends.ready()) == ("IGNORED", False, False, True)
     site.wait_empty()
 
 
@@ -188,7 +197,7 @@ def test_no_other_message_overwrites_a_result(redis_server, site, concurrency):
         site.task("fails").apply_async((1,), task_id=one.id)
         site.task("gives_up").apply_async((1,), task_id=one.id)
         site.task("unserialisable").apply_async(task_id=one.id)
-        add.apply_async(("a", 5, 5), expires=-1, task_id=one.id)
+        add.apply_async(("a", 5, 5), expires=LONG_AGO, task_id=one.id)
         add.apply_async(("a", 5, 5), task_id=one.id)
         site.redis.xadd(site.stream(0), {"j": json.dumps({"task": "no.such.task", "key": "a", "id": one.id})})
         site.task("dies").apply_async(("d",), task_id=one.id)
