@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .checks import INSTANT, TEXT, Rule, check, either, seconds, shown
+from .checks import ANY_TEXT, INSTANT, TEXT, Rule, check, either, seconds, shown
 from .errors import ConfigError, EncodeError
 
 
@@ -20,7 +20,7 @@ CALL_RULES: Mapping[str, Rule] = {
     "eta": INSTANT,
     "expires": either(seconds(above=True), INSTANT),
     "task_id": TEXT,
-    "dedupe_id": TEXT,
+    "dedupe_id": ANY_TEXT,
     "headers": Rule("a mapping from names, which are text, to values", _named),
 }
 """What the options of a call may be, where they are given; see also ``queue``, ``timeout`` and ``shard_key``."""

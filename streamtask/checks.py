@@ -102,9 +102,13 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
-def _text(value: Any) -> str:
+def _any_text(value: Any) -> str:
     _is(isinstance(value, str) and value)
-    value.encode()  # no lone surrogate, which can't be stored
+    return str(value)
+
+
+def _text(value: Any) -> str:
+    _any_text(value).encode()  # no lone surrogate, which can't be stored
     return str(value)
 
 
@@ -130,6 +134,7 @@ def _exceptions(value: Any) -> tuple[type[BaseException], ...]:
 
 FLAG = Rule("True or False", _flag)
 TEXT = Rule("text that is not empty", _text)
+ANY_TEXT = Rule("text that is not empty", _any_text)  # a lone surrogate, too, where it is not stored as it is
 TEXTS = Rule("a tuple of texts", _texts)
 EXCEPTIONS = Rule("a tuple of exception classes", _exceptions)
 INSTANT = Rule("a datetime with a time zone, as datetime.now(timezone.utc) + timedelta(minutes=5)", _instant)

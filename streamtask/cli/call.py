@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import EncodeError, ShardKeyError, StreamTaskError, UnknownTask
-from .common import json_option, print_json, say
+from .common import in_seconds, json_option, print_json, say
 
 if TYPE_CHECKING:
     from ..app import StreamTask
@@ -41,8 +41,10 @@ def _json(kind: type, what: str) -> Any:
     callback=_json(dict, 'an object, as {"a": 1}'),
     help="The keyword arguments: an object.",
 )
-@click.option("--countdown", type=float, metavar="S", help="Run it after so many seconds.")
-@click.option("--expires", type=float, metavar="S", help="Don't run it later than in so many seconds.")
+@click.option("--countdown", type=float, metavar="S", callback=in_seconds, help="Run it after so many seconds.")
+@click.option(
+    "--expires", type=float, metavar="S", callback=in_seconds, help="Don't run it later than in so many seconds."
+)
 @click.option("--dedupe-id", metavar="ID", help="Send it only once, however often it is called with this id.")
 @click.option("--task-id", metavar="ID", help="The message's id, instead of a new one.")
 @click.option(
@@ -55,9 +57,16 @@ def _json(kind: type, what: str) -> Any:
     default=5.0,
     show_default=True,
     metavar="S",
+    callback=in_seconds,
     help="How long to wait for Redis and for room.",
 )
-@click.option("--wait", type=float, metavar="S", help="Wait so many seconds for the result, and print it as JSON.")
+@click.option(
+    "--wait",
+    type=float,
+    metavar="S",
+    callback=in_seconds,
+    help="Wait so many seconds for the result, and print it as JSON.",
+)
 @json_option
 @click.pass_context
 def call(
@@ -84,6 +93,8 @@ def call(
     if wait is not None and app.results is None:
         raise click.UsageError("--wait needs results, and this app keeps none: name a backend, as in backend=True")
     found = _find(app, task)
+    if wait is not None and found.options.ignore_result:
+        raise click.UsageError(f"--wait needs results, and the task {found.name} keeps none: it has ignore_result=True")
     try:
         sent = found.apply_async(
             args,

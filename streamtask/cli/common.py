@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checks import optional, seconds
 from ..errors import ConfigError
 from ..text import MOST_LINES, printable
 
@@ -103,6 +104,16 @@ def console() -> Console:
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else UNBOUND
     return Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+
+
+def in_seconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """The callback of options that are a time."""
+    rule = optional(seconds())
+    try:
+        found: float | None = rule.take(value)
+    except (TypeError, ValueError, OverflowError):
+        raise click.BadParameter(f"{value} is no number of seconds from 0, at most 100 years") from None
+    return found
 
 
 def number(value: float | None, unit: str = "") -> str:

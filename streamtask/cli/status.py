@@ -13,7 +13,7 @@ import click
 from ..clock import wall_ms
 from ..errors import AccessRefused, BrokerUnavailable
 from ..text import MOST, counted
-from .common import age, cell, console, inspector_of, json_option, number, print_json, queue_option
+from .common import age, cell, console, in_seconds, inspector_of, json_option, number, print_json, queue_option
 from .consumers import place_of
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 @click.option("-w", "--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0),
+    type=float,
     metavar="S",
+    callback=in_seconds,
     help="Seconds over which the rates are taken, and between two pictures of --watch; 0: no rates.  "
     "[default: 0.5, with --watch 1]",
 )

@@ -344,8 +344,12 @@ def test_call_says_what_is_wrong(run: Run, redis_server: RedisServer) -> None:
     assert "these arguments don't fit the task shop.push" in wrong
     assert "'usr'" in wrong
     assert "shard key" in run("call", "shop.push", "--args", "[null]", status=1).stderr
-    for args in (["--args", "{"], ["--args", "{}"], ["--kwargs", "[]"], ["--countdown", "soon"]):
-        run("call", "shop.push", *args, status=2)
+    for args in (
+        ["--args", "{"], ["--args", "{}"], ["--kwargs", "[]"], ["--countdown", "soon"], ["--countdown", "-5"], ["--wait", "nan"],
+        ["--args", "[7]", "--dedupe-id", ""],
+    ):  # fmt: skip
+        done = run("call", "shop.push", *args, status=2)
+        assert args[-2].removeprefix("--").replace("-", "_") in done.stderr.replace("-", "_")
     assert "keeps none" in run("call", "shop.tidy", "--wait", "1", status=2).stderr
     assert redis_server.client().keys() == []
 

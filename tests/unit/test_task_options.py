@@ -440,7 +440,7 @@ WRONG_CALLS: dict[str, Sequence[object]] = {
     "expires": (*NO_SECONDS, 0, NAIVE),
     "timeout": NO_SECONDS,
     "task_id": (*NO_TEXTS, uuid.uuid4()),
-    "dedupe_id": (*NO_TEXTS, uuid.uuid4()),
+    "dedupe_id": ("", 5, b"x", ["x"], uuid.uuid4()),
     "queue": NO_TEXTS,
     "headers": (5, "ab", {1: 2}, [("a", 1)]),
     "colour": (1,),

@@ -74,12 +74,19 @@ def test_calls_wait_for_it(server, site, code):
     site.send("a", range(1))
     put = site.task("put")
 
-    async def many():
-        await asyncio.gather(*(put.adelay(k="async", n=n) for n in range(3)))
+    fresh = site.load(server.url).tasks["put"]  # its first calls, which declare the queue
 
-    threads = [threading.Thread(target=site.send, args=("bulk", range(3)))]
-    if code != "CLUSTERDOWN":  # there are no asyncio calls to a Cluster
-        threads.append(threading.Thread(target=asyncio.run, args=(many(),)))
+    async def many(calls):
+        await asyncio.gather(*calls)
+
+    threads = [
+        threading.Thread(target=site.send, args=("bulk", range(3))),
+        threading.Thread(target=lambda: asyncio.run(many([put.adelay(k="async", n=n) for n in range(3)]))),
+        threading.Thread(
+            target=lambda: asyncio.run(many([put.asend_many([{"k": "async", "n": n} for n in range(3)])]))
+        ),
+        threading.Thread(target=lambda: [fresh.delay(k="fresh", n=n) for n in range(3)]),
+    ]
     with refusing(server, code):
         for thread in threads:
             thread.start()
@@ -92,6 +99,25 @@ def test_calls_wait_for_it(server, site, code):
         assert not thread.is_alive()
     lengths = [site.redis.xlen(site.stream(shard)) for shard in site.all_shards()]
     assert sum(lengths) == 1 + 3 * len(threads)
+
+
+@pytest.mark.parametrize("code,concurrency", [("MISCONF", 1), ("NOREPLICAS", 4)])
+def test_no_result_is_dropped_that_a_server_of_its_own_refuses(redis_server, own_server, site, code, concurrency):
+    site = site(redis_server, backend=own_server.url, lease=LEASE)
+    pod = site.pod(1, concurrency)
+    site.ready(1)
+    put = site.task("put")
+    assert put.delay(k="a", n=0).get(timeout=20) is None
+    children = pod.children()
+    with refusing(own_server, code):
+        results = [put.delay(k=f"k{n}", n=n) for n in range(5)]
+        wait_until(lambda: code in pod.log, 20, lambda: pod.log)
+        time.sleep(LEASE * 1.5)
+        # What has no result is not acknowledged.
+        assert sum(site.redis.xlen(site.stream(shard)) for shard in site.all_shards()) == 5
+    assert [result.get(timeout=20) for result in results] == [None] * 5
+    site.wait_empty()
+    assert (pod.children(), len(site.of("S"))) == (children, 6)
 
 
 def test_what_does_not_pass_is_said_at_once(own_server_all, site):
