@@ -16,7 +16,7 @@ from decimal import Decimal
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamtask.errors import DecodeError, EncodeError
@@ -80,6 +80,7 @@ bare = (
 hashable = st.recursive(bare | st.frozensets(bare, max_size=3), lambda inner: st.tuples(inner, inner), max_leaves=4)
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(hashable, st.integers(0, 9), max_size=4))
 def test_keys_of_a_map_come_back_as_they_were(value):
     fields = [wire.MSGPACK, wire.encode("task", b"key", ID, [value], {})]
