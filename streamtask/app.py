@@ -47,6 +47,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 ENV_URL = "STREAMTASK_BROKER_URL"
 ENV_AUDIT_S = "STREAMTASK_AUDIT_S"
+MOST_QUEUES = 2048
+"""Queues that an app remembers: calls may name ever new ones."""
 
 
 def _middlewares(value: Any) -> Any:
@@ -204,6 +206,8 @@ class StreamTask:
         found = self._queues.get(name)
         if found is None:
             with self._lock:
+                if len(self._queues) >= MOST_QUEUES:
+                    self._queues, self._revokers = {}, {}
                 shards = self.settings.queue_shards.get(name, self.settings.shards)
                 found = self._queues.setdefault(
                     name, Queue(self.broker, self.settings.namespace, self.name, name, shards)

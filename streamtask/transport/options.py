@@ -7,6 +7,7 @@ URLs: ``streamtask://[user:password@]host[:port][/db]``; ``streamtasks://`` with
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 import ssl
 from collections.abc import Callable, Mapping
@@ -119,9 +120,12 @@ def options_of(client: Any) -> Options:
 
 def _number(given: Mapping[str, Any], name: str, default: Any, *, least: float, most: float = 1e9) -> Any:
     value = given.get(name, default)
+    if isinstance(value, dt.timedelta) and isinstance(default, float):
+        value = value.total_seconds()
     try:
         number = type(default)(value)
-        if isinstance(value, bool) or (isinstance(value, float) and number != value) or not least <= number <= most:
+        wrong = isinstance(value, bool) or (isinstance(value, float) and isinstance(default, int))
+        if wrong or not least <= number <= most:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         kind = "a whole number" if isinstance(default, int) else "a number"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 import threading
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from streamtask import ConfigError, TaskError, TaskRevoked
+from streamtask import ConfigError, ResultTimeout, TaskError, TaskRevoked
 from streamtask.errors import BrokerUnavailable
 from streamtask.inspector import Inspector
 from streamtask.redis.scripts import script
@@ -109,14 +110,19 @@ def test_many_wait_for_one_result(redis_server, site):
     result = site.task("slow").delay("a", 1)
     got = []
     threads = [threading.Thread(target=lambda: got.append(result.get(timeout=15))) for _ in range(5)]
+    threads.append(threading.Thread(target=lambda: got.extend(asyncio.run(all_of([result] * 5)))))
     for thread in threads:
         thread.start()
     site.pod(1)
     site.wait_started("a", 1)
+    with pytest.raises(ResultTimeout):
+        asyncio.run(result.aget(timeout=0.05))
     site.open_gate(1)
     for thread in threads:
         thread.join()
-    assert got == [1] * 5
+    assert got == [1] * 10
+    channels = site.redis.pubsub_channels("*")
+    assert not [one for one in channels if result.id.encode() in one], "nobody waits for it any more"
 
 
 @pytest.mark.parametrize("on_expired", ["drop", "dead"])
@@ -159,6 +165,10 @@ def test_revoked_while_it_waits_behind_another(redis_server, site):
     site.wait_empty()
 
 
+async def all_of(results):
+    return await asyncio.gather(*(result.aget(timeout=30) for result in results))
+
+
 @pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
 def test_get_waits_across_a_restart_of_redis(own_server, site, kill):
     site = site(own_server, RESULTS)
@@ -167,6 +177,7 @@ def test_get_waits_across_a_restart_of_redis(own_server, site, kill):
     site.wait_started("k1", 1)
     got = []
     threads = [threading.Thread(target=lambda r=r: got.append(r.get(timeout=30))) for r in results]
+    threads.append(threading.Thread(target=lambda: got.extend(asyncio.run(all_of(results)))))
     for thread in threads:
         thread.start()
     time.sleep(0.2)
@@ -177,7 +188,7 @@ def test_get_waits_across_a_restart_of_redis(own_server, site, kill):
     own_server.start()
     for thread in threads:
         thread.join()
-    assert sorted(got) == [1, 2]
+    assert sorted(got) == [1, 1, 2, 2]
     assert len(pod.children()) == 1
     assert len(site.of("S")) == 2
 
