@@ -8,6 +8,7 @@ import logging
 import pickle
 import ssl
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +423,7 @@ def test_wrong_urls(url: str, how: str) -> None:
     [
         {"shards": 0}, {"shards": "many"}, {"shards": 2.5}, {"shards": True}, {"shards": 100_000}, {"shards": None},
         {"lease": 0}, {"lease": -1}, {"lease": "x"}, {"lease": float("nan")}, {"lease": float("inf")},
+        {"lease": timedelta(0)}, {"max_crashes": 1.0},
         {"eta_hold": -1}, {"eta_hold": "x"}, {"produce_ttl": 0}, {"max_backlog": -1}, {"send_timeout": "x"},
         {"handover_timeout": -1}, {"priority_steps": []}, {"priority_steps": [3, 6]}, {"priority_steps": ["a"]},
         {"priority_steps": 5}, {"priority_steps": [0, -3]}, {"queue_order_strategy": "random"}, {"socket_timeout": "x"},
@@ -442,6 +444,7 @@ def test_wrong_options(given: dict[str, Any]) -> None:
     [
         ({"shards": "16"}, "shards", 16),
         ({"shards": 1}, "shards", 1),
+        ({"lease": timedelta(minutes=1)}, "lease_ms", 60_000),
         ({"lease": "2.5"}, "lease_ms", 2500),
         ({"lease": 3}, "lease_ms", 3000),
         ({"eta_hold": 0}, "eta_hold_s", 0.0),
