@@ -145,3 +145,10 @@ def test_the_plugin_loads_nothing_before_a_test_asks_for_it() -> None:
     with spawn("-c", code) as process:
         assert process.wait() == 0, str(process)
         assert set(process.stdout.split()) == {"streamtask", "streamtask.pytest_plugin"}
+
+
+def test_memory_says_what_it_needs() -> None:
+    code = "import sys; sys.modules['lupa'] = None; from streamtask import StreamTask; StreamTask('x', broker='memory://x').send_task('t')"
+    with spawn("-c", code) as process:
+        assert process.wait() == 1
+        assert "ConfigError: memory:// needs fakeredis with Lua: pip install 'streamtask[testing]'" in process.stderr

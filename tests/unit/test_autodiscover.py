@@ -113,10 +113,7 @@ BROKEN = {
     "raises in a library": ({"one": "import json\njson.loads('x')\n"}, "in one.py, line 2: JSONDecodeError: Expecting"),
     "raises in another": ({"one": "import shop.two\n", "two": "\n\n1 / 0\n"}, "in two.py, line 3: ZeroDivisionError"),
     "ends": ({"one": "import sys\nsys.exit('no')\n"}, "in one.py, line 2: SystemExit: no"),
-    "wrong option": (
-        {"one": "from streamtask import StreamTask\n\n@StreamTask('x').task(colour=1)\ndef f(): ...\n"},
-        "in one.py, line 3: unknown task option colour",
-    ),
+    "wrong setting": ({"one": "import streamtask\n\nstreamtask.StreamTask('x', colour=1)\n"}, "in one.py, line 3: unknown set"),
 }  # fmt: skip
 
 
