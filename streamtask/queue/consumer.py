@@ -272,11 +272,12 @@ class ShardConsumer(Claimer):
             self._give_back(delivery)
 
     def waits(self) -> bool:
-        """Whether something lies ready that has not begun."""
-        return bool(self.buffer) or self.lanes.has_ready()
+        """Whether something lies ready that has not begun, and that ``offer_again`` would put on offer."""
+        return bool(self.buffer) or any(isinstance(lane.key, tuple) for lane in self.lanes.peek_ready())
 
     def offer_again(self, link: Link) -> int:
         """Puts what waits here of a shared stream on offer to all its consumers. Returns how many messages that are."""
+        self.write_notes(link)  # whoever takes them has to know of their attempts
         items: list[Delivery | Entry | bytes] = list(self.buffer)
         self.buffer.clear()
         for lane in list(self.lanes.ready()):
@@ -288,8 +289,7 @@ class ShardConsumer(Claimer):
                 self.lanes.open(lane)
         if not items:
             return 0
-        # Whoever takes them has to know of their attempts. Should an answer be lost, they are found among the pending ones.
-        self.write_notes(link)
+        # Should an answer be lost, they are found among the pending ones.
         ids = sorted(map(entry_id_of, items), key=id_order)
         keys = [self.lease.key, self.keys.stream, self.keys.requeued(self.settings.group), self.keys.wake]
         for i in range(0, len(ids), 200):

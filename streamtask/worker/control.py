@@ -94,6 +94,7 @@ class Control:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._owned: dict[int, Owned] = {}
+        self._shared: list[Owned] = []  # those of shared streams
         self._queues = {queue.name: queue for queue in settings.queues}
         self._revoked_ids: dict[str, set[bytes | str]] = {name: set() for name in self._queues}
         self.executor: Executor | None = None
@@ -287,6 +288,8 @@ class Control:
         consumer.reading = self._memory.reading(number)
         owned = Owned(number, consumer, home, mono_s() + self._settings.audit_s)
         self._owned[number] = owned
+        if shared:
+            self._shared.append(owned)
         self._turn_order.append(owned)
         log.debug("owns queue=%s shard=%s token=%d", queue, shard, token)
 
@@ -315,6 +318,8 @@ class Control:
 
     def _forget(self, owned: Owned) -> None:
         self._owned.pop(owned.number, None)
+        if owned in self._shared:
+            self._shared.remove(owned)
         if owned in self._turn_order:
             self._turn_order.remove(owned)
         if self.executor is not None:
@@ -648,24 +653,26 @@ class Control:
 
     def _left_in_batch(self, consumer: ShardConsumer) -> bool:
         assert self.executor is not None
+        if self._parallel:
+            return False
         return any(b.consumer is consumer and len(b.ids) - b.collected > 1 for b in self.executor.out)
 
     def _make_room(self) -> None:
         """Says of each shared stream how much of it to read: what begins at once, and so much as will have begun after
         ``AHEAD_S``. Of a new process nothing is known, nor of one whose bodies take long just now."""
-        shared = [o.consumer for o in self._owned.values() if o.consumer.room is not None]
-        if not shared:
+        if not self._shared:
             return
         assert self.executor is not None
-        concurrency, most = self._settings.concurrency, self._settings.consumer.fetch_count
-        free = max(0, concurrency - len(self.executor.out))
+        concurrency, out = self._settings.concurrency, self.executor.out
+        free = max(0, concurrency - len(out))
         pace = self._pace_s if free else max(self._pace_s, mono_s() - self._moved_at)
         ahead = int(AHEAD_S / pace) if pace else 0
-        out = sum(len(batch.ids) - batch.collected for batch in self.executor.out)
-        left = free + ahead - max(0, out - concurrency)
-        for consumer in shared:
+        handed = len(out) if self._parallel else sum(len(batch.ids) - batch.collected for batch in out)
+        left = free + ahead - max(0, handed - concurrency)
+        for owned in self._shared:
+            consumer = owned.consumer
             room = left - len(consumer.buffer)
-            consumer.room = min(most, room) if room > ahead // 2 else 0
+            consumer.room = min(self._settings.consumer.fetch_count, room) if room > ahead // 2 else 0
 
     def _offer_again(self) -> None:
         """Where bodies take longer than was thought, what waits behind them is for whoever is free."""
@@ -673,9 +680,9 @@ class Control:
             return
         executor = self.executor
         assert executor is not None
-        for owned in list(self._owned.values()):
+        for owned in list(self._shared):
             consumer = owned.consumer
-            if consumer.room is None or consumer.closing or owned.takeover or owned.quiet_until > mono_s():
+            if consumer.closing or owned.takeover or owned.quiet_until > mono_s():
                 continue
             if self._parallel:
                 executor.withdraw(consumer)

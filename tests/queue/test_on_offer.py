@@ -99,6 +99,23 @@ def test_what_has_not_begun_is_offered_again(redis_server):
     rig.close()
 
 
+def test_what_has_ended_is_charged_with_no_later_start(redis_server):
+    """Nobody saw which of the two ran when the whole machine vanished: the first was acknowledged before the second began."""
+    rig = Rig(redis_server, SHARED)
+    former, gone, heir = rig.owner(), rig.owner(), rig.owner()
+    rig.send(2)
+    rig.fetch(former)
+    assert reap(rig.link, rig.keys, GROUP, former.lease.incarnation, 60_000, gone=True)
+    gone.before_mark = lambda: gone.settle(rig.link)
+    gone.look(rig.link)
+    gone.complete(gone.take(rig.link, 10))
+    (deadly,) = gone.take(rig.link, 10).ids
+    assert reap(rig.link, rig.keys, GROUP, gone.lease.incarnation, 60_000, gone=True)
+    heir.look(rig.link)
+    assert [(d.entry_id, d.note.crashes) for d in deliveries_of(heir.buffer)] == [(deadly, 1)]
+    rig.close()
+
+
 @pytest.mark.parametrize("kind", ["requeue", "unstarted"])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_what_did_not_run_is_charged_with_nothing(redis_server, kind, parallel):
