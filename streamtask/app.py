@@ -6,7 +6,6 @@ import asyncio
 import datetime as dt
 import os
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -95,7 +94,6 @@ class StreamTask:
         self._modules: list[str] = []  # to be imported before a task is looked up
         self._queues: dict[str, Queue] = {}
         self._revokers: dict[Queue, Callable[[str], None]] = {}
-        self._lock = threading.Lock()
         self.results = self._result_store(backend)
         self.producer = Producer(self._producer_settings())
         self._async_producer: AsyncProducer | None = None
@@ -205,13 +203,10 @@ class StreamTask:
         """The queue of that name, whether it exists in Redis or not."""
         found = self._queues.get(name)
         if found is None:
-            with self._lock:
-                if len(self._queues) >= MOST_QUEUES:
-                    self._queues, self._revokers = {}, {}
-                shards = self.settings.queue_shards.get(name, self.settings.shards)
-                found = self._queues.setdefault(
-                    name, Queue(self.broker, self.settings.namespace, self.name, name, shards)
-                )
+            if len(self._queues) >= MOST_QUEUES:
+                self._queues, self._revokers = {}, {}
+            shards = self.settings.queue_shards.get(name, self.settings.shards)
+            found = self._queues.setdefault(name, Queue(self.broker, self.settings.namespace, self.name, name, shards))
         return found
 
     def queue_names(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 from ..errors import ShardCountMismatch
@@ -34,15 +33,14 @@ class Queue:
         self.keys = QueueKeys(namespace, app, name)
         self._shape: Shape | None = None
         self._groups: set[str] = set()  # all that were ever seen: a flush forgets them
-        self._lock = threading.Lock()
 
     def shape(self) -> Shape:
-        """Declares the queue if this process has not yet. Raises ``ShardCountMismatch``, ``BrokerUnavailable``."""
-        shape = self._shape
-        if shape is None:
-            with self._lock:
-                shape = self._shape or self.declare()
-        return shape
+        """Declares the queue if this process has not yet. Raises ``ShardCountMismatch``, ``BrokerUnavailable``.
+
+        Several threads may do so at once, which changes nothing. There is no lock: a signal handler may send its first
+        task in the midst of this, and so may a handler of the log, whose own lock another thread holds.
+        """
+        return self._shape or self.declare()
 
     @property
     def declared(self) -> bool:
@@ -54,8 +52,6 @@ class Queue:
         self._shape = None
 
     def after_fork(self) -> None:
-        # Another thread of the parent may have held it.
-        self._lock = threading.Lock()
         self.broker.after_fork()
 
     def declare(self, groups: tuple[str, ...] = ()) -> Shape:

@@ -93,7 +93,9 @@ class Broker:
         self.safe_url = safe_url(url)
         self.timeout_s = timeout_s
         self.client_name = client_name
-        self._lock = threading.Lock()
+        # Of what lies below, and held for no more than a look at it: to connect, or to write a log, may run other people's
+        # code, which may send its first task. A signal handler may do that anywhere, so it may be taken again.
+        self._lock = threading.RLock()
         self._client: Any = None
         self._embedded: Any = None
         self._eviction_checked = False
@@ -171,16 +173,21 @@ class Broker:
 
     def client(self) -> Any:
         """redis-py's client, which answers bytes. One per broker; safe to share between threads."""
-        with self._lock:
-            if self._client is None:
-                try:
-                    self._client = self._open()
-                except ERRORS as exc:
-                    raise translate(exc, self.safe_url) from None
-                except (ValueError, TypeError) as exc:
-                    raise ConfigError(f"the broker URL {self.safe_url!r} can't be used: {_of_url(exc)}") from None
-            client = self._client
+        client = self._client or self._first_client()
         return self._ask_for_slots(client) if self._slots_stale and self.is_cluster else client
+
+    def _first_client(self) -> Any:
+        try:
+            made = self._open()
+        except ERRORS as exc:
+            raise translate(exc, self.safe_url) from None
+        except (ValueError, TypeError) as exc:
+            raise ConfigError(f"the broker URL {self.safe_url!r} can't be used: {_of_url(exc)}") from None
+        with self._lock:
+            client = self._client = self._client or made
+        if client is not made:
+            made.close()  # another thread was quicker
+        return client
 
     def _open(self) -> Any:
         options = self._options()
@@ -263,8 +270,11 @@ class Broker:
         if self._embedded is None:
             from .embedded import join
 
-            path = self.url.removeprefix("embedded://").partition("?")[0]
-            self._embedded = join(path or None)
+            joined = join(self.url.removeprefix("embedded://").partition("?")[0] or None)
+            with self._lock:
+                self._embedded, other = self._embedded or joined, self._embedded
+            if other is not None:
+                joined.leave()
         url: str = self._embedded.url
         return url
 
@@ -331,7 +341,7 @@ class Broker:
 
     def after_fork(self) -> None:
         """In the child: another thread of the parent may have held the locks."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._asking = threading.Lock()
 
     def link(
@@ -444,6 +454,4 @@ _memory_servers: dict[str, Any] = {}
 def _memory_server(url: str) -> Any:
     import fakeredis
 
-    if url not in _memory_servers:
-        _memory_servers[url] = fakeredis.FakeServer(version=(7, 0))
-    return _memory_servers[url]
+    return _memory_servers.get(url) or _memory_servers.setdefault(url, fakeredis.FakeServer(version=(7, 0)))

@@ -580,7 +580,8 @@ def _tags() -> Iterator[str]:
 
 
 _sessions: dict[tuple[Any, ...], Session] = {}
-_sessions_lock = threading.Lock()
+_sessions_lock = threading.RLock()
+"""It may be taken again: a signal handler may publish in the midst of the first use."""
 
 
 def session_of(broker: Broker, options: Options) -> Session:
@@ -624,7 +625,7 @@ def _still_owned(delivery: dict[str, Any]) -> bool:
 
 def _after_fork() -> None:
     global _sessions_lock
-    _sessions_lock = threading.Lock()
+    _sessions_lock = threading.RLock()
     hooks.begin = hooks.withdraw = hooks.spare = hooks.trusted_until = None
     for key, session in list(_sessions.items()):
         # Connections that the child has inherited go on with it.
