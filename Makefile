@@ -42,6 +42,7 @@ test-all: $(VENV)/.test ## Run all tests, some 20 minutes on two cores
 LOWEST_TESTS = tests/unit/test_wire.py tests/queue/test_inline.py tests/redis_layer/test_eviction.py \
 	tests/acceptance/test_cli_read.py::test_status_as_text tests/acceptance/test_cli_read.py::test_doctor \
 	tests/acceptance/test_examples.py tests/acceptance/test_celery_example.py tests/plugin/test_worker.py \
+	tests/worker/test_signals.py::test_reload_restarts_with_the_new_code \
 	tests/unit/test_audit.py::test_the_lowest_versions_are_those_that_were_asked_for
 
 .PHONY: test-lowest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
-EXTRAS = ("celery", "embedded", "testing")
+EXTRAS = ("celery", "embedded", "reload", "testing")
 
 
 def lowest(requirements: list[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ..errors import ConfigError, StreamTaskError
 from ..text import counted, logger
 from .common import say
 from .logs import name_tasks
+from .reload import watch
 
 if TYPE_CHECKING:
     from ..app import StreamTask
@@ -42,15 +43,21 @@ def _options(function: F) -> F:
     default=None,
     help="Worker processes. Default: the number of CPUs.",
 )
+@click.option(
+    "--reload", is_flag=True, help="For development: a restart when a source file changes. Needs streamtask[reload]."
+)
 @_options
 @click.pass_context
-def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: str) -> None:
+def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: str, reload: bool) -> None:
     """Runs tasks: a supervisor and its worker processes, until SIGTERM or Ctrl-C.
 
-    The first signal ends it warmly: running bodies end, the rest is handed over. A second one stops it at once.
+    The first signal ends it warmly: running bodies end, the rest is handed over. A second one, or SIGQUIT, stops it at once.
+    SIGHUP restarts it warmly; SIGUSR1 logs what all threads do.
     """
-    from ..worker.supervisor import Supervisor
+    from ..worker.signals import Signals
+    from ..worker.supervisor import RELOAD, Supervisor
 
+    signals = Signals()
     name = ctx.obj["app_name"]
     app = ctx.obj["app"]()
     names = [one.strip() for one in queues.split(",") if one.strip()]
@@ -71,7 +78,15 @@ def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: 
     version = app.broker.check_version()
     if sys.stderr.isatty() or ctx.obj.get("log_format") != "json":
         say(_banner(app, settings, count, version), err=True)
-    ctx.exit(Supervisor(settings, argv, count).run())
+    if reload:
+        watch(lambda: signals.post(RELOAD))
+    supervisor = Supervisor(settings, argv, count, signals)
+    status = supervisor.run()
+    if supervisor.restart:
+        app.close()
+        signals.hold()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    ctx.exit(status)
 
 
 def _check_tasks(app: StreamTask, names: list[str]) -> None:
@@ -112,18 +127,17 @@ def _cpus() -> int:
 
 
 @click.command("worker-process", hidden=True)
+@click.option("--check", is_flag=True, help="Only see whether a worker could be started.")
 @_options
 @click.pass_context
-def worker_process(ctx: click.Context, concurrency: int, queues: str) -> None:
+def worker_process(ctx: click.Context, concurrency: int, queues: str, check: bool) -> None:
     """One worker process; started by ``worker``."""
     from ..worker import child
     from ..worker.supervisor import EXIT_CHILD_UNUSABLE
 
-    fds = os.environ.get(child.ENV_FDS, "")
-    if not fds:
+    fds = child.begin()
+    if fds is None and not check:
         raise click.UsageError("worker-process is started by 'streamtask worker'")
-    sock_fd, memory_fd, parent = (int(part) for part in fds.split(","))
-    child.bind_to_parent(parent)
     child.print_whole_lines()
     try:
         app = ctx.obj["app"]()
@@ -132,7 +146,13 @@ def worker_process(ctx: click.Context, concurrency: int, queues: str) -> None:
         settings = app.worker_settings(queues=names, concurrency=concurrency)
         app.producer.full_timeout_s = 0.0
         runner = app.runner()
+        if check:
+            _check_tasks(app, names)
+            app.broker.check_version()
+            for queue in settings.queues:
+                queue.declare((settings.consumer.group,))
     except Exception as exc:
         say(f"Error: {exc}", err=True)
         sys.exit(EXIT_CHILD_UNUSABLE)
-    child.run(settings, runner, sock_fd, memory_fd)
+    if fds is not None:
+        child.run(settings, runner, fds)

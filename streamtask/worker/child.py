@@ -9,20 +9,48 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
+from weakref import WeakMethod
 
 from ..text import logger
 from .control import Control
 from .executor import ParallelExecutor, SequentialExecutor
 from .ports import TaskRunner, WorkerSettings
 from .shared import SharedMemory
+from .signals import default_in_forks, leave_to_supervisor
 from .turns import Turns
 from .wire import Closed, Wire
 
 log = logger("streamtask.worker")
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_GET_CHILD_SUBREAPER = 1, 37
 ENV_FDS = "STREAMTASK_CHILD"
-"""How the supervisor tells a child its descriptors: ``socket,memory,parent pid``."""
+"""How the supervisor tells a child its descriptors: ``socket,memory,stacks,parent pid``."""
+
+
+class Fds(NamedTuple):
+    """What a child has of its supervisor: a socket, the memory that they share, and a pipe for the stacks of its threads."""
+
+    socket: int
+    memory: int
+    stacks: int
+
+
+def begin() -> Fds | None:
+    """The first thing that a child does, before the app is imported; None if it has no part in a worker."""
+    text = os.environ.pop(ENV_FDS, "")
+    if not text:
+        leave_to_supervisor()
+        return None
+    *fds, parent = map(int, text.split(","))
+    bind_to_parent(parent)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    found = Fds(*fds)
+    leave_to_supervisor(found.stacks)
+    default_in_forks()
+    return found
 
 
 def bind_to_parent(parent_pid: int) -> None:
@@ -39,6 +67,14 @@ def print_whole_lines() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, write_through=False)
+
+
+def reaps_orphans() -> bool:
+    """Whether processes become this one's children when their parents die, and stay zombies unless they are waited for."""
+    found = ctypes.c_int(0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(found))
+    return os.getpid() == 1 or bool(found.value)
 
 
 class _SupervisorWire(Wire):
@@ -59,13 +95,11 @@ def collect_garbage_less() -> None:
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
 
 
-def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: int) -> None:
-    """Runs a worker process until its supervisor ends it."""
-    # The supervisor is told by the terminal, too, and says what is to be done.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    memory = SharedMemory(memory_fd, settings.concurrency)
-    wire = _SupervisorWire(socket.socket(fileno=sock_fd))
+def run(settings: WorkerSettings, runner: TaskRunner, fds: Fds) -> None:
+    """Runs a worker process until its supervisor lets it end."""
+    leave_to_supervisor()  # whatever the app's modules have set
+    memory = SharedMemory(fds.memory, settings.concurrency)
+    wire = _SupervisorWire(socket.socket(fileno=fds.socket))
     control = Control(settings, runner, memory, wire)
     runner.process_started()
     collect_garbage_less()
@@ -77,8 +111,8 @@ def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: i
         executor = ParallelExecutor(settings.concurrency, runner, memory, control.tell_ended)
     control.executor = executor
     # A process that a body forks must not work with its parent's connections when it comes back out of the body.
-    os.register_at_fork(after_in_child=control.forked)
-    os.register_at_fork(after_in_child=executor.forked)
+    _register_at_fork(control.forked)
+    _register_at_fork(executor.forked)
     wire.send("ready")
     if isinstance(executor, SequentialExecutor):
         Turns(control, executor).run()
@@ -86,3 +120,19 @@ def run(settings: WorkerSettings, runner: TaskRunner, sock_fd: int, memory_fd: i
         # The control loop asks for the GIL at every answer of Redis: bodies must not make it wait for milliseconds.
         sys.setswitchinterval(0.001)
         control.run()
+    # What the app's modules hold is freed at the exit, as in other programs, and files that are open are written: nothing of
+    # ours may hold on to that.
+    executor.close()
+    gc.unfreeze()
+
+
+def _register_at_fork(method: Callable[[], None]) -> None:
+    """What is registered stays for good; so it does not keep alive what the method is of."""
+    weak = WeakMethod(method)
+
+    def call() -> None:
+        alive = weak()
+        if alive is not None:
+            alive()
+
+    os.register_at_fork(after_in_child=call)

@@ -116,6 +116,8 @@ class Control:
         self._cold_at = 0.0
         self._cold_s = COLD_FETCH_S[0]
         self._stopping = False
+        self.over = False
+        """Whether the process is to end: nothing of it runs, and what it owned is given back, or can't be."""
         self._sleeping = False
         self._turn_order: list[Owned] = []  # whoever was served goes to its end
         self._poll = select.poll()
@@ -129,6 +131,7 @@ class Control:
             "resume": self._resume,
             "revoked": self._revoked,
             "stop": self._stop,
+            "end": self._end,
         }
 
     def forked(self) -> None:
@@ -151,7 +154,7 @@ class Control:
     def run(self) -> None:
         """The loop, for a process whose bodies run in other threads; any error that is not foreseen ends the process."""
         try:
-            while True:
+            while not self.over:
                 self.turn()
         except BaseException:
             end_process()
@@ -310,6 +313,9 @@ class Control:
         self._stopping = True
         for number in list(self._owned):
             self._release(number=number)
+
+    def _end(self) -> None:
+        self.over = True
 
     def _revoked(self, *, queue: str, ids: list[str], over: list[str]) -> None:
         known = self._revoked_ids[queue]  # the set that the queue's consumers look at

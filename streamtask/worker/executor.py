@@ -217,7 +217,7 @@ class ParallelExecutor:
         self._runner = runner
         self._memory = memory
         self._wake = wake
-        self._inbox: SimpleQueue[Batch] = SimpleQueue()
+        self._inbox: SimpleQueue[Batch | None] = SimpleQueue()  # None: a thread ends
         self._slots: SimpleQueue[Slot] = SimpleQueue()
         for number in range(concurrency):
             self._slots.put(memory.slot(number))
@@ -260,7 +260,7 @@ class ParallelExecutor:
         except Empty:
             pass
         for batch in waiting:
-            if batch.consumer is consumer:
+            if batch is not None and batch.consumer is consumer:
                 batch.outcomes.append((0, UNSTARTED))
                 self.ended.append(batch)
             else:
@@ -269,12 +269,23 @@ class ParallelExecutor:
     def forget(self, consumer: ShardConsumer) -> None:
         pass
 
+    def close(self) -> None:
+        """Ends the threads and the event loop, where nothing runs any more."""
+        for _ in self._threads:
+            self._inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
     def _run_thread(self) -> None:
         get, runner = self._inbox.get, self._runner
         while True:
             self._idle += 1
             batch = get()
             self._idle -= 1
+            if batch is None:
+                return
             slot = self._slots.get()
             outcome: Outcome | None = UNSTARTED
             place = self._begin(batch, slot)

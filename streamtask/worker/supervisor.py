@@ -2,10 +2,11 @@
 
 Its duties, in the order of a round:
 
-1. See which children died, stopped or went on (SIGCHLD), and end what they had: charge the bodies that ran, free the
+1. Do what signals say.
+2. See which children died, stopped or went on (SIGCHLD), and end what they had: charge the bodies that ran, free the
    leases, start a replacement.
-2. End a child whose body is past its ``time_limit``.
-3. Let the coordinator keep the leases and spread the shards; join the shared streams.
+3. End a child whose body is past its ``time_limit``; let those end that have given all back.
+4. Let the coordinator keep the leases and spread the shards; join the shared streams.
 
 It runs no task, so a body that holds the GIL can't keep it from renewing. Everything it knows can be read from Redis
 again: when it dies, its children die with it and other pods take over when the leases expire.
@@ -19,8 +20,10 @@ import selectors
 import signal
 import socket
 import subprocess
+import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +33,11 @@ from ..coordination.lease import join_shared
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
 from ..text import counted, logger
-from .child import ENV_FDS
+from .child import ENV_FDS, reaps_orphans
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .ports import WorkerSettings
 from .shared import MAX_LEASES, SharedMemory, create_file
+from .signals import FOLLOWED, Signals
 from .wire import Closed, PatientWire
 
 log = logger("streamtask.supervisor")
@@ -41,7 +45,18 @@ log = logger("streamtask.supervisor")
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_CHILD_UNUSABLE = 3
-"""What a child exits with when its app can't be loaded: starting another would not help."""
+"""What a child exits with when its app can't be loaded."""
+
+RELOAD = 0
+"""No signal: a source file of the app has changed."""
+STEADY_S = 2.0
+"""A child that has worked for so long is replaced at once; others after a pause that grows."""
+SETTLE_S = 5.0
+"""How long a stop waits, where no body runs any more, for what has ended to be stored and the shards to be given back. It takes
+milliseconds where Redis can be reached."""
+STOPPED, COLD = "stopped", "cold shutdown"
+END_S = 5.0
+"""How long a child has to end by itself: to write what it has buffered, and to do what its modules do at exit."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -52,14 +67,21 @@ class Child(Member):
     wire: PatientWire
     memory: SharedMemory
     crew: Mapping[str, Any]
-    started: float
+    stacks: int
+    """The end of the pipe on which SIGUSR1 brings the stacks of its threads."""
     started_wall: float
-    ready: bool = False
+    ready_at: float | None = None
     stopped: bool = False  # by SIGSTOP
     stopping: bool = False
+    quiet_since: float | None = None  # stopping, with no body that runs
+    ends_by: float | None = None  # it was told to end
     killed_for: str = ""
     overran: list[int] = field(default_factory=list)
     told: dict[str, set[str]] = field(default_factory=dict)  # by queue, the revoked ids that it knows or is about to
+
+    @property
+    def ready(self) -> bool:
+        return self.ready_at is not None
 
     @property
     def kept(self) -> bool:
@@ -112,7 +134,7 @@ class Child(Member):
     def kill(self, why: str) -> None:
         if not self.killed_for:
             self.killed_for = why
-            if why not in ("stopped", "stopped before it was ready"):
+            if why not in (STOPPED, COLD):
                 log.warning("ending a worker process pid=%d: %s", self.process.pid, why)
         try:
             os.kill(self.process.pid, signal.SIGKILL)
@@ -123,8 +145,11 @@ class Child(Member):
 class Supervisor:
     """See the module. ``argv``: the command that starts a child; ``processes``: how many."""
 
-    def __init__(self, settings: WorkerSettings, argv: Sequence[str], processes: int) -> None:
+    def __init__(self, settings: WorkerSettings, argv: Sequence[str], processes: int, signals: Signals) -> None:
         self.settings = settings
+        self.restart = False
+        """Whether, when ``run`` is over, the worker is to be started anew."""
+        self._signals = signals
         self._argv = list(argv)
         self._processes = processes
         self._lease_ms = settings.lease_ms
@@ -143,7 +168,11 @@ class Supervisor:
             "concurrency": settings.concurrency,
         }
         self._spawn_at: list[tuple[float, int]] = []
-        self._spawn_delays = delays(0.2, 5.0)
+        self._pauses: dict[int, Iterator[float]] = {}  # by index, before the next start, where the last did not last
+        self._worked = False  # any child, so far
+        self._check: subprocess.Popen[bytes] | None = None  # whether the app can be loaded, before a restart
+        self._check_again = False
+        self._stack_lines: dict[int, bytes] = {}  # by pipe, the begun one
         self._selector = selectors.DefaultSelector()
         self._coordinator = Coordinator(
             settings.broker,
@@ -157,30 +186,34 @@ class Supervisor:
             log=log,
         )
         self._said_ready = False
-        self._stop_signals = 0
+        self._stopping = False
+        self._reaps = reaps_orphans()
+        self._told_to_stop = False  # by a signal that does not stop cold unless it comes twice
         self._exit_status = EXIT_OK
-        self._wake_read, self._wake_write = socket.socketpair()
 
     # The loop
 
     def run(self) -> int:
-        """Works until it is told to stop by SIGTERM or SIGINT. Returns the exit status."""
+        """Works until a signal tells it to stop. Returns the exit status."""
         for watch, queue in zip(self._watches, self.settings.queues, strict=True):
             watch.shape = queue.declare((self._group,))
-        with self._signals():
+        self._signals.starting = False
+        self._selector.register(self._signals, selectors.EVENT_READ, "signal")
+        try:
             for index in range(self._processes):
                 self._spawn(index)
-            try:
-                while not self._finished():
-                    self._round()
-            finally:
-                self._end()
+            while not self._stopping or self._children:
+                self._round()
+        finally:
+            self._end()
         return self._exit_status
 
     def _round(self) -> None:
         for key, events in self._selector.select(self._timeout_s()):
             if key.data == "signal":
-                self._drain_signals()
+                self._follow_signals()
+            elif key.data == "stacks":
+                self._log_stacks(key.fd)
             elif key.data == "news":
                 self._coordinator.take_news()
             else:
@@ -193,11 +226,13 @@ class Supervisor:
             self._end_overdue(now)
         for at, index in [due for due in self._spawn_at if due[0] <= now]:
             self._spawn_at.remove((at, index))
-            if not self._stop_signals:
+            if not self._stopping:
                 self._spawn(index)
+        if self._stopping:
+            self._see_them_off(now)
         if now >= self._estates_at:
             self._settle_estates()  # before any lease is taken
-        self._coordinator.closing = bool(self._stop_signals)
+        self._coordinator.closing = self._stopping
         self._coordinator.work()
         self._say_ready()
 
@@ -217,84 +252,195 @@ class Supervisor:
         wake = min([self._coordinator.wake_at(), *(at for at, _ in self._spawn_at)])
         if self.settings.has_time_limits:
             wake = min(wake, now + 0.05)
+        if self._stopping:
+            wake = min(wake, now + 0.2)
         return max(0.0, wake - now)
-
-    def _finished(self) -> bool:
-        if self._exit_status != EXIT_OK and not self._children:
-            return True
-        return bool(self._stop_signals) and not self._children
 
     # Signals
 
-    def _signals(self) -> Any:
-        from contextlib import contextmanager
+    def _follow_signals(self) -> None:
+        for number in self._signals.take():
+            if number == signal.SIGQUIT or (number in (signal.SIGTERM, signal.SIGINT) and self._told_to_stop):
+                self._stop_cold()
+            elif number in (signal.SIGTERM, signal.SIGINT):
+                self._told_to_stop = True
+                self._stop("warm shutdown: running bodies end first; a second signal stops at once")
+            elif number == signal.SIGHUP and sys.stdin is not None and sys.stdin.isatty():
+                self._stop("warm shutdown: the terminal was closed; running bodies end first")
+            elif number == signal.SIGHUP:
+                self._try_to_load("SIGHUP")
+            elif number == RELOAD:
+                self._try_to_load("a source file has changed")
+            elif number == signal.SIGUSR1:
+                self._ask_for_stacks()
+            elif number == signal.SIGUSR2:
+                log.warning("SIGUSR2 does nothing; SIGUSR1 shows what all threads do, SIGHUP restarts")
 
-        @contextmanager
-        def installed() -> Any:
-            self._wake_read.setblocking(False)
-            self._wake_write.setblocking(False)
-            old_fd = signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
-            old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-            old[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda signum, frame: None)
-            self._selector.register(self._wake_read, selectors.EVENT_READ, "signal")
-            try:
-                yield
-            finally:
-                signal.set_wakeup_fd(old_fd)
-                for signum, handler in old.items():
-                    signal.signal(signum, handler)
-
-        return installed()
-
-    def _on_signal(self, signum: int, frame: object) -> None:
-        self._stop_signals += 1
-
-    def _drain_signals(self) -> None:
-        try:
-            self._wake_read.recv(4096)
-        except BlockingIOError:
-            return
-        if self._stop_signals == 1 and not all(child.stopping for child in self._children):
-            log.info("warm shutdown: running bodies end first; a second signal stops at once")
-            for child in self._children:
+    def _stop(self, why: str) -> None:
+        """Warmly, and for good unless ``restart`` is set afterwards."""
+        log.info("%s", why)
+        self.restart = False
+        self._stopping = True
+        for child in self._children:
+            if not child.stopping:
                 child.stopping = True
                 child.wire.send("stop")
                 for held in child.held.values():
                     child.trust(held, 0.0)
-                if not child.held and child.ready:
-                    self._stop_child(child)
                 if not child.ready:
-                    child.kill("stopped before it was ready")
-        elif self._stop_signals > 1:
-            log.warning("cold shutdown: running bodies are cut off and will run again")
-            for child in self._children:
-                child.kill("cold shutdown")
+                    child.kill(STOPPED)
+                elif not child.held:
+                    self._let_end(child)
+
+    def _stop_cold(self) -> None:
+        log.warning("cold shutdown: running bodies are cut off and will run again")
+        self.restart = False
+        self._stopping = True
+        for child in self._children:
+            child.stopping = True
+            child.kill(COLD)
+
+    def _see_them_off(self, now: float) -> None:
+        """Of the children that are to stop, lets those end that wait in vain, and ends those that don't."""
+        for child in self._children:
+            if child.ends_by is not None:
+                if now >= child.ends_by:
+                    child.kill(f"it did not end by itself within {END_S:g} s")
+            elif child.memory.running():
+                child.quiet_since = None
+            elif child.quiet_since is None:
+                child.quiet_since = now
+            elif now >= child.quiet_since + SETTLE_S:
+                log.warning(
+                    "a worker process could not give back its shards, nor acknowledge all that has ended: that may run again "
+                    "pid=%d", child.process.pid,
+                )  # fmt: skip
+                self._let_end(child)
+
+    # Restarting
+
+    def _try_to_load(self, why: str) -> None:
+        """Before a restart it is seen whether a worker could be started: if not, all goes on as it is."""
+        if self._stopping:
+            return
+        if self._check is not None:
+            self._check_again = True
+            return
+        log.info("%s: if it can be started, the worker is restarted", why)
+        try:
+            self._check = self._popen([*self._argv, "--check"], os.environ)
+        except OSError as exc:
+            log.error("no process could be started: %s; the worker goes on as it is", exc)
+
+    def _follow_check(self) -> None:
+        if self._check is None or (status := self._check.poll()) is None:
+            return
+        self._check = None
+        if self._stopping:
+            return
+        if self._check_again:
+            self._check_again = False
+            self._try_to_load("it was told again")
+        elif status == 0:
+            self._stop("warm restart: running bodies end first")
+            self.restart = True
+        else:
+            log.error(
+                "no restart: it could not be started, see above; the worker goes on with what it has (status %d)",
+                status,
+            )
+
+    # Stacks
+
+    def _ask_for_stacks(self) -> None:
+        """Each child shows what its threads do; the log gets that line by line."""
+        for child in self._children:
+            for _, number, entry_id in child.memory.running():
+                if (held := child.held.get(number)) is not None:
+                    log.warning(
+                        "runs pid=%d queue=%s shard=%s entry=%s",
+                        child.process.pid,
+                        held.watch.name,
+                        held.shard,
+                        entry_id,
+                    )
+            with suppress(ProcessLookupError):
+                os.kill(child.process.pid, signal.SIGUSR1)
+
+    def _log_stacks(self, fd: int) -> None:
+        pid = next((child.process.pid for child in self._children if child.stacks == fd), None)
+        try:
+            data = os.read(fd, 65536)
+        except BlockingIOError:
+            return
+        if pid is None or not data:
+            self._selector.unregister(fd)
+            return
+        *lines, rest = (self._stack_lines.get(fd, b"") + data).split(b"\n")
+        self._stack_lines[fd] = rest
+        for line in lines:
+            if line.strip():
+                log.warning("stacks pid=%d %s", pid, line.decode("utf-8", "backslashreplace"))
 
     # Children
 
     def _spawn(self, index: int) -> None:
-        ours, theirs = socket.socketpair()
-        memory_fd = create_file(self.settings.concurrency)
-        env = {**os.environ, ENV_FDS: f"{theirs.fileno()},{memory_fd},{os.getpid()}"}
-        process = subprocess.Popen(self._argv, env=env, pass_fds=(theirs.fileno(), memory_fd), stdin=subprocess.DEVNULL)
-        theirs.close()
-        memory = SharedMemory(memory_fd, self.settings.concurrency)
-        os.close(memory_fd)
-        child = Child(
-            incarnation=uuid.uuid4().hex[:16],
-            index=index,
-            most=MAX_LEASES,
-            process=process,
-            wire=PatientWire(ours, self._selector, "child"),
-            memory=memory,
-            crew=self._crew,
-            started=mono_s(),
-            started_wall=wall_ms() / 1000,
-        )
+        try:
+            child = self._start(index)
+        except OSError as exc:
+            log.error("no worker process could be started: %s", exc)
+            self._start_later(index)
+            return
         self._children.append(child)
         # Of the first ones nothing is said before all are ready.
         how = logging.INFO if self._said_ready else logging.DEBUG
-        log.log(how, "started a worker process pid=%d process=%d id=%s", process.pid, index, child.incarnation)
+        log.log(how, "started a worker process pid=%d process=%d id=%s", child.process.pid, index, child.incarnation)
+
+    def _start(self, index: int) -> Child:
+        with ExitStack() as theirs:
+            ours, socket_ = socket.socketpair()
+            theirs.callback(socket_.close)
+            try:
+                memory_fd = create_file(self.settings.concurrency)
+                theirs.callback(os.close, memory_fd)
+                stacks, stacks_fd = os.pipe()
+            except OSError:
+                ours.close()
+                raise
+            theirs.callback(os.close, stacks_fd)
+            fds = (socket_.fileno(), memory_fd, stacks_fd)
+            for fd in (stacks, stacks_fd):
+                os.set_blocking(fd, False)  # nobody waits for the other
+            try:
+                process = self._popen(
+                    self._argv, {**os.environ, ENV_FDS: ",".join(map(str, (*fds, os.getpid())))}, pass_fds=fds
+                )
+            except OSError:
+                ours.close()
+                os.close(stacks)
+                raise
+            self._selector.register(stacks, selectors.EVENT_READ, "stacks")
+            return Child(
+                incarnation=uuid.uuid4().hex[:16],
+                index=index,
+                most=MAX_LEASES,
+                process=process,
+                wire=PatientWire(ours, self._selector, "child"),
+                memory=SharedMemory(memory_fd, self.settings.concurrency),
+                stacks=stacks,
+                crew=self._crew,
+                started_wall=wall_ms() / 1000,
+            )
+
+    def _popen(
+        self, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Starts a process that no signal which this one follows ends before it has said what it does with that."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOLLOWED)
+        try:
+            return subprocess.Popen(argv, env=env, pass_fds=pass_fds, stdin=subprocess.DEVNULL)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _serve(self, child: Child, events: int) -> None:
         if events & selectors.EVENT_WRITE:
@@ -316,23 +462,29 @@ class Supervisor:
             child.wire.close()
 
     def _child_ready(self, child: Child) -> None:
-        child.ready = True
-        if self._stop_signals:
-            self._stop_child(child)
+        child.ready_at = mono_s()
+        self._worked = True
+        if self._stopping:
+            self._let_end(child)
             return
         self._coordinator.soon()
 
     def _child_released(self, child: Child, number: int) -> None:
         self._coordinator.released(child, number)
         if child.stopping and not child.held:
-            self._stop_child(child)
+            self._let_end(child)
 
-    def _stop_child(self, child: Child) -> None:
-        """Ends a child that owns nothing."""
+    def _let_end(self, child: Child) -> None:
+        """Ends a child of which nothing runs: it does that itself."""
         child.stopping = True
-        child.kill("stopped")
+        if child.ends_by is None:
+            child.ends_by = mono_s() + END_S
+            child.wire.send("end")
 
     def _reap_children(self) -> None:
+        self._follow_check()
+        if self._reaps:
+            self._reap_orphans()
         for child in list(self._children):
             try:
                 pid, status = os.waitpid(child.process.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
@@ -354,31 +506,56 @@ class Supervisor:
     def _child_died(self, child: Child) -> None:
         code = child.process.returncode
         self._children.remove(child)
-        child.wire.close()
+        self._forget_pipes(child)
         running = child.memory.running()
-        if child.killed_for != "stopped":
+        if not (child.ends_by is not None and code == 0) and child.killed_for != STOPPED:
             log.log(
                 logging.INFO if child.killed_for else logging.ERROR,
                 "a worker process ended pid=%d status=%s bodies=%d%s",
                 child.process.pid, code, len(running), f" ({child.killed_for})" if child.killed_for else "",
             )  # fmt: skip
         self._estates.append((child, running))
-        self._settle_estates()
-        if code == EXIT_CHILD_UNUSABLE and not child.ready:
+        if mono_s() >= self._estates_at:
+            self._settle_estates()
+        if self._stopping or child.stopping:
+            return
+        if code == EXIT_CHILD_UNUSABLE and not self._worked:
+            log.error("the app can't be loaded in a worker process, see above: the worker ends")
             self._exit_status = EXIT_FAILED
-            self._stop_signals += 1
-            for other in self._children:
-                other.kill("stopped")
+            self._stop("nothing has begun yet")
             return
-        if self._stop_signals or child.stopping:
-            return
-        now = mono_s()
-        quick = now - child.started < 2.0
-        if not quick:
-            self._spawn_delays = delays(0.2, 5.0)
-        self._spawn_at.append(
-            (now + (next(self._spawn_delays) if quick and not child.killed_for else 0.0), child.index)
-        )
+        if child.ready_at is not None and (child.killed_for or mono_s() >= child.ready_at + STEADY_S):
+            self._pauses.pop(child.index, None)
+            self._spawn_at.append((mono_s(), child.index))
+        else:
+            self._start_later(child.index, "" if child.ready else ": it could not be made ready, see above")
+
+    def _start_later(self, index: int, why: str = "") -> None:
+        """Replaces a process that did not last. Those that run are none the worse for it."""
+        pause = next(self._pauses.setdefault(index, delays(0.2, 5.0)))
+        log.error(
+            "a worker process is started again in %.1f s%s process=%d; %d of %d are at work",
+            pause, why, index, sum(child.ready for child in self._children), self._processes,
+        )  # fmt: skip
+        self._spawn_at.append((mono_s() + pause, index))
+
+    def _forget_pipes(self, child: Child) -> None:
+        child.wire.close()
+        if child.stacks in self._selector.get_map():
+            self._selector.unregister(child.stacks)
+        self._stack_lines.pop(child.stacks, None)
+        os.close(child.stacks)
+
+    def _reap_orphans(self) -> None:
+        """As the first process of a container, or where it was made their reaper, it gets those whose parents have died."""
+        try:
+            while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                known = [child.process for child in self._children] + [self._check]
+                if any(process is not None and process.pid == found.si_pid for process in known):
+                    return  # whose end is looked at in the next round
+                os.waitpid(found.si_pid, os.WNOHANG)
+        except ChildProcessError:
+            pass  # there are none
 
     def _settle_estates(self) -> None:
         """Settles what dead children left; while Redis is away it is kept, for a crash that is not charged may repeat for
@@ -434,17 +611,19 @@ class Supervisor:
 
     def _end(self) -> None:
         for child in list(self._children):
-            child.kill("stopped")
+            child.kill(STOPPED)
             child.process.wait()
             self._children.remove(child)
             self._estates.append((child, child.memory.running()))
-        for estate in self._estates:
-            try:
-                self._settle_estate(*estate)
-            except StreamTaskError:
-                pass
+        if self._check is not None:
+            self._check.kill()
+            self._check.wait()
+        try:
+            for estate in self._estates:
+                with suppress(QueueFull, ReplyError):
+                    self._settle_estate(*estate)
+        except StreamTaskError as exc:
+            log.warning("Redis can't be told that the worker has ended: its leases run out (%s)", exc)
         self._coordinator.close()
         self._selector.close()
-        self._wake_read.close()
-        self._wake_write.close()
         log.info("stopped status=%d", self._exit_status)

@@ -35,13 +35,14 @@ class Turns:
         executor.between = self._between
 
     def run(self) -> None:
-        """Runs turns and batches for ever; any error that is not foreseen ends the process."""
-        threading.Thread(target=self._stand_in, name="streamtask-stand-in", daemon=True).start()
+        """Runs turns and batches until the process is to end; any error that is not foreseen ends it at once."""
+        stand_in = threading.Thread(target=self._stand_in, name="streamtask-stand-in", daemon=True)
+        stand_in.start()
         control, executor = self._control, self._executor
         try:
-            while True:
+            while not control.over:
                 self._enter()
-                if not executor.has_next():  # a stand-in may have handed one out
+                if not (executor.has_next() or control.over):  # of which a stand-in may have heard
                     control.turn()
                 self._loop.release()
                 self._progress += 1
@@ -52,6 +53,8 @@ class Turns:
                         self._watch()
                     executor.run_batch(batch)
                     self._running = 0
+            self._calls.put(None)
+            stand_in.join()
         except BaseException:
             end_process()
 
@@ -79,6 +82,8 @@ class Turns:
         try:
             while True:
                 self._calls.get()
+                if self._control.over:
+                    return
                 quiet = seen = 0
                 while quiet < QUIET:
                     time.sleep(LONG_S)

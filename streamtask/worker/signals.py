@@ -1,0 +1,109 @@
+"""What a worker's processes do with signals.
+
+The supervisor follows them (``Signals``). Its children leave them to it, for a terminal or an orchestrator may send them to
+all at once. What children start has the default handling again: who terminates a process of his own waits for its end.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import threading
+from collections import deque
+from types import FrameType
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+FOLLOWED = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+Handler = signal.Handlers | int | None
+
+
+class Signals:
+    """The supervisor's: from its making on they come here, to be taken by its loop, one by one.
+
+    While ``starting`` is true, one that stops ends the process at once: nothing has begun yet. Where hang-ups were ignored
+    (``nohup``) they still are.
+    """
+
+    def __init__(self) -> None:
+        self.starting = True
+        self._came: deque[int] = deque()
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        for number in FOLLOWED:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+        signal.signal(signal.SIGCHLD, _left_alone)  # it wakes the loop, which looks after its children in each round
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FOLLOWED)
+
+    def fileno(self) -> int:
+        """Readable when one has come, or a child has changed its state."""
+        return self._read.fileno()
+
+    def take(self) -> list[int]:
+        """Those that have come since."""
+        try:
+            while len(self._read.recv(4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+        return [self._came.popleft() for _ in range(len(self._came))]
+
+    def post(self, number: int) -> None:
+        """As if it had come; from any thread."""
+        self._came.append(number)
+        try:
+            self._write.send(b"\0")
+        except BlockingIOError:
+            pass  # it is readable
+
+    def hold(self) -> None:
+        """What comes from now on waits for the program that is executed in place of this one."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, FOLLOWED)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.starting and number in STOPS:
+            raise SystemExit(0)
+        self._came.append(number)
+
+
+def leave_to_supervisor(stacks: int = -1) -> None:
+    """In a child: no signal that its supervisor follows does anything. ``stacks``: a descriptor to which SIGUSR1 writes what
+    all threads do, also while something holds Python's lock."""
+    for number in FOLLOWED:
+        if number == signal.SIGUSR1:
+            if stacks >= 0:
+                faulthandler.register(number, file=stacks, all_threads=True)
+        elif number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            # No SIG_IGN, which what is started from here would inherit.
+            signal.signal(number, _left_alone)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOLLOWED)
+
+
+def default_in_forks() -> None:
+    """Processes that this one forks (multiprocessing) have the default handling, but where somebody has set a handler. A signal
+    that comes before waits for that."""
+    masks = threading.local()
+
+    def before() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, FOLLOWED)
+
+    def after() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def in_fork() -> None:
+        faulthandler.unregister(signal.SIGUSR1)
+        for number in FOLLOWED:
+            if signal.getsignal(number) is _left_alone:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=in_fork)
+
+
+def _left_alone(number: int, frame: FrameType | None) -> None:
+    pass
