@@ -23,16 +23,24 @@ Handler = signal.Handlers | int | None
 class Signals:
     """The supervisor's: from its making on they come here, to be taken by its loop, one by one.
 
-    While ``starting`` is true, one that stops ends the process at once: nothing has begun yet. Where hang-ups were ignored
+    Until ``started`` one that stops ends the process at once: nothing has begun yet. Where hang-ups were ignored
     (``nohup``) they still are.
     """
 
     def __init__(self) -> None:
-        self.starting = True
+        self._starting = True
         self._came: deque[int] = deque()
         self._read, self._write = socket.socketpair()
         self._read.setblocking(False)
         self._write.setblocking(False)
+        self._install()
+
+    def started(self) -> None:
+        """From now on one that stops is taken like the others; whatever the app's modules have set."""
+        self._starting = False
+        self._install()
+
+    def _install(self) -> None:
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         for number in FOLLOWED:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -66,7 +74,7 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_BLOCK, FOLLOWED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.starting and number in STOPS:
+        if self._starting and number in STOPS:
             raise SystemExit(0)
         self._came.append(number)
 

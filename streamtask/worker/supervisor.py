@@ -197,7 +197,7 @@ class Supervisor:
         """Works until a signal tells it to stop. Returns the exit status."""
         for watch, queue in zip(self._watches, self.settings.queues, strict=True):
             watch.shape = queue.declare((self._group,))
-        self._signals.starting = False
+        self._signals.started()
         self._selector.register(self._signals, selectors.EVENT_READ, "signal")
         try:
             for index in range(self._processes):

@@ -80,6 +80,27 @@ def test_what_a_body_starts_has_default_signals_and_a_warm_stop_lets_its_process
     site.wait_empty()
 
 
+STAYS = """
+@app.task(name="stays")
+def stays(n):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    note("E", None, n)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_end_by_itself_is_killed(redis_server, site):
+    site = site(redis_server, TASKS + STAYS)
+    pod = site.pod(2)
+    site.ready(2)
+    site.task("stays").delay(0)
+    site.wait_ended(1)
+    took = pod.stop()
+    assert took > 4
+    assert "it did not end by itself" in pod.log
+    site.wait_empty()
+
+
 def _fails(module: Path) -> None:
     module.write_text("raise RuntimeError('a broken deployment')\n" + module.read_text())
 
