@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..text import MOST_LINES
+from ..text import MOST_LINES, counted
 from .common import cell, json_option, print_json
 from .migration import Outcome, open_broker
 
@@ -122,7 +122,7 @@ def _report(outcome: Outcome, dry_run: bool, as_json: bool) -> None:
     for queue, counts in sorted(outcome.moved.items()):
         steps = ", ".join(f"{number:,} of priority {step}" for step, number in sorted(counts.items()) if step)
         number = sum(counts.values())
-        _say(f"{queue}: {verb} {number:,} message{'s' if number != 1 else ''}" + (f" ({steps})" if steps else ""))
+        _say(f"{queue}: {verb} {counted(number, 'message')}" + (f" ({steps})" if steps else ""))
     if not outcome.moved:
         _say("nothing to move")
     for queue, number in sorted(outcome.restored.items()):

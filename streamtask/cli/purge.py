@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..text import counted
 from .common import cell, inspector_of, json_option, print_json, say
 
 
@@ -21,10 +22,10 @@ def purge(ctx: click.Context, queue: str, keep_delayed: bool, yes: bool, as_json
     inspector = inspector_of(ctx)
     if not yes:
         row = inspector.status(queue, interval=0)[queue]
-        what = f"{row['lag']:,} waiting" + ("" if keep_delayed else f" and {row['delayed']:,} delayed")
-        click.confirm(f"Remove the {what} messages of queue {cell(queue)} for good?", abort=True, err=True)
+        what = counted(row["lag"], "waiting message") + ("" if keep_delayed else f" and {row['delayed']:,} delayed")
+        click.confirm(f"Remove {what} of queue {cell(queue)} for good?", abort=True, err=True)
     removed = inspector.purge(queue, delayed=not keep_delayed)
     if as_json:
         print_json({"queue": queue, "removed": removed})
     else:
-        say(f"removed {removed:,} message{'s' if removed != 1 else ''} from queue {queue}")
+        say(f"removed {counted(removed, 'message')} from queue {queue}")

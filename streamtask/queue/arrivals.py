@@ -14,7 +14,7 @@ from ..errors import DecodeError
 from ..redis import wire
 from ..redis.link import Link
 from ..redis.scripts import Code
-from ..text import logger
+from ..text import counted, logger
 from .batch import Outcome
 from .fetcher import pack_fetch
 from .lanes import Delivery, Entry, Lane, Note, deliveries_of, id_order
@@ -166,7 +166,7 @@ class Arrivals(Settling):
         if not deadly:
             return entries
         for entry_id in deadly:
-            said = f"its process died {notes[entry_id].crashes} times, at last while it was read"
+            said = f"its process died {counted(notes[entry_id].crashes, 'time')}, at last while it was read"
             message = f"{said} (max_crashes is {self.settings.max_crashes})"
             self._dead.append((entry_id, [], Outcome("dead", reason="crashed", message=message)))
         return [entry for entry in entries if entry[0] not in deadly]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, ReplyError, StreamTaskError
 from ..redis.scripts import Code
+from ..text import counted
 from .calls import Waiting, window_s
 from .declare import Queue
 
@@ -192,7 +193,7 @@ class Bulk:
     def _fail(self, cause: StreamTaskError) -> None:
         left = sorted(index for batches in self.runs.values() for batch in batches for index in batch)
         raise BulkSendError(
-            f"{len(self.stored)} of {len(self.messages)} messages are stored, then: {cause}. "
+            f"{len(self.stored)} of {counted(len(self.messages), 'message')} stored, then: {cause}. "
             "The error's 'stored', 'failed' and 'unknown' have the positions",
             stored=sorted(self.stored),
             failed=[index for index in left if index not in self.unknown],

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..clock import wall_ms
 from ..redis.link import Link, pack
-from ..text import logger
+from ..text import counted, logger
 from .arrivals import Arrivals
 from .lanes import Delivery, Note, deliveries_of, id_order
 
@@ -55,8 +55,8 @@ class Claimer(Arrivals):
         self._read_to = (0, 0)
         if found:
             log.info(
-                "claimed %d pending entries queue=%s shard=%s token=%d",
-                len(found),
+                "claimed %s queue=%s shard=%s token=%d",
+                counted(len(found), "pending entry", "pending entries"),
                 self.queue,
                 self.shard,
                 self.lease.token,

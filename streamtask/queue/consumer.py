@@ -13,7 +13,7 @@ from itertools import islice
 from ..clock import mono_s
 from ..redis import wire
 from ..redis.link import Link
-from ..text import logger
+from ..text import counted, logger
 from .batch import Batch, Outcome
 from .claimer import Claimer
 from .held import OWNER, ConsumerSettings, Held
@@ -200,7 +200,8 @@ class ShardConsumer(Claimer):
         return True
 
     def too_many_crashes(self, note: Note) -> str:
-        return f"its process died {note.crashes} times while the body ran (max_crashes is {self.settings.max_crashes})"
+        died = counted(note.crashes, "time")
+        return f"its process died {died} while the body ran (max_crashes is {self.settings.max_crashes})"
 
     def _mark(self, link: Link, chosen: list[Delivery]) -> None:
         """Writes down that bodies start, where that is needed; where it fails, all of them go back."""

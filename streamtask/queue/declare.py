@@ -11,6 +11,7 @@ from ..redis.link import Link, Reply
 from ..redis.misplaced import number
 from ..redis.scripts import script
 from ..sharding import shard_of
+from ..text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Queue:
             shape = Shape(number(shards, 0, meta, "shards"), number(epoch, 0, meta, "epoch"))
             if shape.shards != self.shards:
                 raise ShardCountMismatch(
-                    f"queue {self.name!r} of app {self.app!r} has {shape.shards} shards in Redis, but this app is "
+                    f"queue {self.name!r} of app {self.app!r} has {counted(shape.shards, 'shard')} in Redis, but this app is "
                     f"configured with {self.shards}. Set shards={shape.shards} (queue_shards for one queue alone), or use a "
                     "queue of another name"
                 )

@@ -17,7 +17,7 @@ from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
 from ..redis.link import REPLIES, Link, not_done, too_late
 from ..redis.scripts import Code
-from ..text import logger
+from ..text import counted, logger
 from .bulk import Bulk
 from .calls import Call, ProducerSettings, Target, Waiting, window_s
 from .declare import Queue
@@ -281,13 +281,13 @@ class Producer:
         where = "the shared stream" if shard == SHARED else f"shard {shard}"
         if answer == Code.FULL:
             return QueueFull(
-                f"{where} of queue {queue.name!r} holds {self.settings.max_backlog} messages, its max_backlog: start "
-                "more workers, raise max_backlog, or remove a consumer group that nobody serves ('streamtask doctor')"
+                f"{where} of queue {queue.name!r} holds {counted(self.settings.max_backlog, 'message')}, its max_backlog: "
+                "start more workers, raise max_backlog, or remove a consumer group that nobody serves ('streamtask doctor')"
             )
         if answer == Code.IDS_FULL:
             return QueueFull(
-                f"{where} of queue {queue.name!r} remembers {self.settings.max_dedupe_ids} dedupe ids, the most that "
-                "max_dedupe_ids allows: raise it, or shorten dedupe_ttl"
+                f"{where} of queue {queue.name!r} remembers {counted(self.settings.max_dedupe_ids, 'dedupe id')}, the most "
+                "that max_dedupe_ids allows: raise it, or shorten dedupe_ttl"
             )
         if answer == Code.SEALED:
             self._forget(queue, shard)

@@ -15,6 +15,7 @@ from ..queue.lanes import Delivery, Entry, Note, entry_id_of, id_order
 from ..redis import wire
 from ..redis.link import Link
 from ..redis.scripts import script
+from ..text import counted
 from .message import ORDERED, check
 from .resting import Rest
 
@@ -131,7 +132,7 @@ class StreamConsumer(ShardConsumer):
 
     def too_many_crashes(self, note: Note) -> str:
         most = self.settings.max_crashes
-        return f"its process died {note.crashes} times while it was received or its body ran (max_crashes is {most})"
+        return f"its process died {counted(note.crashes, 'time')} while it was received or its body ran (max_crashes is {most})"
 
     def charge(self, batch: Batch) -> bool:
         """A message took its process down: True if that was once too often, else the count is kept beside the entry."""

@@ -320,7 +320,7 @@ def test_forged_dead_letters_are_shown_and_harmless(seeded: StreamTask, redis_se
 
 def test_purge_asks_and_counts(run: Run, seeded: StreamTask) -> None:
     done = run("purge", "default", stdin="n\n", status=1)
-    assert "Remove the 3 waiting and 1 delayed messages" in done.stderr
+    assert "Remove 3 waiting messages and 1 delayed of queue default" in done.stderr
     assert "removed 3 messages" in run("purge", "default", "--yes", "--keep-delayed").stdout
     assert read_json(run("purge", "default", "--yes", "--json")) == {"queue": "default", "removed": 1}
     assert "no queue 'nope'" in run("purge", "nope", "--yes", status=1).stderr
