@@ -57,6 +57,8 @@ class AsyncProducer:
                     continue
             except (BrokerUnavailable, QueueFull) as exc:
                 error = exc
+            except ReplyError as exc:
+                raise await asyncio.to_thread(call.queue.named, exc) from None
             await asyncio.sleep(producer.pause(call, error, timeout_s, started))
 
     async def _answer(self, packed: bytes, until: float | None) -> Any:

@@ -94,7 +94,7 @@ class Bulk:
                 self.producer.look_again(self.queue)
             except ReplyError as exc:
                 if not (self.stored or self.unknown):
-                    raise
+                    raise self.queue.named(exc) from None
                 self._fail(exc)
             if errors:
                 try:
@@ -191,6 +191,7 @@ class Bulk:
         return None if first is None else first + self._window_s
 
     def _fail(self, cause: StreamTaskError) -> None:
+        cause = self.queue.named(cause) if isinstance(cause, ReplyError) else cause
         left = sorted(index for batches in self.runs.values() for batch in batches for index in batch)
         raise BulkSendError(
             f"{len(self.stored)} of {counted(len(self.messages), 'message')} stored, then: {cause}. "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 
-from ..errors import ShardCountMismatch
+from ..errors import ReplyError, ShardCountMismatch
 from ..redis.connection import Broker
 from ..redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
 from ..redis.link import Link, Reply
-from ..redis.misplaced import number
+from ..redis.misplaced import WRONGTYPE, by, naming, number
 from ..redis.scripts import script
 from ..sharding import shard_of
 from ..text import counted
@@ -80,10 +81,24 @@ class Queue:
             self._open_shards(link, shape, self.see_groups(link))
             names = app_queues(self.namespace, self.app)
             self._on(names, link, script("record_queue").pack((names,), (self.name,)))
+        except ReplyError as exc:
+            raise self.named(exc) from None
         finally:
             link.close()
         self._shape = shape
         return shape
+
+    def named(self, exc: ReplyError) -> ReplyError:
+        """An error of a call of this queue's: where a key is of a wrong type it says which, what Redis' own does not."""
+        if exc.code != WRONGTYPE:
+            return exc
+        shape = self._shape or Shape(self.shards, 0)
+        shards = [self.shard_keys(shard, shape) for shard in (*range(shape.shards), SHARED)]
+        keys = [app_queues(self.namespace, self.app), self.keys.meta]
+        keys += [key for one in shards for key in (one.state, one.stream, one.delayed, one.wake)]
+        with closing(self.broker.link(self.keys.meta)) as link:
+            each = lambda commands: [self._on(key, link, packed) for key, packed in commands]  # noqa: E731
+            return ReplyError(naming(exc, keys, each if self.broker.is_cluster else by(link)), exc.code)
 
     def see_groups(self, link: Link) -> list[str]:
         """The registered groups. The process remembers them."""

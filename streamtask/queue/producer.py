@@ -119,6 +119,8 @@ class Producer:
                 return
         except (BrokerUnavailable, QueueFull) as exc:
             failure = exc
+        except ReplyError as exc:
+            raise queue.named(exc) from None
         call = Call(queue, shard, envelope, packed=packed)
         if packed is not None and failure is not None:
             call.tried_at = started
@@ -145,6 +147,8 @@ class Producer:
                     continue
             except (BrokerUnavailable, QueueFull) as exc:
                 error = exc
+            except ReplyError as exc:
+                raise call.queue.named(exc) from None
             time.sleep(self.pause(call, error, timeout_s, started))
 
     def send_together(self, calls: Sequence[Call]) -> None:
