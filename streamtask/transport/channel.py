@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from time import time
-from typing import Any
+from typing import Any, ClassVar
 
 from amqp.exceptions import ChannelError
 from kombu.exceptions import OperationalError
 from kombu.transport import virtual
 from kombu.transport.virtual.base import queue_declare_ok_t
+from kombu.transport.virtual.exchange import FanoutExchange
 from kombu.utils.uuid import uuid
 
+from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, InDoubt, ReplyError, StreamTaskError
 from ..redis.link import pack
 from ..text import logger
@@ -74,10 +76,22 @@ class QoS(virtual.QoS):  # type: ignore[misc]
         self._delivered.clear()
 
 
+class Fanout(FanoutExchange):  # type: ignore[misc]
+    """Its bindings say what they are: see ``Channel.typeof``."""
+
+    def prepare_bind(self, queue: str, exchange: str, routing_key: str, arguments: Any) -> tuple[str, str | None, str]:
+        return routing_key, routing.FANOUT, queue
+
+
+LOOK_S = 1.0
+"""So long an exchange that this process has not declared is taken for what its bindings were."""
+
+
 class Channel(virtual.Channel):  # type: ignore[misc]
     """See the module."""
 
     QoS = QoS
+    exchange_types: ClassVar[dict[str, Any]] = {**virtual.Channel.exchange_types, "fanout": Fanout}
     supports_fanout = True
     acks_from_any_thread = True  # said to the Celery plugin, which need not hand them to the event loop
     body_encoding: str | None = None  # messages travel as msgpack, which knows bytes
@@ -91,6 +105,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self._got: set[str] = set()
         self._auto_delete: set[str] = set()
         self._time_to_live: dict[str, int] = {}
+        self._looked: dict[str, tuple[float, bool]] = {}
         self.poller.channels.append(self)
 
     def after_fork(self) -> None:
@@ -174,6 +189,26 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self.session.fanout_queues.pop(queue, None)
         self._auto_delete.discard(queue)
         routing.delete(self.session, queue)
+
+    @property
+    def client(self) -> Any:
+        """What kombu's redis transport has. Raises ``AttributeError``."""
+        raise AttributeError(
+            "a streamtask channel has no Redis client: messages are in no list. How many wait in a queue says "
+            "channel.queue_declare(queue, passive=True).message_count; what else there is, 'streamtask status' and redis-py"
+        )
+
+    def typeof(self, exchange: str | None, default: str = "direct") -> Any:
+        """The type of an exchange. Who only publishes may not have declared it, as Celery does with a ``Broadcast`` queue: then
+        its bindings say whether it is a fanout exchange, and it would be lost in the streams of queues that only listen."""
+        if exchange and exchange not in self.state.exchanges:
+            until, fanout = self._looked.get(exchange, (0.0, False))
+            if mono_s() >= until:
+                fanout = any(binding[1] == routing.FANOUT for binding in routing.table(self.session, exchange))
+                self._looked = {exchange: (mono_s() + LOOK_S, fanout)}
+            if fanout:
+                return self.exchange_types["fanout"]
+        return super().typeof(exchange, default)
 
     def get_table(self, exchange: str) -> list[Any]:
         found: list[Any] = routing.table(self.session, exchange)
@@ -367,10 +402,10 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
         if multiple:
-            for tag in list(self.qos._delivered):
+            given = list(self.qos._delivered)
+            # One that is not known, or was acknowledged before, is an error in AMQP: what it would stand for is not known.
+            for tag in given[: given.index(delivery_tag) + 1] if delivery_tag in given else ():
                 self.qos.ack(tag)
-                if tag == delivery_tag:
-                    break
         else:
             self.qos.ack(delivery_tag)
         self._written()

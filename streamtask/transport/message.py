@@ -57,11 +57,24 @@ def encode(message: dict[str, Any], key: bytes | None) -> bytes:
     ]  # fmt: skip
     try:
         return wire.encode(name, key, new_id(), parts, {})
-    except EncodeError:
-        # Whatever kombu's own JSON takes (lazy texts, models with __json__) travels as that.
-        if isinstance(parts[0], bytes):
-            raise
-        return wire.encode(name, key, new_id(), [dumps(parts)], {})
+    except EncodeError as exc:
+        return wire.encode(name, key, new_id(), [_as_json(parts, exc)], {})
+
+
+def _as_json(parts: list[Any], refused: EncodeError) -> str:
+    """Whatever kombu's own JSON takes (lazy texts, models with __json__, any integer) travels as that, but for what could not
+    be stored or shown after it was read. Raises ``refused``."""
+    body = parts[0]
+    if isinstance(body, bytes):
+        properties = {**parts[4], "body_encoding": "base64"}  # kombu's own way to write bytes
+        parts = [Channel.codecs["base64"].encode(body), *parts[1:4], properties]
+    try:
+        text: str = dumps(parts)
+        if "\\u" in text:
+            wire.refuse_surrogates(loads(text))
+    except Exception:
+        raise refused from None
+    return text
 
 
 MOST_DECOMPRESSED = 64 << 20

@@ -75,7 +75,7 @@ def _call(session: Session, queue_name: str, message: dict[str, Any]) -> Call:
         due = due_ms(headers, 0.0)
     else:
         steps = session.options.priority_steps
-        priority = properties.get("priority") or 0
+        priority = _priority(properties.get("priority"))
         shard = shared(steps[bisect(steps, priority) - 1]) if priority else SHARED
         due = due_ms(headers, session.options.eta_hold_s)
     queue.open(shard)
@@ -89,6 +89,14 @@ def _call(session: Session, queue_name: str, message: dict[str, Any]) -> Call:
     if since:
         call.repeated, call.sent_at = True, float(since[0])
     return call
+
+
+def _priority(stated: Any) -> int:
+    """As kombu reads it."""
+    try:
+        return max(0, int(stated or 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 def put(session: Session, queue_name: str, message: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from .session import Session
 log = logger("streamtask.transport")
 
 SEP = "\x06\x16"
+FANOUT = "fanout"
+"""In the place of a pattern: the binding is one of a fanout exchange, whose queues hear and have no streams."""
 SWEEP_S = 10.0
 """How often this process looks for queues that have expired."""
 
@@ -52,8 +54,16 @@ def declare(session: Session, queue: str, expires_ms: int | None) -> None:
 
 def bind(session: Session, exchange: str, binding: Sequence[str | None]) -> None:
     """Records a binding."""
-    text = [part or "" for part in binding]
-    _bind(session, text[2], exchange, SEP.join(text), "")
+    _bind(session, binding[2] or "", _escaped(exchange), _member(binding), "")
+
+
+def _escaped(text: str | None) -> str:
+    """A name that holds no SEP."""
+    return (text or "").replace("\x06", "\x06\x15")
+
+
+def _member(binding: Sequence[str | None]) -> str:
+    return SEP.join(map(_escaped, binding))
 
 
 def keep(session: Session, queue: str) -> None:
@@ -97,7 +107,7 @@ def flushed(session: Session) -> bool:
 
 def unbind(session: Session, queue: str, exchange: str, binding: Sequence[str | None]) -> None:
     """Takes one binding away."""
-    _unbind(session, queue, exchange + SEP + SEP.join(part or "" for part in binding))
+    _unbind(session, queue, _escaped(exchange) + SEP + _member(binding))
 
 
 def _unbind(session: Session, queue: str, what: str) -> int:
@@ -115,12 +125,13 @@ def _unbind(session: Session, queue: str, what: str) -> int:
 
 def table(session: Session, exchange: str) -> list[Binding]:
     """The bindings of an exchange."""
-    name = keys.bindings(session.options.namespace, session.options.app, exchange)
+    name = keys.bindings(session.options.namespace, session.options.app, _escaped(exchange))
     members = session.connections.once_more(lambda link: link.command("SMEMBERS", name), name)
     found = []
     for member in members:
-        routing_key, pattern, queue = member.decode().split(SEP)
-        found.append((routing_key, pattern, queue))
+        parts = [part.replace("\x06\x15", "\x06") for part in member.decode(errors="replace").split(SEP)]
+        if len(parts) == 3:  # else somebody else has written it
+            found.append((parts[0], parts[1], parts[2]))
     return found
 
 

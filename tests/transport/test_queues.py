@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from celery import Celery
 from kombu import Connection, Exchange, Producer, Queue
+from kombu.common import Broadcast
 
 from streamtask.redis.link import Link
 from streamtask.sharding import shard_of
@@ -491,6 +493,58 @@ def test_a_slash_in_the_name_of_a_fanout_exchange_is_no_routing_key(kit: Kit) ->
     for name, inbox in inboxes.items():
         inbox.take(4)
         assert inbox.bodies == [[name, key] for key in ("", "y", "y/z", "z")]
+
+
+def test_a_broadcast_queue_of_celery_is_heard_by_all(kit: Kit) -> None:
+    """``apply_async(queue="broadcast")`` publishes to an exchange that its process has not declared, with a routing key."""
+    inboxes = []
+    for _ in range(2):
+        channel = kit.channel()
+        queue = Broadcast("broadcast")(channel)
+        queue.declare()
+        inboxes.append(Inbox(channel, queue))
+    for inbox in inboxes:
+        inbox.drain_all(0.1)
+    direct = Queue("of direct", Exchange("direct"), routing_key="k")(kit.channel())
+    direct.declare()
+    app = Celery(broker=kit.url, set_as_current=False)
+    app.conf.update(broker_transport_options=kit.options, task_queues=[Queue("celery"), Broadcast("broadcast")])
+    for n in range(3):
+        app.send_task("some.task", (n,), queue="broadcast")
+    Producer(kit.channel()).publish("else", exchange="direct", routing_key="k")
+    for inbox in inboxes:
+        inbox.take(3)
+        assert [body[0] for body in inbox.bodies] == [[n] for n in range(3)]
+    assert direct.get().payload == "else"
+    assert [key for key in kit.keys("{kombu.bcast*") if key.endswith(":stream")] == []
+    app.close()
+
+
+def test_a_channel_has_no_client(kit: Kit) -> None:
+    channel = kit.channel()
+    with pytest.raises(AttributeError, match=r"queue_declare\(queue, passive=True\)"):
+        channel.client.llen("celery")
+    assert not hasattr(channel, "client")
+
+
+@pytest.mark.parametrize("kind", ["direct", "topic", "fanout"])
+def test_names_with_the_bytes_that_separate(kit: Kit, kind: str) -> None:
+    channel, other = kit.channel(), kit.channel()
+    name = "\x06\x16a\x06\x15\x06\x06\x16"
+    queues = [Queue(f"{n}{name}", Exchange(name, type=kind), routing_key=f"{n}{name}")(channel) for n in range(2)]
+    for queue in queues:
+        queue.declare()
+    assert sorted((row[0], row[2]) for row in other.get_table(name)) == [(f"{n}{name}",) * 2 for n in range(2)]
+    if kind != "fanout":
+        Producer(channel).publish("x", exchange=name, routing_key=f"1{name}")
+        assert queues[1].get().payload == "x"
+        assert queues[0].get() is None
+    queues[0].unbind_from(Exchange(name, type=kind), routing_key=f"0{name}")
+    assert [row[2] for row in other.get_table(name)] == [f"1{name}"]
+    queues[1].delete()
+    assert other.get_table(name) == []
+    kit.client().sadd(f"{kit.namespace}:{{kombu}}:bindings:junk", "a", b"\xff\x06\x16b")
+    assert other.get_table("junk") == []
 
 
 def test_fanout_keeps_databases_apart(kit: Kit) -> None:
