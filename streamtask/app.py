@@ -280,7 +280,7 @@ class StreamTask:
     def send_task(
         self,
         name: str,
-        args: Sequence[Any] = (),
+        args: Sequence[Any] | None = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
         shard_key: object = None,
@@ -297,7 +297,7 @@ class StreamTask:
     async def asend_task(
         self,
         name: str,
-        args: Sequence[Any] = (),
+        args: Sequence[Any] | None = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
         shard_key: object = None,
