@@ -146,7 +146,7 @@ def test_a_replacement_that_cannot_start_harms_nobody(redis_server, site):
     assert "the app can't be loaded in a worker process" in ends.log
 
 
-@pytest.mark.parametrize("state", ["idle", "busy"])
+@pytest.mark.parametrize("state", sampled(["idle", "busy"], "busy"))
 def test_each_signal_does_what_users_of_celery_expect(redis_server, site, state):
     """HUP restarts warmly, USR1 shows what all threads do, USR2 does nothing, also where children get them, too; QUIT
     stops cold. None of them makes a message a dead letter, or charges one."""
@@ -243,7 +243,7 @@ def _follows(pid: int, number: int) -> bool:
 @pytest.mark.parametrize("away", sampled(["refused", "silent"], "silent"))
 def test_a_stop_while_redis_is_away_ends(own_server, site, away):
     """Also where something has ended that could not be acknowledged: it runs again."""
-    site = site(own_server)
+    site = site(own_server, redis_timeout=1.0)
     pod = site.pod(3)
     site.ready(3)
     site.send_gated("a", 0)
