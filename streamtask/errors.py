@@ -27,6 +27,7 @@
     │   └── TaskRevoked
     ├── ResultTimeout            no result within the time asked for
     ├── SoftTimeLimitExceeded    raised inside a body at its soft_time_limit
+    ├── TimeLimitExceeded        what a body has failed with whose process was ended at its time_limit
     └── Control                  raised by a task to say what becomes of its message
         ├── Retry
         ├── Reject
@@ -38,7 +39,7 @@ Each message says what is wrong and what to do. Standard library only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 __all__ = [
     "AccessRefused",
@@ -67,6 +68,7 @@ __all__ = [
     "StreamTaskError",
     "TaskError",
     "TaskRevoked",
+    "TimeLimitExceeded",
     "UnknownTask",
     "UnsupportedServer",
     "UntrustedServer",
@@ -217,6 +219,11 @@ class SoftTimeLimitExceeded(StreamTaskError):
     """Raised inside a task body when its ``soft_time_limit`` has passed."""
 
 
+class TimeLimitExceeded(StreamTaskError):
+    """What a run has failed with whose process was ended at its ``time_limit``: for ``autoretry_for``, hooks and the dead
+    letter. No body can catch it."""
+
+
 class Control(StreamTaskError):
     """Base of what a task raises to say what becomes of its message."""
 
@@ -224,7 +231,8 @@ class Control(StreamTaskError):
 class Retry(Control):
     """Run the message again later; it keeps its place at the head of its lane.
 
-    ``countdown`` is in seconds; ``eta`` is a timezone-aware instant. Without both, the task's back-off decides.
+    ``countdown`` is in seconds, or a timedelta; ``eta`` is a timezone-aware instant. Without both, the task's back-off decides.
+    What can't be makes the message a dead letter that says so.
     """
 
     def __init__(
@@ -232,11 +240,11 @@ class Retry(Control):
         message: str = "",
         *,
         exc: BaseException | None = None,
-        countdown: float | None = None,
+        countdown: float | timedelta | None = None,
         eta: datetime | None = None,
         max_retries: int | None = None,
     ) -> None:
-        super().__init__(message or (f"retry after {exc!r}" if exc is not None else "retry"))
+        super().__init__(message or (f"retry after a {type(exc).__name__}" if exc is not None else "retry"))
         self.exc = exc
         self.countdown = countdown
         self.eta = eta
@@ -244,9 +252,11 @@ class Retry(Control):
 
 
 class Reject(Control):
-    """Send the message to the dead letters at once, or with ``requeue=True`` back to the head of its lane."""
+    """Send the message to the dead letters at once, or with ``requeue=True`` back to the head of its lane.
 
-    def __init__(self, reason: str = "rejected by the task", *, requeue: bool = False) -> None:
+    ``reason``: text, or an exception."""
+
+    def __init__(self, reason: object = "rejected by the task", requeue: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.requeue = requeue

@@ -1,27 +1,30 @@
-"""Runs a body with its context and limits, and decides what becomes of its message (``worker.ports.TaskRunner``)."""
+"""Runs a body with its context and limits, and decides what becomes of its message (``worker.ports.TaskRunner``).
+
+The one place that runs what is not ours: bodies, hooks, the texts of exceptions, the encoding of results. Each may end in any
+way, by ``sys.exit`` too; what comes out of here is an outcome that can be stored, and nothing is raised.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import datetime as dt
-import signal
 import threading
-import time
 import traceback as tb
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
 
 from .backoff import retry_delay_s
 from .clock import mono_s, wall_ms
-from .errors import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from .errors import ConfigError, Ignore, Reject, Retry, TimeLimitExceeded
+from .limits import SoftLimitWatch, call_with_alarm, within
 from .middleware import Middleware, overriding
 from .queue.consumer import Outcome
 from .queue.lanes import Delivery
 from .redis import wire
 from .request import Request, here, in_coroutine
 from .results import FAILURE, IGNORED, REVOKED, SUCCESS, ResultStore
-from .task import FINAL, Task
+from .task import FINAL, Task, check_retry
 from .text import MOST_LINES, counted, harmless, logger, said, short
 from .worker.ports import Place
 
@@ -30,15 +33,15 @@ if TYPE_CHECKING:
 
 log = logger("streamtask.task")
 
-R = TypeVar("R")
-
 UNKNOWN_TASK = "unknown-task"
 EXHAUSTED = "exhausted"
 FAILED = "failed"
 REJECTED = "rejected"
 EXPIRED = "expired"
+TIME_LIMIT = "time-limit"
+BROKEN = "broken"
 MOST_DELAY_S = 100 * 365 * 86400.0
-NOT_BY_THE_BODY = ("crashed", "undecodable", "broken")
+NOT_BY_THE_BODY = ("crashed", "undecodable", BROKEN)
 """Reasons of dead letters whose results nobody has stored yet."""
 
 
@@ -93,6 +96,24 @@ class Runner:
     # Running
 
     def run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+        try:
+            return self._run(delivery, place)
+        except BaseException as exc:
+            return broken(delivery, exc), None
+
+    async def arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+        try:
+            return await self._arun(delivery, place)
+        except BaseException as exc:
+            return broken(delivery, exc), None
+
+    def failed(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
+        try:
+            return self._judge(delivery, place, exc)
+        except BaseException as why:
+            return broken(delivery, why)
+
+    def _run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
         task = self._tasks.get(delivery.task)
         refused = self._refuse(task, delivery, place)
         if refused is not None or task is None:
@@ -109,12 +130,12 @@ class Runner:
             error = exc
         return self._ended(task, delivery, place, request, result, error)
 
-    async def arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+    async def _arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
         task = self._tasks.get(delivery.task)
         refused = self._refuse(task, delivery, place)
         if refused is not None or task is None:
             return refused or (None, None)
-        token = in_coroutine.set((delivery, place))
+        in_coroutine.set((delivery, place))
         request = Request(delivery, place)
         result: Any = None
         error: BaseException | None = None
@@ -124,8 +145,6 @@ class Runner:
             result = await self._within_limits(task, delivery, place)
         except BaseException as exc:
             error = exc
-        finally:
-            in_coroutine.reset(token)
         return self._ended(task, delivery, place, request, result, error)
 
     def _refuse(
@@ -140,6 +159,11 @@ class Runner:
                 message=f"no task is registered as {short(delivery.task, 200)!r} (registered: {known}). Deploy the code "
                 "that has it, or name its module with -A, then replay the dead letter",
             )
+            return outcome, self._failure(delivery, place, outcome)
+        if delivery.note is not None and delivery.note.overran:
+            limit = task.options.time_limit
+            said = f"its process was ended at its time_limit{f' of {limit:g} s' if limit else ''}"
+            outcome = self._judge(delivery, place, TimeLimitExceeded(said))
             return outcome, self._failure(delivery, place, outcome)
         headers = delivery.headers
         if headers is not None:
@@ -199,12 +223,7 @@ class Runner:
             place.set_deadline(mono_s() + options.time_limit)
         try:
             body = task(*delivery.args, **delivery.kwargs)
-            if not options.soft_time_limit:
-                return await body
-            try:
-                return await asyncio.wait_for(body, options.soft_time_limit)
-            except asyncio.TimeoutError:
-                raise SoftTimeLimitExceeded(f"soft_time_limit of {options.soft_time_limit} s") from None
+            return await (within(options.soft_time_limit, body) if options.soft_time_limit else body)
         finally:
             if options.time_limit:
                 place.set_deadline(0.0)
@@ -229,7 +248,7 @@ class Runner:
         outcome = self.failed(delivery, place, error)
         return outcome, self._failure(delivery, place, outcome)
 
-    def failed(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
+    def _judge(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
         """Retry or dead letter, by the task's options; see ``TaskOptions``."""
         task = self._tasks[delivery.task]
         options = task.options
@@ -238,31 +257,33 @@ class Runner:
             return Outcome("ignored")
         if isinstance(exc, Reject):
             if exc.requeue:
-                return Outcome("requeue")
-            return Outcome("dead", reason=REJECTED, message=short(harmless(str(exc.reason))), traceback=_text(exc))
-        limit = options.max_retries
-        if exc.__dict__.get(FINAL):
-            limit = 0
+                return Outcome("again")
+            return Outcome("dead", reason=REJECTED, message=_reason(exc.reason), traceback=_text(exc))
+        limit, cause, delay = options.max_retries, exc, None
         if isinstance(exc, Retry):
+            try:
+                check_retry(exc)
+            except ConfigError as wrong:
+                return Outcome("dead", reason=FAILED, message=_brief(wrong), traceback=_text(exc))
             limit = exc.max_retries if exc.max_retries is not None else limit
-            cause = exc.exc or exc
+            cause = exc if exc.exc is None else exc.exc
             delay = _asked_delay_s(exc)
-        else:
-            cause, delay = exc, None
-            if (
-                isinstance(exc, options.dont_autoretry_for)
-                or (options.autoretry_for is not None and not isinstance(exc, options.autoretry_for))
-                or (options.autoretry_for is None and not isinstance(exc, Exception))
-            ):
-                return Outcome("dead", reason=FAILED, message=_brief(exc), traceback=_text(exc))
+        elif isinstance(exc, ConfigError) and exc.__dict__.get(FINAL):  # of a retry that was asked for wrongly
+            return Outcome("dead", reason=FAILED, message=_brief(exc), traceback=_text(exc))
+        elif exc.__dict__.get(FINAL):
+            limit = 0
+        elif (
+            isinstance(exc, options.dont_autoretry_for)
+            or (options.autoretry_for is not None and not isinstance(exc, options.autoretry_for))
+            # A cancelled coroutine has failed as others have: something that it waited for was cancelled.
+            or (options.autoretry_for is None and not isinstance(exc, Exception | asyncio.CancelledError))
+        ):
+            reason = TIME_LIMIT if isinstance(exc, TimeLimitExceeded) else FAILED
+            return Outcome("dead", reason=reason, message=_brief(exc), traceback=_text(exc))
         if limit is not None and attempt >= limit:
-            after = f"(after {counted(attempt, 'retry', 'retries')})"
-            return Outcome(
-                "dead",
-                reason=EXHAUSTED,
-                message=f"{_brief(cause)} {after}",
-                traceback=_text(exc),
-            )
+            reason = TIME_LIMIT if isinstance(exc, TimeLimitExceeded) else EXHAUSTED
+            message = f"{_brief(cause)} (after {counted(attempt, 'retry', 'retries')})"
+            return Outcome("dead", reason=reason, message=message, traceback=_text(exc))
         if delay is None:
             backoff = options.retry_backoff
             delay = 0.0
@@ -287,7 +308,7 @@ class Runner:
         if self._on_dead:
             request = Request(delivery, place)
             for hook in self._on_dead:
-                _quietly(hook, request, outcome.reason, outcome.message)
+                copy_context().run(_quietly, hook, request, outcome.reason, outcome.message)
         return self._failure(delivery, place, outcome) if outcome.reason in NOT_BY_THE_BODY else None
 
     def revoked(self, delivery: Delivery, place: Place) -> bytes | None:
@@ -322,12 +343,26 @@ class Runner:
         return self._results.pack(wire.id_text(delivery.id), origin, state, result, error=error, traceback=traceback)
 
 
+def broken(delivery: Delivery, exc: BaseException) -> Outcome:
+    """What becomes of a message when what stands around its body raises: a repetition would, too."""
+    log.error("a message can't be run task=%s id=%s", delivery.task, wire.id_text(delivery.id), exc_info=exc)
+    return Outcome("dead", reason=BROKEN, message=short(f"it can't be run: {_brief(exc)}"), traceback=_text(exc))
+
+
 def _asked_delay_s(exc: Retry) -> float | None:
     asked = exc.countdown
     if exc.eta is not None:
         asked = (exc.eta - dt.datetime.now(dt.timezone.utc)).total_seconds()
-    # A body may ask for anything: what is no number raises here, and never in the loop that stores when it is due.
-    return None if asked is None else min(max(0.0, float(asked)), MOST_DELAY_S)
+    elif isinstance(asked, dt.timedelta):
+        asked = asked.total_seconds()
+    return None if asked is None else min(max(0.0, asked), MOST_DELAY_S)
+
+
+def _reason(given: object) -> str:
+    """What a message was rejected for: text, or an exception, as in Celery."""
+    if isinstance(given, BaseException):
+        return _brief(given)
+    return short(given.decode("utf-8", "backslashreplace") if isinstance(given, bytes) else said(given))
 
 
 def _fields(delivery: Delivery, attempt: int, error: BaseException) -> dict[str, Any]:
@@ -344,87 +379,12 @@ def _brief(exc: BaseException) -> str:
 def _text(exc: BaseException) -> str:
     try:
         return harmless("".join(tb.format_exception(type(exc), exc, exc.__traceback__))[-MOST_LINES:])
-    except Exception:  # also where its text, or that of its cause, can't be had
-        return f"{type(exc).__name__}: {said(exc)}"
+    except BaseException:  # also where its text, or that of its cause, can't be had
+        return _brief(exc)
 
 
 def _quietly(hook: Callable[..., None], *args: Any) -> None:
     try:
         hook(*args)
-    except Exception:
+    except BaseException:
         log.exception("a middleware's hook raised: %r", hook)
-
-
-def call_with_alarm(seconds: float, body: Callable[[], R]) -> R:
-    """Calls ``body``; raises ``SoftTimeLimitExceeded`` in it when its time is over. By SIGALRM: main thread only.
-
-    The timer fires once, so that the exception can come once, and never after this function has returned.
-    """
-    inside = True
-
-    def raise_here(signum: int, frame: object) -> None:
-        if inside:
-            raise SoftTimeLimitExceeded(f"soft_time_limit of {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, raise_here)
-
-    def put_back() -> None:
-        nonlocal inside
-        inside = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        return body()
-    finally:
-        try:
-            put_back()
-        except SoftTimeLimitExceeded:
-            put_back()
-            raise
-
-
-class SoftLimitWatch:
-    """Raises ``SoftTimeLimitExceeded`` in other threads at their next bytecode (``PyThreadState_SetAsyncExc``).
-
-    There is no lock that the exception could leave held: whoever takes a thread's entry out of the dict, in one step,
-    decides whether it is raised.
-    """
-
-    PERIOD_S = 0.02
-
-    def __init__(self) -> None:
-        self._limits: dict[int, float] = {}
-        self._raised: set[int] = set()
-        threading.Thread(target=self._run, name="streamtask-soft-limits", daemon=True).start()
-
-    def call(self, seconds: float, body: Callable[[], R]) -> R:
-        me = threading.get_ident()
-        try:
-            self._limits[me] = mono_s() + seconds
-            return body()
-        finally:
-            # Between the body's end and here the exception would hit this very block: it is caught; and one that is
-            # still to come is waited for and taken back.
-            while True:
-                try:
-                    if self._limits.pop(me, None) is None:
-                        while me not in self._raised:
-                            time.sleep(0.0005)
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), None)
-                        self._raised.discard(me)
-                    break
-                except SoftTimeLimitExceeded:
-                    continue
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(self.PERIOD_S)
-            now = mono_s()
-            for thread, at in list(self._limits.items()):
-                if at <= now and self._limits.pop(thread, None) is not None:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                        ctypes.c_ulong(thread), ctypes.py_object(SoftTimeLimitExceeded)
-                    )
-                    self._raised.add(thread)

@@ -77,7 +77,7 @@ class ResultStore:
         }
         try:
             payload = wire.pack_body(body)
-        except (TypeError, ValueError, OverflowError, DecodeError) as exc:
+        except BaseException as exc:  # also what the value's own methods raise
             body |= {
                 "state": FAILURE,
                 "result": None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar
 
 from .arguments import arguments
-from .checks import EXCEPTIONS, FLAG, TEXT, Rule, check_fields, either, optional, seconds, shown, whole
+from .checks import EXCEPTIONS, FLAG, INSTANT, TEXT, Rule, check, check_fields, either, optional, seconds, shown, whole
 from .errors import ConfigError, Retry, ShardKeyError
 from .functions import is_async
 from .request import Request, current
@@ -28,7 +28,22 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 FINAL = "_streamtask_final"
-"""Mark on an exception that ``retry`` raised because no retries are left: it is not retried by default either."""
+"""Mark on an exception that ``retry`` raised because no retries are left, or because it was asked for what can't be: it is
+not retried by default either."""
+
+
+def _exception(value: Any) -> BaseException:
+    if not isinstance(value, BaseException):
+        raise TypeError
+    return value
+
+
+RETRY_RULES = {
+    "countdown": optional(seconds()),
+    "eta": optional(INSTANT),
+    "max_retries": optional(whole(0)),
+    "exc": optional(Rule("an exception", _exception)),
+}
 
 ShardKey = str | Callable[..., Any] | None
 Exceptions = type[BaseException] | Collection[type[BaseException]]
@@ -267,7 +282,7 @@ class Task(Generic[P, R]):
         self,
         *,
         exc: BaseException | None = None,
-        countdown: float | None = None,
+        countdown: float | dt.timedelta | None = None,
         eta: dt.datetime | None = None,
         max_retries: int | None = None,
         throw: bool = True,
@@ -276,18 +291,29 @@ class Task(Generic[P, R]):
 
         When ``max_retries`` are used up, ``exc`` (if given) is raised instead, and the message becomes a dead letter.
         """
+        signal = Retry(exc=exc, countdown=countdown, eta=eta, max_retries=max_retries)
+        check_retry(signal)
         limit = self.options.max_retries if max_retries is None else max_retries
         request = current()
         if exc is not None and request is not None and limit is not None and request.attempt >= limit and throw:
             exc.__dict__[FINAL] = True
             raise exc
-        signal = Retry(exc=exc, countdown=countdown, eta=eta, max_retries=max_retries)
         if throw:
             raise signal from exc
         return signal
 
     def __repr__(self) -> str:
         return f"<Task {self.name}>"
+
+
+def check_retry(retry: Retry) -> None:
+    """Raises ``ConfigError`` where a retry asks for what can't be. Running the body again would not help."""
+    try:
+        for name, rule in RETRY_RULES.items():
+            check(f"the retry's {name}", rule, getattr(retry, name))
+    except ConfigError as exc:
+        exc.__dict__[FINAL] = True
+        raise
 
 
 def compile_key(function: Callable[..., Any], name: str, options: TaskOptions) -> Callable[..., bytes | None]:

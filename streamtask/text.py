@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import traceback
+
+from .errors import SoftTimeLimitExceeded
 
 MOST = 2_000
 """Characters of one value in a log, a table or an error: messages, and what they are made of, are as long as a sender likes."""
@@ -15,12 +19,12 @@ def harmless(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def said(exc: BaseException) -> str:
-    """What an exception says of itself, whatever its ``__str__`` does."""
+def said(value: object) -> str:
+    """What an exception, or anything else, says of itself, whatever its ``__str__`` does."""
     try:
-        return harmless(str(exc))
-    except Exception:
-        return f"a {type(exc).__name__} without a text"
+        return harmless(str(value))
+    except BaseException:
+        return f"a {type(value).__name__} without a text"
 
 
 def short(text: str, most: int = MOST) -> str:
@@ -39,7 +43,7 @@ def printable(value: object, most: int = MOST, *, lines: bool = True) -> str:
     direction of writing, and whatever else is not seen become escapes; see also ``short``. ``lines``: a newline stays one."""
     try:
         text = value if type(value) is str else str(value)
-    except Exception:
+    except BaseException:
         text = f"a {type(value).__name__} without a text"
     text = short(text, most)
     if text.isprintable():
@@ -55,7 +59,8 @@ ADDED = "_streamtask"
 
 def logger(name: str) -> logging.Logger:
     """The logger of that name. Its lines are printable and short, whoever formats them: Celery, say, or an app. A
-    configuration that names it not (``disable_existing_loggers``, the default of ``dictConfig``) does not silence it."""
+    configuration that names it not (``disable_existing_loggers``, the default of ``dictConfig``) does not silence it, and what an
+    app's filters and handlers raise does not come out of it."""
     found = logging.getLogger(name)
     if not isinstance(found, _Heard):
         found.__class__ = type("Logger", (_Heard, type(found)), {})
@@ -70,6 +75,15 @@ class _Heard(logging.Logger):
 
     @disabled.setter
     def disabled(self, value: bool) -> None: ...
+
+    def handle(self, record: logging.LogRecord) -> None:
+        try:
+            super().handle(record)
+        except SoftTimeLimitExceeded:  # of the body that logs
+            raise
+        except BaseException:
+            with contextlib.suppress(Exception):
+                traceback.print_exc()
 
 
 def _show(record: logging.LogRecord) -> bool:

@@ -100,15 +100,19 @@ class Lease:
         """Gives a shard's lease back. False if it was lost before."""
         return bool(link.run("release", [self.key], [self.token, self.incarnation]) == 1)
 
-    def charge(self, link: Link, ran: Mapping[str, bool]) -> int:
-        """Counts one crash for each of the entries whose body ran when the process died and that are at fault (true); the
-        others' starts are forgotten. Answers how many were charged."""
+    def charge(self, link: Link, ran: Mapping[str, int]) -> int:
+        """Says of entries whose bodies ran when the process died what they were to that: ``AT_FAULT`` counts one crash,
+        ``OVERRAN`` a failed run, and of those that are ``SPARED`` it is forgotten that they started. Answers how many were
+        charged."""
         if not ran:
             return 0
         args: list[str | int] = [self.token, self.incarnation, self.group]
         for entry_id, at_fault in ran.items():
             args += [entry_id, int(at_fault)]
         return int(link.run("charge", [self.key, self.keys.stream, self.keys.notes(self.group)], args))
+
+
+SPARED, AT_FAULT, OVERRAN = range(3)
 
 
 @dataclass(frozen=True, slots=True)

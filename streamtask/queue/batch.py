@@ -51,7 +51,8 @@ class Batch:
 class Outcome:
     """What becomes of a message that did not simply succeed.
 
-    ``kind``: ``retry`` (after ``delay_s``, counted as an attempt), ``requeue`` (at once, not counted), ``dead``,
+    ``kind``: ``retry`` (after ``delay_s``, counted as an attempt), ``requeue`` (after ``delay_s``, not counted: it has
+    not run), ``again`` (its body gave it back: after a pause that grows, not counted), ``dead``,
     ``skipped`` (its lane is closed), ``unstarted`` (the owner stopped handing out), ``ignored`` or ``revoked``.
     """
 
@@ -61,3 +62,7 @@ class Outcome:
     message: str = ""
     traceback: str | None = None
     in_doubt: bool = False  # its dead letter may be stored: the reply was lost
+
+
+CLOSES = frozenset(("retry", "requeue", "again", "dead"))
+"""Outcomes after which the message's key waits."""

@@ -14,12 +14,27 @@ from ..clock import mono_s
 from ..redis import wire
 from ..redis.link import Link
 from ..text import counted, logger
-from .batch import Batch, Outcome
+from .batch import CLOSES, Batch, Outcome
 from .claimer import Claimer
 from .held import OWNER, ConsumerSettings, Held
-from .lanes import KEEP_BODIES, Delivery, Entry, Lane, Note, deliveries_of, entry_id_of, id_order, put_in_place
+from .lanes import (
+    KEEP_BODIES,
+    Delivery,
+    Entry,
+    Lane,
+    Note,
+    deliveries_of,
+    entry_id_of,
+    id_order,
+    lacks_body,
+    put_in_place,
+)
 
 log = logger("streamtask.consumer")
+
+
+PAUSE_S, LONGEST_PAUSE_S = 0.01, 10.0
+"""How long what a body gives back waits: the first time, and at most; it doubles each time."""
 
 
 class ShardConsumer(Claimer):
@@ -73,7 +88,7 @@ class ShardConsumer(Claimer):
         again: list[Lane] = []
         for lane in self.lanes.ready():
             head = lane.waiting[0] if lane.waiting else None
-            if isinstance(head, bytes):
+            if isinstance(head, bytes) or (head is not None and head.spent):
                 again.append(lane)
                 continue
             if head is not None and self._must_wait(head, len(chosen), at_once):
@@ -127,7 +142,7 @@ class ShardConsumer(Claimer):
                 continue
             while lane.waiting and len(chosen) < limit and not lane.closed:
                 head = lane.waiting[0]
-                if not isinstance(head, Delivery):
+                if not isinstance(head, Delivery) or head.spent:
                     break  # its body is read when it is among the first
                 marked = self._needs_mark(head)
                 if marked and (chosen or not may_mark):
@@ -234,10 +249,10 @@ class ShardConsumer(Claimer):
                 break
             count = min(per_lane, limit, len(lane.waiting))
             limit -= count
-            if any(isinstance(item, bytes) for item in islice(lane.waiting, count)):
+            if any(map(lacks_body, islice(lane.waiting, count))):
                 count = max(count, KEEP_BODIES)
                 loading.append((lane, count))
-                wanted.update((item, None) for item in islice(lane.waiting, count) if isinstance(item, bytes))
+                wanted.update((entry_id_of(item), None) for item in islice(lane.waiting, count) if lacks_body(item))
         if not wanted:
             return
         replies = link.pipeline(self._pack_reads(wanted))
@@ -341,7 +356,9 @@ class ShardConsumer(Claimer):
         if kind == "revoked":
             self._dead_or_drop_revoked(delivery)
             return
-        if kind in ("retry", "requeue", "dead") and delivery.lane is not None:
+        if kind in ("retry", "again", "dead"):
+            delivery.spent = True
+        if kind in CLOSES and delivery.lane is not None:
             self._closed.add(key)
         note = delivery.note
         if note is not None and note.mark and kind not in ("retry", "dead"):
@@ -351,12 +368,17 @@ class ShardConsumer(Claimer):
         if kind == "retry":
             note = delivery.note = delivery.note or Note()
             note.attempt += 1
+            note.held = 0
             note.due_ms = self.redis_ms() + max(0, int(outcome.delay_s * 1000))
             note.mark = 0
             self._notes.append((delivery.entry_id, note))
             self.lanes.close(key, delivery, mono_s() + max(0.0, outcome.delay_s), self._numbers)
         elif kind == "requeue":
             self.lanes.close(key, delivery, mono_s() + outcome.delay_s, self._numbers)
+        elif kind == "again":
+            delivery.given_back += 1
+            pause_s = min(PAUSE_S * 2 ** min(delivery.given_back - 1, 20), LONGEST_PAUSE_S)
+            self.lanes.close(key, delivery, mono_s() + pause_s, self._numbers)
         elif kind == "dead":
             self._dead.append((delivery, [], outcome))
             self.lanes.close(key, None, None, self._numbers)

@@ -30,13 +30,17 @@ def id_order(entry_id: bytes) -> tuple[int, int]:
 _NOTE = re.compile(rb"\d{1,19}(?: \d{1,19}){0,5}")
 
 
+OVERRAN = 3
+
+
 @dataclass(slots=True)
 class Note:
     """What is stored beside a pending entry, because it must survive its owner (``lua/note.lua``).
 
     ``attempt`` failed runs so far; ``due_ms`` when the next may start (Redis' clock); ``crashes`` processes that died
     while the body ran; ``mark`` the token of an owner that wrote down the start; ``charged`` the token whose death was
-    counted last; ``held`` 1: dead-lettered, the lane stays closed; 2: to be dropped.
+    counted last; ``held`` 1: dead-lettered, the lane stays closed; 2: to be dropped; 3: no lane is held, but the last run
+    was ended at its ``time_limit``, and is still to be judged as a failed one.
     """
 
     attempt: int = 0
@@ -45,6 +49,10 @@ class Note:
     mark: int = 0
     charged: int = 0
     held: int = 0
+
+    @property
+    def overran(self) -> bool:
+        return self.held == OVERRAN
 
     @classmethod
     def parse(cls, text: bytes) -> Note:
@@ -70,10 +78,14 @@ class Delivery:
     """One reading of a message. ``lane`` is its shard key, or None where no order must hold.
 
     ``lane_key`` is what its retry waits under: the key, or the entry itself. ``fresh`` is False for an entry that was
-    delivered to another owner before.
+    delivered to another owner before. ``spent``: its body has run, which may have changed the arguments, so they are read
+    again before the next run. ``given_back``: how often its body has given it back.
     """
 
-    __slots__ = ("args", "entry_id", "fresh", "headers", "id", "key", "kwargs", "lane", "note", "replayed", "task")
+    __slots__ = (
+        "args", "entry_id", "fresh", "given_back", "headers", "id", "key", "kwargs", "lane", "note", "replayed", "spent",
+        "task",
+    )  # fmt: skip
 
     def __init__(self, entry_id: bytes, envelope: list[Any]) -> None:
         self.entry_id = entry_id
@@ -82,6 +94,8 @@ class Delivery:
         self.note: Note | None = None
         self.fresh = True
         self.replayed = False
+        self.spent = False
+        self.given_back = 0
 
     @property
     def lane_key(self) -> Hashable:
@@ -89,6 +103,11 @@ class Delivery:
 
     def __repr__(self) -> str:
         return f"<Delivery {self.task} {self.entry_id.decode()} key={self.key!r}>"
+
+
+def lacks_body(item: Delivery | bytes) -> bool:
+    """Whether a message that waits has to be read again before it is handed out."""
+    return isinstance(item, bytes) or item.spent
 
 
 Entry = list[Any]
@@ -152,6 +171,15 @@ class Lane:
     @property
     def is_ready(self) -> bool:
         return not self.running and not self.closed and self.due is None
+
+
+def _loaded(item: Delivery | bytes, bodies: Mapping[bytes, Delivery]) -> Delivery | None:
+    body = bodies.get(entry_id_of(item))
+    if body is None or isinstance(item, bytes):
+        return body
+    item.args, item.kwargs, item.headers = body.args, body.kwargs, body.headers
+    item.spent = False
+    return item
 
 
 class LaneSet:
@@ -245,10 +273,10 @@ class LaneSet:
         return lane.waiting.popleft()
 
     def load(self, lane: Lane, count: int, bodies: Mapping[bytes, Delivery]) -> None:
-        """Puts bodies into the places of the bare ids among a lane's first ``count`` messages. Those without are gone."""
+        """Gives bodies to those that lack one among a lane's first ``count`` messages. Those without are gone."""
         waiting = lane.waiting
         first = [waiting.popleft() for _ in range(min(count, len(waiting)))]
-        loaded = [bodies.get(item) if isinstance(item, bytes) else item for item in first]
+        loaded = [_loaded(item, bodies) if lacks_body(item) else item for item in first]
         kept = [item for item in loaded if item is not None]
         self.waiting -= len(first) - len(kept)
         waiting.extendleft(reversed(kept))

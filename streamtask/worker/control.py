@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from ..redis import wire
 from ..redis.link import Link
 from ..redis.misplaced import by, naming
 from ..text import logger
+from .ending import end_process
 from .outage import Outage, Rarely
 from .outbox import Outbox
 from .owned import Owned
@@ -70,12 +70,6 @@ class Supervisor(Protocol):
     def send(self, op: str, **fields: Any) -> None: ...
 
 
-def end_process() -> None:
-    """After an error that nobody foresaw: what this process holds is another's to take over."""
-    log.critical("the control loop failed; the process ends", exc_info=sys.exc_info())
-    os._exit(70)
-
-
 def _place_of(consumer: Held) -> Place:
     return Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
 
@@ -118,6 +112,7 @@ class Control:
         self._stopping = False
         self.over = False
         """Whether the process is to end: nothing of it runs, and what it owned is given back, or can't be."""
+        self._hurried = False
         self._sleeping = False
         self._turn_order: list[Owned] = []  # whoever was served goes to its end
         self._poll = select.poll()
@@ -157,7 +152,7 @@ class Control:
             while not self.over:
                 self.turn()
         except BaseException:
-            end_process()
+            end_process("the control loop")
 
     def turn(self, wait: bool = True) -> None:
         """One round; ``wait`` for something to do, if there is nothing."""
@@ -525,8 +520,11 @@ class Control:
                 self._suspect(owned)
             except ReplyError as exc:
                 self._refused(owned, exc)
-        if self._hand_out() and self._fetcher.asked is None and not self._parallel:
-            # A few messages have come after a wait: they start before anything else is done.
+        few = self._hand_out() and self._fetcher.asked is None and not self._parallel
+        self._hurried = few and not self._hurried
+        if self._hurried:
+            # A few messages have come after a wait: they start before anything else is done. But not time and again: what
+            # comes back at once would keep all others out.
             self._look_at = now
             return
         self._offer_again()

@@ -505,8 +505,8 @@ class Coordinator:
             self._log.error("a lease was not given back; it runs out: %s", exc)
         held.watch.look_at = 0.0
 
-    def bury(self, member: Member, ran: Mapping[int, Mapping[str, bool]], *, all_that_ran: bool = False) -> None:
-        """What a dead member leaves: the entries that ``ran``, by lease, are charged where they are at fault, else spared;
+    def bury(self, member: Member, ran: Mapping[int, Mapping[str, int]], *, all_that_ran: bool = False) -> None:
+        """What a dead member leaves: the entries that ``ran``, by lease, are charged or spared (see ``Lease.charge``);
         then the leases are freed. ``all_that_ran``: no body of another entry ran, whatever start is written down."""
         for held in list(member.held.values()):
             try:

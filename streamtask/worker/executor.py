@@ -4,23 +4,28 @@
 synchronous and the asynchronous ones. ``ParallelExecutor`` runs single deliveries of different lanes side by side:
 functions in threads, coroutines on an event loop.
 
-Before each body the executor checks that its lease is still to be trusted; what it does not start goes back.
+Before each body the executor checks that its lease is still to be trusted; what it does not start goes back. Each body runs in
+a context of its own, so that none sees another's context variables. The runner lets nothing out; should a thread die all the
+same, its process ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextvars import copy_context
 from queue import Empty, SimpleQueue
 
 from ..clock import mono_s
+from ..queue.batch import CLOSES
 from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.lanes import Delivery
-from ..redis import wire
-from ..text import logger, said
+from ..text import logger
+from .ending import end_process, start_thread
 from .ports import Place, TaskRunner
 from .shared import SharedMemory, Slot
 
@@ -31,15 +36,57 @@ UNSTARTED = Outcome("unstarted")
 REVOKED = Outcome("revoked")
 EXIT_FORKED = 70
 """Exit status of a process that a body has forked, and that came back out of the body."""
-BROKEN = "broken"
-CLOSES = frozenset(("retry", "requeue", "dead"))
-"""Outcomes after which the message's key waits."""
+
+Ended = tuple[Outcome | None, bytes | None]
+"""What became of a message, and the call that stores its result. See ``TaskRunner``."""
 
 
-def broken(delivery: Delivery, exc: BaseException) -> Outcome:
-    """What becomes of a message when what stands around its body raises: a repetition would, too. The executor goes on."""
-    log.error("a message can't be run task=%s id=%s", delivery.task, wire.id_text(delivery.id), exc_info=exc)
-    return Outcome("dead", reason=BROKEN, message=f"it can't be run: {type(exc).__name__}: {said(exc)}"[:2000])
+class Coroutines:
+    """Runs async bodies on an event loop, which goes on whatever they do to it."""
+
+    def __init__(self, runner: TaskRunner, *, interruptible: bool = False) -> None:
+        """``interruptible``: ``KeyboardInterrupt`` may be somebody's Ctrl-C."""
+        self._runner = runner
+        self._goes_on_after = SystemExit if interruptible else (SystemExit, KeyboardInterrupt)
+        self.loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself keeps only weak references
+
+    def start(self, delivery: Delivery, place: Place, ended: Callable[[Ended], None]) -> None:
+        """Starts a body, in the loop's thread. ``ended`` is called there, in any case."""
+        found: list[Ended] = []
+
+        async def run() -> None:
+            found.append(await self._runner.arun(delivery, place))
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            # A task that was cancelled before its first step has run nothing.
+            ended(found[0] if found else (self._runner.failed(delivery, place, asyncio.CancelledError()), None))
+
+        # Not by the loop's factory, which a body may have set.
+        task = asyncio.Task(run(), loop=self.loop)
+        self._tasks.add(task)
+        task.add_done_callback(end)
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Runs the loop, on and on: bodies may stop it, and an exit of what a body has started there comes out of it."""
+        while not until():
+            try:
+                self.loop.run_forever()
+            except self._goes_on_after:
+                log.exception("what a body has left in the event loop wanted to end the process")
+
+    def run_one(self, delivery: Delivery, place: Place) -> Ended:
+        """Runs the loop until this body has ended."""
+        found: list[Ended] = []
+
+        def end(ended: Ended) -> None:
+            found.append(ended)
+            self.loop.stop()
+
+        self.start(delivery, place, end)
+        self.run(lambda: bool(found))
+        return found[0]
 
 
 class SequentialExecutor:
@@ -52,6 +99,8 @@ class SequentialExecutor:
         runner: TaskRunner,
         memory: SharedMemory,
         between: Callable[[], None] = lambda: None,
+        *,
+        interruptible: bool = False,
     ) -> None:
         """``between``: called between two bodies, every ``signal_after_s``: what has ended may be acknowledged."""
         self._runner = runner
@@ -60,7 +109,9 @@ class SequentialExecutor:
         self.between = between
         self._next: Batch | None = None
         self._failed: dict[ShardConsumer, set[Hashable]] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._coroutines: Coroutines | None = None
+        self._interruptible = interruptible
+        self._fresh_context = copy_context().copy
         self.ended: deque[Batch] = deque()
         self.out: deque[Batch] = deque()  # handed over and not ended, in order
         self.signal_after_s = 0.005
@@ -111,10 +162,10 @@ class SequentialExecutor:
 
     def close(self) -> None:
         """Ends the event loop, if there was one."""
-        if self._loop is not None:
+        if self._coroutines is not None:
             asyncio.set_event_loop(None)
-            self._loop.close()
-            self._loop = None
+            self._coroutines.loop.close()
+            self._coroutines = None
 
     def run_batch(self, batch: Batch) -> None:
         consumer, items, slot = batch.consumer, batch.items, self._slot
@@ -122,9 +173,10 @@ class SequentialExecutor:
         failed = self._failed.setdefault(consumer, set())
         if failed:
             failed.difference_update(batch.reopened)
-        place = Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, True)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        place = Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, in_main_thread)
         trusted, cells, runner, mono = self._memory.trusted, slot.cells, self._runner, mono_s
-        plain, here, outcomes = runner.plain, runner.here, batch.outcomes
+        plain, here, outcomes, fresh = runner.plain, runner.here, batch.outcomes, self._fresh_context
         slot.begin(lease, batch.ids)
         batch.slot = slot
         # Whoever asks for the request finds the delivery by the cell that says which one runs.
@@ -151,13 +203,10 @@ class SequentialExecutor:
                 body = plain.get(task)
                 if body is not None:
                     try:
-                        if kwargs:
-                            body(*args, **kwargs)
-                        else:
-                            body(*args)
+                        fresh().run(body, *args, **kwargs)
                         continue
                     except BaseException as exc:
-                        outcome = self._after_failure(batch.delivery(index), place, exc)
+                        outcome = fresh().run(runner.failed, batch.delivery(index), place, exc)
                 else:
                     outcome = self._run(batch, batch.delivery(index), place)
             else:
@@ -179,23 +228,14 @@ class SequentialExecutor:
         here.batch = here.delivery = None
         self.ended.append(batch)
 
-    def _after_failure(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
-        try:
-            return self._runner.failed(delivery, place, exc)
-        except BaseException as why:
-            return broken(delivery, why)
-
     def _run(self, batch: Batch, delivery: Delivery, place: Place) -> Outcome | None:
-        try:
-            if self._runner.is_async(delivery.task):
-                if self._loop is None:
-                    self._loop = asyncio.new_event_loop()
-                    asyncio.set_event_loop(self._loop)
-                outcome, result = self._loop.run_until_complete(self._runner.arun(delivery, place))
-            else:
-                outcome, result = self._runner.run(delivery, place)
-        except BaseException as exc:
-            return broken(delivery, exc)
+        if self._runner.is_async(delivery.task):
+            if self._coroutines is None or self._coroutines.loop.is_closed():  # as a body can that is no coroutine
+                self._coroutines = Coroutines(self._runner, interruptible=self._interruptible)
+                asyncio.set_event_loop(self._coroutines.loop)
+            outcome, result = self._coroutines.run_one(delivery, place)
+        else:
+            outcome, result = self._fresh_context().run(self._runner.run, delivery, place)
         if result is not None:
             batch.results.append((delivery, result))
         return outcome
@@ -223,10 +263,9 @@ class ParallelExecutor:
             self._slots.put(memory.slot(number))
         self._threads: list[threading.Thread] = []
         self._idle = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._coroutines: Coroutines | None = None
         self.ended: deque[Batch] = deque()
         self.out: deque[Batch] = deque()
-        self._tasks: set[asyncio.Future[None]] = set()  # asyncio itself keeps only weak references
         self._forked = False
 
     def submit(self, batch: Batch) -> None:
@@ -235,9 +274,8 @@ class ParallelExecutor:
             self._event_loop().call_soon_threadsafe(self._start_async, batch)
             return
         if len(self._threads) < self._concurrency and self._inbox.qsize() >= self._idle:
-            thread = threading.Thread(target=self._run_thread, name=f"streamtask-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            name = f"streamtask-{len(self._threads)}"
+            self._threads.append(start_thread(name, "a thread that runs bodies", self._run_thread))
         self._inbox.put(batch)
 
     def forked(self) -> None:
@@ -279,7 +317,7 @@ class ParallelExecutor:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run_thread(self) -> None:
-        get, runner = self._inbox.get, self._runner
+        get, runner, fresh = self._inbox.get, self._runner, copy_context().copy
         while True:
             self._idle += 1
             batch = get()
@@ -290,18 +328,14 @@ class ParallelExecutor:
             outcome: Outcome | None = UNSTARTED
             place = self._begin(batch, slot)
             if place is not None:
-                delivery = batch.delivery(0)
-                try:
-                    outcome = self._run(batch, delivery, place)
-                except BaseException as exc:
-                    outcome = broken(delivery, exc)
+                outcome = fresh().run(self._run, batch, batch.delivery(0), place)
             runner.here.delivery = None
             self._end(batch, slot, outcome)
 
     def _run(self, batch: Batch, delivery: Delivery, place: Place) -> Outcome | None:
         runner = self._runner
         body = runner.plain.get(delivery.task)
-        if body is None or delivery.headers is not None:
+        if body is None or delivery.headers is not None or delivery.note is not None:
             outcome, result = runner.run(delivery, place)
             if result is not None:
                 batch.results.append((delivery, result))
@@ -334,26 +368,28 @@ class ParallelExecutor:
         self._wake()
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="streamtask-async", daemon=True).start()
-        return self._loop
+        if self._coroutines is None:
+            self._coroutines = Coroutines(self._runner)
+            start_thread("streamtask-async", "the event loop's thread", self._coroutines.run)
+        return self._coroutines.loop
 
     def _start_async(self, batch: Batch) -> None:
-        task = asyncio.ensure_future(self._run_async(batch), loop=self._loop)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        assert self._coroutines is not None
+        try:
+            slot = self._slots.get()
+            place = self._begin(batch, slot)
+            if place is None:
+                self._end(batch, slot, UNSTARTED)
+            else:
+                self._coroutines.start(batch.delivery(0), place, functools.partial(self._end_async, batch, slot))
+        except BaseException:
+            end_process("the start of a coroutine")  # the event loop would go on, and never end this message
 
-    async def _run_async(self, batch: Batch) -> None:
-        slot = self._slots.get()
-        outcome: Outcome | None = UNSTARTED
-        place = self._begin(batch, slot)
-        if place is not None:
-            delivery = batch.delivery(0)
-            try:
-                outcome, result = await self._runner.arun(delivery, place)
-                if result is not None:
-                    batch.results.append((delivery, result))
-            except BaseException as exc:
-                outcome = broken(delivery, exc)
-        self._end(batch, slot, outcome)
+    def _end_async(self, batch: Batch, slot: Slot, ended: Ended) -> None:
+        try:
+            outcome, result = ended
+            if result is not None:
+                batch.results.append((batch.delivery(0), result))
+            self._end(batch, slot, outcome)
+        except BaseException:
+            end_process("the end of a coroutine")

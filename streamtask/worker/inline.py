@@ -46,7 +46,7 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
                 if consumer.queue == queue.name:
                     consumer.revoked = revoked
 
-    executor = SequentialExecutor(runner, memory, read_revoked)
+    executor = SequentialExecutor(runner, memory, read_revoked, interruptible=True)
     executor.signal_after_s = 0.0  # between any two bodies: the first may revoke the second
     dead: list[tuple[Delivery, Outcome]] = []
 

@@ -24,8 +24,8 @@ class Place:
 
 
 class TaskRunner(Protocol):
-    """Runs bodies. ``run`` and ``arun`` never raise: they answer None for success, or what becomes of the message, and
-    the packed command that stores the result, if there is one."""
+    """Runs bodies, and lets nothing out that they raise. ``run`` and ``arun`` answer None for success, or what becomes of the
+    message, and the packed command that stores the result, if there is one."""
 
     plain: dict[str, Callable[..., Any]]
     """Tasks that need neither context, limits, middleware nor results: an executor may call them directly."""

@@ -29,7 +29,7 @@ from typing import Any
 
 from ..backoff import delays
 from ..clock import mono_s, wall_ms
-from ..coordination.lease import join_shared
+from ..coordination.lease import AT_FAULT, OVERRAN, SPARED, join_shared
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
 from ..text import counted, logger
@@ -76,7 +76,7 @@ class Child(Member):
     quiet_since: float | None = None  # stopping, with no body that runs
     ends_by: float | None = None  # it was told to end
     killed_for: str = ""
-    overran: list[int] = field(default_factory=list)
+    overran: list[tuple[int, int, str]] = field(default_factory=list)  # the bodies that it was killed for
     told: dict[str, set[str]] = field(default_factory=dict)  # by queue, the revoked ids that it knows or is about to
 
     @property
@@ -574,23 +574,23 @@ class Supervisor:
     def _settle_estate(self, child: Child, running: list[tuple[int, int, str]]) -> None:
         """What a dead child leaves: bodies that ran are charged, or spared, then the leases are freed."""
         read = None if child.killed_for else child.memory.being_read()
-        ran: dict[int, dict[str, bool]] = {}
-        for slot, number, entry_id in running:
+        ran: dict[int, dict[str, int]] = {}
+        for body in running:
             # Where we ended it, that is no body's fault, but of those that overran.
-            at_fault = (
-                slot in child.overran if child.killed_for == "time limit" else not child.killed_for and read is None
-            )
-            ran.setdefault(number, {})[entry_id] = at_fault
+            fault = SPARED if child.killed_for or read is not None else AT_FAULT
+            ran.setdefault(body[1], {})[body[2]] = OVERRAN if body in child.overran else fault
         if read is not None:
-            ran.setdefault(read[0], {})[read[1]] = True
+            ran.setdefault(read[0], {})[read[1]] = AT_FAULT
         self._coordinator.bury(child, ran, all_that_ran=True)
 
     def _end_overdue(self, now: float) -> None:
         for child in self._children:
             overdue = child.memory.overdue(now)
             if overdue and not child.killed_for:
-                child.overran = overdue
-                child.kill("time limit")
+                # What may run there by the time it dies is another body.
+                child.overran = [body for body in child.memory.running() if body[0] in overdue]
+                if child.overran:
+                    child.kill("time limit")
 
     # Shared streams
 

@@ -11,7 +11,8 @@ import threading
 import time
 from queue import SimpleQueue
 
-from .control import Control, end_process
+from .control import Control
+from .ending import end_process, start_thread
 from .executor import SequentialExecutor
 
 LONG_S = 0.01
@@ -36,8 +37,7 @@ class Turns:
 
     def run(self) -> None:
         """Runs turns and batches until the process is to end; any error that is not foreseen ends it at once."""
-        stand_in = threading.Thread(target=self._stand_in, name="streamtask-stand-in", daemon=True)
-        stand_in.start()
+        stand_in = start_thread("streamtask-stand-in", "the control loop's stand-in", self._stand_in)
         control, executor = self._control, self._executor
         try:
             while not control.over:
@@ -56,7 +56,7 @@ class Turns:
             self._calls.put(None)
             stand_in.join()
         except BaseException:
-            end_process()
+            end_process("the control loop")
 
     def _enter(self) -> None:
         if not self._loop.acquire(blocking=False):
@@ -79,24 +79,21 @@ class Turns:
         self._calls.put(None)
 
     def _stand_in(self) -> None:
-        try:
-            while True:
-                self._calls.get()
-                if self._control.over:
-                    return
-                quiet = seen = 0
-                while quiet < QUIET:
-                    time.sleep(LONG_S)
-                    progress = self._progress
-                    quiet = 0 if self._running else quiet + 1
-                    if self._running and seen == progress:
-                        self._turn_while(progress)
-                    seen = progress
-                self._watching = False
-                if self._running:
-                    self._watch()  # a batch that began just now has called nobody
-        except BaseException:
-            end_process()
+        while True:
+            self._calls.get()
+            if self._control.over:
+                return
+            quiet = seen = 0
+            while quiet < QUIET:
+                time.sleep(LONG_S)
+                progress = self._progress
+                quiet = 0 if self._running else quiet + 1
+                if self._running and seen == progress:
+                    self._turn_while(progress)
+                seen = progress
+            self._watching = False
+            if self._running:
+                self._watch()  # a batch that began just now has called nobody
 
     def _turn_while(self, progress: int) -> None:
         """Runs the loop until the main thread can again."""

@@ -13,7 +13,7 @@ import redis
 
 import streamtask.redis
 from streamtask.clock import mono_s
-from streamtask.coordination.lease import Contact, Lease, Refused, acquire, join_shared, reap
+from streamtask.coordination.lease import OVERRAN, Contact, Lease, Refused, acquire, join_shared, reap
 from streamtask.coordination.membership import Membership
 from streamtask.errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, ReplyError
 from streamtask.queue.consumer import ConsumerSettings, ShardConsumer
@@ -930,6 +930,20 @@ def test_a_charge_keeps_attempts_and_due_time(shard):
 
     note = Note.parse(shard.client.hget(notes, entry_id))
     assert (note.attempt, note.due_ms, note.crashes, note.mark) == (3, 99, 2, 0)
+
+
+def test_what_overran_is_written_down_once_and_is_no_crash(shard):
+    (entry_id,) = shard.add(1)
+    shard.read()
+    lease = shard.acquire("a")
+    notes = shard.keys.notes(GROUP)
+    shard.client.hset(notes, entry_id, Note(attempt=1, due_ms=99, crashes=1, mark=7).format())
+
+    assert [lease.charge(shard.link, {entry_id: OVERRAN}) for _ in range(2)] == [1, 0]
+
+    note = Note.parse(shard.client.hget(notes, entry_id))
+    assert note.overran
+    assert (note.attempt, note.due_ms, note.crashes, note.mark) == (1, 0, 1, 0)
 
 
 def test_only_ones_own_mark_is_taken_back(shard):

@@ -47,6 +47,15 @@ def cleans(k, n):
         pass
     note("E", k, n)
 
+@app.task(name="cleans_async", soft_time_limit=0.2, **quick)
+async def cleans_async(k, n):
+    note("S", k, n)
+    try:
+        await asyncio.sleep(5)
+    except SoftTimeLimitExceeded:
+        await asyncio.sleep(0.01)
+    note("E", k, n)
+
 @app.task(name="sleeps", soft_time_limit=0.3, **quick)
 async def sleeps(k, n, seconds):
     note("S", k, n)
@@ -68,12 +77,12 @@ def edge(k, n):
         return
     note("E", k, n)
 
-@app.task(name="hard", time_limit=0.5, shard_key="k")
+@app.task(name="hard", time_limit=0.5, shard_key="k", max_retries=0)
 def hard(k, n):
     note("S", k, n)
     time.sleep(30)
 
-@app.task(name="hard_async", time_limit=0.5, shard_key="k")
+@app.task(name="hard_async", time_limit=0.5, **quick)
 async def hard_async(k, n):
     note("S", k, n)
     time.sleep(30)
@@ -114,10 +123,11 @@ def test_a_body_may_catch_its_soft_limit(redis_server, site, concurrency):
     site = site(redis_server, LIMITS)
     site.pod(1, concurrency)
     site.task("cleans").delay(k="a", n=0)
-    site.task("put").delay(k="a", n=1)
-    wait_until(lambda: site.ended() == 2)
+    site.task("cleans_async").delay(k="a", n=1)
+    site.task("put").delay(k="a", n=2)
+    wait_until(lambda: site.ended() == 3)
     site.wait_empty()
-    assert site.started("a") == [0, 1]
+    assert site.started("a") == [0, 1, 2]
     assert site.dead() == []
 
 
@@ -173,9 +183,13 @@ def test_a_time_limit_ends_the_process_and_charges_the_overrunning_message_only(
     wait_until(lambda: site.of("E", key, 1))
     site.wait_empty()
     starts = site.of("S", key, 0)
-    assert len(starts) == 2
-    assert len({e.pid for e in starts}) == 2
-    assert [(row["reason"], row["kwargs"]["n"], row["key"]) for row in site.dead()] == [("crashed", 0, key.encode())]
+    runs = 1 if task == "hard" else 2  # it counts as a run that failed
+    assert [e.attempt for e in starts] == [*range(runs)]
+    assert len({e.pid for e in starts}) == runs
+    (row,) = site.dead()
+    assert (row["reason"], row["kwargs"]["n"], row["key"]) == ("time-limit", 0, key.encode())
+    assert "TimeLimitExceeded: its process was ended at its time_limit of 0.5 s" in row["message"]
+    assert (row["attempts"], row["crashes"]) == (runs, 0)
     assert pod.children() != children
     assert len(pod.children()) == 1
 
@@ -190,7 +204,7 @@ def long(n):
         time.sleep(0.01)
     note("E", "long", n)
 
-@app.task(name="over", time_limit=0.2)
+@app.task(name="over", time_limit=0.2, max_retries=1, retry_backoff=False)
 def over(n):
     note("S", "over", n)
     time.sleep(1000)

@@ -1,5 +1,6 @@
--- Counts one crash for each entry whose body ran when its process died and that is at fault. The others are spared: that
--- their bodies started is forgotten, lest the next owner counts it. Called by the supervisor before it frees the lease; an
+-- Counts one crash for each entry whose body ran when its process died and that is at fault. Of one that its process was ended
+-- for, at its time limit, it writes down just that: the next owner, who knows the task, counts a failed run. The others are spared:
+-- that their bodies started is forgotten, lest the next owner counts it. Called by the supervisor before it frees the lease; an
 -- entry is charged once per token, however often this is repeated.
 -- KEYS[1] lease    hash
 -- KEYS[2] stream   stream
@@ -7,7 +8,7 @@
 -- ARGV[1] token of the process that died
 -- ARGV[2] incarnation of the process that died
 -- ARGV[3] group
--- ARGV[4...] entry id, 1 if it is at fault else 0, ...
+-- ARGV[4...] entry id, 0 spared, 1 at fault, 2 overran its time limit, ...
 -- Returns: how many were charged, or LEASE_LOST
 --- @include codes
 --- @include fence
@@ -29,9 +30,13 @@ for i = 4, #ARGV, 2 do
         redis.call('HSET', KEYS[3], ARGV[i], table.concat({ attempt, due, crashes, '0', by, held }, ' '))
       end
     elseif by ~= ARGV[1] then
+      if ARGV[i + 1] == '2' then
+        due, held = '0', '3'
+      else
+        crashes = string.format('%d', tonumber(crashes) + 1)
+      end
       redis.call('HDEL', KEYS[3], ARGV[i])
-      redis.call('HSET', KEYS[3], ARGV[i],
-        table.concat({ attempt, due, string.format('%d', tonumber(crashes) + 1), '0', ARGV[1], held }, ' '))
+      redis.call('HSET', KEYS[3], ARGV[i], table.concat({ attempt, due, crashes, '0', ARGV[1], held }, ' '))
       charged = charged + 1
     end
   end
