@@ -59,8 +59,8 @@ ADDED = "_streamtask"
 
 def logger(name: str) -> logging.Logger:
     """The logger of that name. Its lines are printable and short, whoever formats them: Celery, say, or an app. A
-    configuration that names it not (``disable_existing_loggers``, the default of ``dictConfig``) does not silence it, and what an
-    app's filters and handlers raise does not come out of it."""
+    configuration that names it not (``disable_existing_loggers``, the default of ``dictConfig``) does not silence it, and
+    what an app's filters and handlers raise does not come out of it."""
     found = logging.getLogger(name)
     if not isinstance(found, _Heard):
         found.__class__ = type("Logger", (_Heard, type(found)), {})

@@ -78,7 +78,7 @@ def with_junk_left_out(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(consumer: Any, message: Any, exc: BaseException) -> None:
-    why = f"a worker can't receive it: {printable(repr(exc), 500)}"
+    why = f"a worker can't receive it: {printable(f'{type(exc).__name__}: {said(exc)}', 500)}"
     log.error("%s task=%r id=%r", why, message.headers.get("task"), message.headers.get("id"), exc_info=exc)
     message.channel.refuse(message.delivery_tag, why)
     signals.task_rejected.send(sender=consumer, message=message, exc=exc)

@@ -219,6 +219,53 @@ def test_unkeyed_and_async_tasks_run(make):
     assert result.get(timeout=1) == 42
 
 
+def test_however_a_body_ends_the_others_run(make):
+    app = make()
+    ran = []
+
+    @app.task(max_retries=0)
+    async def stops():
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0)
+        ran.append("stops")
+
+    @app.task(max_retries=0)
+    def closes():
+        asyncio.get_event_loop().close()
+        sys.exit(3)
+
+    @app.task(max_retries=0)
+    async def exits():
+        await asyncio.create_task(closes.function())
+
+    @app.task(max_retries=0)
+    def follows():
+        ran.append("follows")
+
+    for task in (stops, closes, stops, exits, follows):
+        task.delay()
+    assert app.run_until_idle(fail_fast=False) == 3
+    assert ran == ["stops", "stops", "follows"]
+    with Inspector(app) as inspector:
+        said = sorted(letter["error"].partition(" (")[0] for letter in inspector.dead_letters("default"))
+        assert said == ["RuntimeError: Cannot close a running event loop", "SystemExit: 3"]
+
+
+def test_a_retry_gets_what_was_sent(make):
+    app = make()
+    seen = []
+
+    @app.task(shard_key="user", max_retries=2, retry_backoff=False, dont_autoretry_for=(KeyError,))
+    def grow(user, items):
+        seen.append(list(items))
+        items.append("x")
+        raise ValueError
+
+    grow.delay("u", ["a"])
+    app.run_until_idle(fail_fast=False)
+    assert seen == [["a"]] * 3
+
+
 def test_hooks_run_in_a_stable_order(make):
     calls = []
 
