@@ -289,7 +289,8 @@ def test_however_a_body_ends_its_own_message_alone_feels_it(redis_server, site, 
     pod.stop()
 
 
-def test_what_is_given_back_time_and_again_keeps_nobody_out(redis_server, site):
+@pytest.mark.parametrize("concurrency", sampled([1, 4], 1))
+def test_what_is_given_back_time_and_again_keeps_nobody_out(redis_server, site, concurrency):
     """Its neighbours run, and it comes ever more rarely."""
     site = site(
         redis_server,
@@ -320,7 +321,7 @@ def returns_free(n):
     returns.function("free", n)
 """,
     )
-    site.pod(1)
+    site.pod(1, concurrency)
     site.ready(1)
     first, second, third = keys_on(0, 3)
     site.task("returns").delay(k=first, n=0)
