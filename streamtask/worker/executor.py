@@ -49,6 +49,7 @@ class Coroutines:
         self._runner = runner
         self._goes_on_after = SystemExit if interruptible else (SystemExit, KeyboardInterrupt)
         self.loop = asyncio.new_event_loop()
+        self._over = False
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself keeps only weak references
 
     def start(self, delivery: Delivery, place: Place, ended: Callable[[Ended], None]) -> None:
@@ -70,11 +71,16 @@ class Coroutines:
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Runs the loop, on and on: bodies may stop it, and an exit of what a body has started there comes out of it."""
-        while not until():
+        while not (self._over or until()):
             try:
                 self.loop.run_forever()
             except self._goes_on_after:
                 log.exception("what a body has left in the event loop wanted to end the process")
+
+    def end(self) -> None:
+        """Lets ``run`` return, from another thread."""
+        self._over = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
     def run_one(self, delivery: Delivery, place: Place) -> Ended:
         """Runs the loop until this body has ended."""
@@ -313,8 +319,8 @@ class ParallelExecutor:
             self._inbox.put(None)
         for thread in self._threads:
             thread.join()
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._coroutines is not None:
+            self._coroutines.end()
 
     def _run_thread(self) -> None:
         get, runner, fresh = self._inbox.get, self._runner, copy_context().copy
