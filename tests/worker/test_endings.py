@@ -38,7 +38,7 @@ class Breaks(logging.Handler):
         if "no such log" in record.getMessage():
             sys.exit("in a handler")
 
-if "STREAMTASK_CHILD" in os.environ:
+if "pytest" not in sys.modules:
     logging.getLogger().addHandler(Breaks())
 
 app = make_app(backend=True, middleware=[Hooks()])
@@ -342,7 +342,7 @@ def begin(self, lease, entry_ids, begin=Slot.begin):
         raise RuntimeError("an executor breaks")
     begin(self, lease, entry_ids)
 
-if "STREAMTASK_CHILD" in os.environ:
+if "pytest" not in sys.modules:
     Slot.begin = begin
 """
 

@@ -52,7 +52,7 @@ def with_deadly(hook):
         return hook(code, data)
     return deadly
 
-if "STREAMTASK_CHILD" in os.environ:
+if "pytest" not in sys.modules:
     wire.ext_hook = with_deadly(wire.ext_hook)
 """
 
