@@ -228,7 +228,7 @@ def test_what_ends_its_process_when_it_is_read_is_a_dead_letter_in_the_end(
     runs = [len(site.of("S", key, n)) for n in range(20)]
     # Side by side a body may run while another message is read.
     assert runs == [1] * 20 or (concurrency > 1 and key is None and set(runs) <= set(range(1, ends)))
-    assert site.started(key) == sorted(site.started(key)) or (concurrency > 1 and key is None)
+    assert site.started(key) == sorted(site.started(key)) or key is None
 
 
 def test_messages_above_the_limit_leave_no_memory_behind(own_server, site):
