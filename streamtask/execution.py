@@ -10,7 +10,7 @@ import asyncio
 import datetime as dt
 import threading
 import traceback as tb
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from .request import Request, here, in_coroutine
 from .results import FAILURE, IGNORED, REVOKED, SUCCESS, ResultStore
 from .task import FINAL, Task, check_retry
 from .text import MOST_LINES, counted, harmless, logger, said, short
-from .worker.ports import Place
+from .worker.ports import Ended, Place, goes_on
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -95,15 +95,38 @@ class Runner:
 
     # Running
 
-    def run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+    def run(self, delivery: Delivery, place: Place) -> Ended | Coroutine[Any, Any, Ended]:
         try:
             return self._run(delivery, place)
         except BaseException as exc:
             return broken(delivery, exc), None
 
-    async def arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+    async def arun(self, delivery: Delivery, place: Place) -> Ended:
         try:
             return await self._arun(delivery, place)
+        except BaseException as exc:
+            return broken(delivery, exc), None
+
+    async def rest(self, delivery: Delivery, place: Place, answer: Any) -> Ended:
+        return await self._rest(delivery, place, answer, mono_s())
+
+    async def _rest(self, delivery: Delivery, place: Place, answer: Any, started: float) -> Ended:
+        """Does what a body's function has returned in place of doing it. Its time began at ``started``."""
+        try:
+            in_coroutine.set((delivery, place))
+            task, request = self._tasks[delivery.task], Request(delivery, place)
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                if not hasattr(type(answer), "__await__"):
+                    raise Reject(
+                        "the function has returned a generator, which runs nothing: let it do the work and return, and leave "
+                        "yield to a function that it calls"
+                    )
+                result = await self._within_limits(task, place, answer, started)
+            except BaseException as exc:
+                error = exc
+            return self._ended(task, delivery, place, request, result, error)
         except BaseException as exc:
             return broken(delivery, exc), None
 
@@ -113,7 +136,7 @@ class Runner:
         except BaseException as why:
             return broken(delivery, why)
 
-    def _run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+    def _run(self, delivery: Delivery, place: Place) -> Ended | Coroutine[Any, Any, Ended]:
         task = self._tasks.get(delivery.task)
         refused = self._refuse(task, delivery, place)
         if refused is not None or task is None:
@@ -122,15 +145,18 @@ class Runner:
         request = Request(delivery, place)
         result: Any = None
         error: BaseException | None = None
+        started = mono_s()
         try:
             for hook in self._before_run:
                 hook(request)
             result = self._call(task, delivery, place)
+            if result is not None and goes_on(result):
+                return self._rest(delivery, place, result, started)
         except BaseException as exc:
             error = exc
         return self._ended(task, delivery, place, request, result, error)
 
-    async def _arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]:
+    async def _arun(self, delivery: Delivery, place: Place) -> Ended:
         task = self._tasks.get(delivery.task)
         refused = self._refuse(task, delivery, place)
         if refused is not None or task is None:
@@ -142,7 +168,8 @@ class Runner:
         try:
             for hook in self._before_run:
                 hook(request)
-            result = await self._within_limits(task, delivery, place)
+            started = mono_s()
+            result = await self._within_limits(task, place, task(*delivery.args, **delivery.kwargs), started)
         except BaseException as exc:
             error = exc
         return self._ended(task, delivery, place, request, result, error)
@@ -217,13 +244,12 @@ class Runner:
             if options.time_limit:
                 place.set_deadline(0.0)
 
-    async def _within_limits(self, task: Task[..., Any], delivery: Delivery, place: Place) -> Any:
+    async def _within_limits(self, task: Task[..., Any], place: Place, body: Awaitable[Any], started: float) -> Any:
         options = task.options
         if options.time_limit:
-            place.set_deadline(mono_s() + options.time_limit)
+            place.set_deadline(started + options.time_limit)
         try:
-            body = task(*delivery.args, **delivery.kwargs)
-            return await (within(options.soft_time_limit, body) if options.soft_time_limit else body)
+            return await (within(options.soft_time_limit, body, started) if options.soft_time_limit else body)
         finally:
             if options.time_limit:
                 place.set_deadline(0.0)

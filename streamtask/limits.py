@@ -105,9 +105,9 @@ _InCoroutine.__module__ = SoftTimeLimitExceeded.__module__
 
 
 @types.coroutine
-def within(seconds: float, body: Awaitable[R]) -> Generator[Any, Any, R]:
-    """Awaits ``body``; where its time is over, ``SoftTimeLimitExceeded`` is raised once at the place where it waits. What it
-    raises by itself, a ``TimeoutError`` too, stays what it is, and it runs in no task of its own."""
+def within(seconds: float, body: Awaitable[R], started: float) -> Generator[Any, Any, R]:
+    """Awaits ``body``, whose time began at ``started``; where it is over, ``SoftTimeLimitExceeded`` is raised once at the place
+    where it waits. What it raises by itself, a ``TimeoutError`` too, stays what it is, and it runs in no task of its own."""
     task = asyncio.current_task()
     assert task is not None
     over = False
@@ -117,7 +117,7 @@ def within(seconds: float, body: Awaitable[R]) -> Generator[Any, Any, R]:
         over = True
         task.cancel()
 
-    timer = asyncio.get_running_loop().call_later(seconds, end_wait)
+    timer = asyncio.get_running_loop().call_later(max(0.0, started + seconds - mono_s()), end_wait)
     steps = _awaiting(body)
     step: Callable[[Any], Any] = steps.send
     value: Any = None

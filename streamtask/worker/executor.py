@@ -16,9 +16,10 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from contextvars import copy_context
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from ..clock import mono_s
 from ..queue.batch import CLOSES
@@ -26,7 +27,7 @@ from ..queue.consumer import Batch, Outcome, ShardConsumer
 from ..queue.lanes import Delivery
 from ..text import logger
 from .ending import end_process, start_thread
-from .ports import Place, TaskRunner
+from .ports import Ended, Place, TaskRunner, goes_on
 from .shared import SharedMemory, Slot
 
 log = logger("streamtask.executor")
@@ -36,9 +37,6 @@ UNSTARTED = Outcome("unstarted")
 REVOKED = Outcome("revoked")
 EXIT_FORKED = 70
 """Exit status of a process that a body has forked, and that came back out of the body."""
-
-Ended = tuple[Outcome | None, bytes | None]
-"""What became of a message, and the call that stores its result. See ``TaskRunner``."""
 
 
 class Coroutines:
@@ -52,15 +50,18 @@ class Coroutines:
         self._over = False
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself keeps only weak references
 
-    def start(self, delivery: Delivery, place: Place, ended: Callable[[Ended], None]) -> None:
+    def start(
+        self, delivery: Delivery, place: Place, body: Coroutine[Any, Any, Ended], ended: Callable[[Ended], None]
+    ) -> None:
         """Starts a body, in the loop's thread. ``ended`` is called there, in any case."""
         found: list[Ended] = []
 
         async def run() -> None:
-            found.append(await self._runner.arun(delivery, place))
+            found.append(await body)
 
         def end(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
+            body.close()  # if it was never begun
             # A task that was cancelled before its first step has run nothing.
             ended(found[0] if found else (self._runner.failed(delivery, place, asyncio.CancelledError()), None))
 
@@ -82,7 +83,7 @@ class Coroutines:
         self._over = True
         self.loop.call_soon_threadsafe(self.loop.stop)
 
-    def run_one(self, delivery: Delivery, place: Place) -> Ended:
+    def run_one(self, delivery: Delivery, place: Place, body: Coroutine[Any, Any, Ended]) -> Ended:
         """Runs the loop until this body has ended."""
         found: list[Ended] = []
 
@@ -90,7 +91,7 @@ class Coroutines:
             found.append(ended)
             self.loop.stop()
 
-        self.start(delivery, place, end)
+        self.start(delivery, place, body, end)
         self.run(lambda: bool(found))
         return found[0]
 
@@ -208,9 +209,12 @@ class SequentialExecutor:
                 task, _, _, args, kwargs, _ = item[1]
                 body = plain.get(task)
                 if body is not None:
+                    context = fresh()
                     try:
-                        fresh().run(body, *args, **kwargs)
-                        continue
+                        answer = context.run(body, *args, **kwargs)
+                        if answer is None or not goes_on(answer):
+                            continue
+                        outcome = context.run(self._go_on, batch, index, place, answer)
                     except BaseException as exc:
                         outcome = fresh().run(runner.failed, batch.delivery(index), place, exc)
                 else:
@@ -235,16 +239,29 @@ class SequentialExecutor:
         self.ended.append(batch)
 
     def _run(self, batch: Batch, delivery: Delivery, place: Place) -> Outcome | None:
+        context = self._fresh_context()
+        answer: Ended | Coroutine[Any, Any, Ended]
         if self._runner.is_async(delivery.task):
-            if self._coroutines is None or self._coroutines.loop.is_closed():  # as a body can that is no coroutine
-                self._coroutines = Coroutines(self._runner, interruptible=self._interruptible)
-                asyncio.set_event_loop(self._coroutines.loop)
-            outcome, result = self._coroutines.run_one(delivery, place)
+            answer = self._runner.arun(delivery, place)
         else:
-            outcome, result = self._fresh_context().run(self._runner.run, delivery, place)
+            answer = context.run(self._runner.run, delivery, place)
+        if not isinstance(answer, tuple):
+            answer = context.run(self._await, delivery, place, answer)
+        outcome, result = answer
         if result is not None:
             batch.results.append((delivery, result))
         return outcome
+
+    def _go_on(self, batch: Batch, index: int, place: Place, answer: Any) -> Outcome | None:
+        """Of a plain body that has returned what ``goes_on``. Plain ones have no results."""
+        delivery = batch.delivery(index)
+        return self._await(delivery, place, self._runner.rest(delivery, place, answer))[0]
+
+    def _await(self, delivery: Delivery, place: Place, body: Coroutine[Any, Any, Ended]) -> Ended:
+        if self._coroutines is None or self._coroutines.loop.is_closed():  # as a body can that is no coroutine
+            self._coroutines = Coroutines(self._runner, interruptible=self._interruptible)
+            asyncio.set_event_loop(self._coroutines.loop)
+        return self._coroutines.run_one(delivery, place, body)
 
 
 class ParallelExecutor:
@@ -269,6 +286,7 @@ class ParallelExecutor:
             self._slots.put(memory.slot(number))
         self._threads: list[threading.Thread] = []
         self._idle = 0
+        self._starting = threading.Lock()
         self._coroutines: Coroutines | None = None
         self.ended: deque[Batch] = deque()
         self.out: deque[Batch] = deque()
@@ -342,16 +360,27 @@ class ParallelExecutor:
         runner = self._runner
         body = runner.plain.get(delivery.task)
         if body is None or delivery.headers is not None or delivery.note is not None:
-            outcome, result = runner.run(delivery, place)
+            ended = runner.run(delivery, place)
+            outcome, result = ended if isinstance(ended, tuple) else self._await(delivery, place, ended)
             if result is not None:
                 batch.results.append((delivery, result))
             return outcome
         runner.here.delivery, runner.here.place = delivery, place
         try:
-            body(*delivery.args, **delivery.kwargs)
+            answer = body(*delivery.args, **delivery.kwargs)
         except BaseException as exc:
             return runner.failed(delivery, place, exc)
-        return None
+        if answer is None or not goes_on(answer):
+            return None
+        return self._await(delivery, place, runner.rest(delivery, place, answer))[0]
+
+    def _await(self, delivery: Delivery, place: Place, body: Coroutine[Any, Any, Ended]) -> Ended:
+        """Waits in a thread for what the event loop does."""
+        ended: SimpleQueue[Ended] = SimpleQueue()
+        loop = self._event_loop()
+        assert self._coroutines is not None
+        loop.call_soon_threadsafe(self._coroutines.start, delivery, place, body, ended.put)
+        return ended.get()
 
     def _begin(self, batch: Batch, slot: Slot) -> Place | None:
         """Writes down that the body starts; None if the lease is not to be trusted any more."""
@@ -374,9 +403,10 @@ class ParallelExecutor:
         self._wake()
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
-        if self._coroutines is None:
-            self._coroutines = Coroutines(self._runner)
-            start_thread("streamtask-async", "the event loop's thread", self._coroutines.run)
+        with self._starting:
+            if self._coroutines is None:
+                self._coroutines = Coroutines(self._runner)
+                start_thread("streamtask-async", "the event loop's thread", self._coroutines.run)
         return self._coroutines.loop
 
     def _start_async(self, batch: Batch) -> None:
@@ -387,7 +417,9 @@ class ParallelExecutor:
             if place is None:
                 self._end(batch, slot, UNSTARTED)
             else:
-                self._coroutines.start(batch.delivery(0), place, functools.partial(self._end_async, batch, slot))
+                delivery = batch.delivery(0)
+                body = self._runner.arun(delivery, place)
+                self._coroutines.start(delivery, place, body, functools.partial(self._end_async, batch, slot))
         except BaseException:
             end_process("the start of a coroutine")  # the event loop would go on, and never end this message
 

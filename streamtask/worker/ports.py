@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any, Protocol
 
 from ..queue.consumer import ConsumerSettings, Outcome
@@ -23,9 +24,17 @@ class Place:
     in_main_thread: bool
 
 
+Ended = tuple[Outcome | None, bytes | None]
+"""What becomes of a message, None after success, and the packed command that stores its result, if there is one."""
+
+
+def goes_on(value: Any) -> bool:
+    """Whether what a function has returned is work that has yet to be done: something to await, or a generator."""
+    return hasattr(type(value), "__await__") or isinstance(value, GeneratorType | AsyncGeneratorType)
+
+
 class TaskRunner(Protocol):
-    """Runs bodies, and lets nothing out that they raise. ``run`` and ``arun`` answer None for success, or what becomes of the
-    message, and the packed command that stores the result, if there is one."""
+    """Runs bodies, and lets nothing out that they raise."""
 
     plain: dict[str, Callable[..., Any]]
     """Tasks that need neither context, limits, middleware nor results: an executor may call them directly."""
@@ -35,9 +44,13 @@ class TaskRunner(Protocol):
 
     def is_async(self, task: str) -> bool: ...
 
-    def run(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]: ...
+    def run(self, delivery: Delivery, place: Place) -> Ended | Coroutine[Any, Any, Ended]:
+        """Answers a coroutine, to be run in an event loop, where the body's function has returned what ``goes_on``."""
 
-    async def arun(self, delivery: Delivery, place: Place) -> tuple[Outcome | None, bytes | None]: ...
+    async def arun(self, delivery: Delivery, place: Place) -> Ended: ...
+
+    async def rest(self, delivery: Delivery, place: Place, answer: Any) -> Ended:
+        """Of a plain body that has returned what ``goes_on``."""
 
     def failed(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
         """What becomes of a message whose plain body raised."""

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from streamtask.clock import mono_s
 from streamtask.errors import SoftTimeLimitExceeded
 from streamtask.limits import within
 
@@ -16,7 +17,7 @@ def run(body, seconds=0.01):
 
     async def main():
         try:
-            return await within(seconds, body())
+            return await within(seconds, body(), mono_s())
         except SoftTimeLimitExceeded as exc:
             return exc  # of a task that ends with it asyncio keeps only that it was cancelled
 
@@ -47,7 +48,7 @@ def test_what_it_raises_by_itself_stays_what_it_is(error):
 
     async def main():
         with pytest.raises(type(error)) as caught:
-            await within(FAR, body())
+            await within(FAR, body(), mono_s())
         assert caught.value is error
 
     asyncio.run(main())
@@ -129,8 +130,8 @@ def test_any_awaitable():
     async def main():
         future = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().call_later(0.01, future.set_result, 5)
-        assert await within(FAR, future) == 5
+        assert await within(FAR, future, mono_s()) == 5
         with pytest.raises(SoftTimeLimitExceeded):
-            await within(0.01, asyncio.get_running_loop().create_future())
+            await within(0.01, asyncio.get_running_loop().create_future(), mono_s())
 
     asyncio.run(main())
