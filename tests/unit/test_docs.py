@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 import textwrap
 from pathlib import Path
@@ -51,6 +52,7 @@ def rows(name: str, section: str | None = None) -> set[str]:
     return {one for first in firsts for one in re.findall(r"`([^`]+)`", first)}
 
 
+@functools.cache
 def defined(path: Path) -> set[str]:
     """The tests of a file: ``test_x``, or ``TestX::test_y``."""
     found = set()
