@@ -15,7 +15,7 @@ from zlib import crc32
 
 from ..app import ENV_URL, StreamTask
 from ..sharding import canonical
-from ..worker.child import ENV_FDS, bind_to_parent
+from ..worker.child import bind_to_parent
 
 QUEUE = "notifications"
 ENV_JOURNAL = "STREAMTASK_DEMO_JOURNAL"
@@ -73,8 +73,8 @@ def build(url: str | None, shards: int) -> StreamTask:
     return made
 
 
-if ENV_PARENT in os.environ and ENV_FDS not in os.environ:
-    # The supervisor ends with the demo, also when that is killed with -9; its processes end with it.
-    bind_to_parent(int(os.environ[ENV_PARENT]))
+if ENV_PARENT in os.environ:
+    # The supervisor ends with the demo, also when that is killed with -9; its processes, which are not told, end with it.
+    bind_to_parent(int(os.environ.pop(ENV_PARENT)))
 
 app = build(os.environ.get(ENV_URL), int(os.environ.get(ENV_SHARDS, "8")))
