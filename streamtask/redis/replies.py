@@ -119,4 +119,8 @@ def translate_reply(text: str, where: str) -> StreamTaskError:
             f"what answers at {where} is no Sentinel: the URL must name Sentinels and their port (26379), or begin with redis://",
             code,
         )
+    if "unknown command" in text and re.search("EVALSHA|SMEMBERS", text, re.IGNORECASE):
+        return Misconfigured(
+            f"what answers at {where} keeps no data: of a Sentinel the URL begins with redis+sentinel:// ({text})", code
+        )
     return ReplyError(text.removeprefix("ERR "), code)

@@ -64,3 +64,14 @@ def test_too_many_clients_is_an_outage():
 
 def test_the_documented_table_is_the_one_of_the_code():
     assert rows("docs/operations.md", "When Redis answers with an error") >= KINDS.keys()
+
+
+def test_a_sentinel_in_the_place_of_a_redis_is_told() -> None:
+    for text in (
+        "ERR unknown command 'EVALSHA', with args beginning with: 'x'",
+        "ERR unknown command `SMEMBERS`, with",
+    ):
+        error = translate_reply(text, "redis://h:26379")
+        assert isinstance(error, Misconfigured)
+        assert "redis://h:26379 keeps no data: of a Sentinel the URL begins with redis+sentinel://" in str(error)
+    assert not isinstance(translate_reply("ERR unknown command 'CONFIG'", "redis://h"), Misconfigured)
