@@ -21,7 +21,7 @@ from streamtask.sharding import canonical, shard_of
 from tests import fuzz
 from tests.celery import rig as celery_rig
 from tests.fix_redis import RedisServer, server_binaries
-from tests.helpers import wait_until
+from tests.helpers import Record, wait_until
 from tests.worker import rig
 from tests.worker.test_hostile import ASYNC
 
@@ -31,6 +31,11 @@ ROUNDS = 50
 """So many before the workers are started anew: what they have written and logged is kept in memory here."""
 
 
+def what_ended(event: Any) -> object:
+    """Of which message an event is the end; a forged one may have anything in the place of its number."""
+    return event.kind == "E" and type(event.n) is int and type(event.key) in (str, type(None)) and (event.key, event.n)
+
+
 class Own:
     """``streamtask worker``: one body at a time, four threads, or four on an event loop."""
 
@@ -38,6 +43,7 @@ class Own:
         self.name = name
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.site = rig.Site(server, folder, source, stack, 1)
+        self.site._record = Record(self.site.log, rig.Event, what_ended)
         self.pod = self.site.pod(1, concurrency)
         self.site.ready(1)
         self.processes = self.pod.children()
@@ -55,8 +61,8 @@ class Own:
         site = self.site
 
         def ended() -> bool:
-            numbers = {(event.key, event.n) for event in site.of("E")}
-            return all((key, n) in numbers for key, sent in site.produced.items() for n in sent)
+            done = site._record.ended()
+            return all((key, n) in done for key, sent in site.produced.items() for n in sent)
 
         wait_until(
             ended, 60, lambda: f"what is well-formed has run; {site}", 0.05, lambda: (site.ended(), len(site.dead()))
@@ -77,6 +83,7 @@ class Foreign:
         self.name = name
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.site = celery_rig.Site(server, folder, stack, {}, {})
+        self.site._record = Record(self.site.record, celery_rig.Event, what_ended)
         self.worker = self.site.worker(pool, c=2)
         for task, key in (("late", None), ("put", "a")):
             self.site.send(task, key)
