@@ -31,11 +31,11 @@ test: $(VENV)/.test ## Run the quick tests, some 6 minutes on two cores (make te
 	$(PYTEST) --part quick $(ARGS)
 
 .PHONY: test-rest
-test-rest: $(VENV)/.test ## Run the tests that make test leaves out: chaos, Celery, every version of Redis, slow ones
+test-rest: $(VENV)/.test $(VENV)/.types ## Run the tests that make test leaves out: chaos, Celery, every version of Redis, slow ones
 	$(PYTEST) --part rest $(ARGS)
 
 .PHONY: test-all
-test-all: $(VENV)/.test ## Run all tests, some 20 minutes on two cores
+test-all: $(VENV)/.test $(VENV)/.types ## Run all tests, some 20 minutes on two cores
 	$(PYTEST) $(ARGS)
 
 # What touches each of them: the wire, redis-py and hiredis, the command line and its tables, kombu, Celery.
@@ -95,6 +95,10 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.made
 
 $(VENV)/.test: pyproject.toml $(VENV)/.made
 	$(PIP) --editable '.[test,embedded]'
+	@touch $@
+
+$(VENV)/.types: pyproject.toml $(VENV)/.made
+	$(PIP) --editable '.[types]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.made
