@@ -123,7 +123,7 @@ class Bells:
             if bell.link.fileno() == fd:
                 asked = bell.rang()
                 try:
-                    with self._or_forgotten(bell):
+                    with self._or_forgotten(bell), self._session.connections.at_start():
                         self._session.rang(bell.link.read(), asked)
                 except ReplyError as exc:
                     bell.refused += 1

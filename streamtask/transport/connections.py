@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import BrokerUnavailable
+from ..errors import BrokerUnavailable, ConfigError, Misconfigured
 from ..redis.connection import Broker
 from ..redis.link import LARGE, REPLIES, Link
 from ..worker.links import Links
@@ -20,6 +20,19 @@ class Connections:
         self.links = Links(broker, broker.timeout_s, buffer_bytes=LARGE)
         """To the servers of the streams that are consumed; under the session's lock."""
         self._idle: list[Link] = []
+        self.served = False
+        """Whether a message has come, or the wait for one has ended: Redis has allowed what consuming needs."""
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Around calls. What its ACL refuses is a wrong setting for who was never served, and nobody is to wait for it: that is
+        no error of a connection. For who runs it may just be put right."""
+        try:
+            yield
+        except Misconfigured as exc:
+            if self.served:
+                raise
+            raise ConfigError(str(exc)) from None
 
     def close(self) -> None:
         self.links.close()
@@ -32,7 +45,8 @@ class Connections:
         if self.broker.is_cluster:
             link = self.broker.link(key)
             try:
-                yield link
+                with self.at_start():
+                    yield link
             finally:
                 link.close()
             return
@@ -41,9 +55,10 @@ class Connections:
         except IndexError:
             link = self.broker.link()
         try:
-            yield link
+            with self.at_start():
+                yield link
         except BaseException as exc:
-            if not isinstance(exc, REPLIES):
+            if not isinstance(exc, (*REPLIES, ConfigError)):
                 link.close()
             raise
         finally:

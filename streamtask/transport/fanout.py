@@ -77,7 +77,8 @@ class Listener:
             self._queues.setdefault(pattern, set()).add(queue)
         if new:
             self._link.send(pack("PSUBSCRIBE", *new))
-            self._await(b"psubscribe", len(new))
+            with self._session.connections.at_start():
+                self._await(b"psubscribe", len(new))
             self._confirmed = True
 
     def unsubscribe(self, queue: str) -> None:

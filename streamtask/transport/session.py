@@ -271,7 +271,8 @@ class Session:
         """What follows from an error of a call: a lost connection may have lost replies, a lost lease (of queue ``name``) all
         deliveries."""
         try:
-            yield
+            with self.connections.at_start():
+                yield
         except (BrokerUnavailable, QueueFull):
             self._outage()
             raise
@@ -371,7 +372,9 @@ class Session:
             if known is not None and known.rest:
                 return []
             try:
-                return self._fetch(self._consumed(name), most)
+                found = self._fetch(self._consumed(name), most)
+                self.connections.served |= bool(found)
+                return found
             except ReplyError as exc:
                 self._rest_queue(name, exc)
                 return []
@@ -446,6 +449,7 @@ class Session:
     def rang(self, reply: Any, asked: dict[bytes, tuple[str, str]]) -> None:
         """Takes the answer to the bell's XREAD."""
         with self.lock:
+            self.connections.served = True
             for key, entries in reply or ():
                 consumed = self.consumed.get(asked.get(bytes(key), ("", ""))[0])
                 if consumed is not None:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.celery import app as sut
-from tests.celery.rig import LEASE, close_app
+from tests.celery.rig import LEASE, SCHEME, close_app
 from tests.fix_refusals import FAULTS, PASSING, refusing, server_for
 
 
@@ -60,3 +60,21 @@ def test_a_celery_worker_outlives_it(refuser, code):
     site.check()
     assert (worker.spawned.returncode, idle.spawned.returncode) == (None, None)
     site.nothing_left()
+
+
+RULES = ("-zrem", "-evalsha", "-xread", "-psubscribe", "resetkeys")
+
+
+def test_a_worker_that_never_may_says_what_it_lacks_and_ends(own_server, site):
+    """Of Redis' access rules. One that has run waits until they are put right (above)."""
+    s = site(own_server)
+    workers = {}
+    for rule in RULES:
+        s.redis.execute_command("ACL", "SETUSER", f"u{rule}", "on", ">p", "~*", "&*", "+@all", rule)
+        url = f"{SCHEME}://u{rule}:p@127.0.0.1:{own_server.port}/0"
+        workers[rule] = s.start_worker("threads", 1, broker_url=url)
+    for rule, worker in workers.items():
+        assert worker.spawned.wait(60) == 1, rule
+        assert "refuses the user a command or a key, which its ACL must allow" in worker.log
+        assert "Trying again" not in worker.log
+        assert rule.strip("-") in worker.log or rule == "resetkeys"
