@@ -16,10 +16,12 @@ def test_a_thousand_eta_tasks_over_restarts_of_every_worker(own_server, site):
     s = site(own_server, eta_hold=0.3)
     workers = s.start_workers(3, c=2)
     began = time()
-    start = in_seconds(7)
+    for _ in range(50):
+        s.send("early")
+    # Time to publish them all on this machine, as it is now.
+    start = in_seconds(5 + 3 * (time() - began) * 1000 / 50)
     for i in range(1000):
         s.send("due", apply={"eta": start + timedelta(seconds=i * 0.005)})
-    took = time() - began
     stats = s.app.control.inspect(timeout=1).stats() or {}
     assert len(stats) == 3
     swollen = {name: stat["prefetch_count"] for name, stat in stats.items()}
@@ -31,7 +33,6 @@ def test_a_thousand_eta_tasks_over_restarts_of_every_worker(own_server, site):
     workers += [s.start_worker(c=2), s.start_worker(c=2)]
     for worker in workers[3:]:
         worker.wait_ready()
-    assert took < 7, f"publishing took {took:.1f} s: too slow a machine for this test"
     s.wait_ended(200, timeout=30)
     workers[2].terminate()
     s.wait_ended(400, timeout=30)

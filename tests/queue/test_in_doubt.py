@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import threading
 import time
 
@@ -262,9 +263,15 @@ def test_a_try_that_comes_late_is_stored_no_second_time(redis_server, make, monk
     app = make(redis_server)
     client = redis_server.client()
     send(app, way)
-    for n in range(500):  # so many that a call is told to come again
-        app.tasks["keyed"].apply_async(kwargs={"user": 42, "n": n}, countdown=0.7)
-    time.sleep(0.8)
+    began = time.monotonic()
+    for n in range(20):
+        app.tasks["keyed"].apply_async(kwargs={"user": 42, "n": n}, countdown=60)
+    # Time to send so many that a call is told to come again; the first of them must not be moved by the last.
+    wait = 0.3 + (time.monotonic() - began) / 20 * 500 * 3
+    due = time.time() + wait
+    for n in range(500):
+        app.tasks["keyed"].apply_async(kwargs={"user": 42, "n": n}, eta=dt.datetime.fromtimestamp(due, dt.timezone.utc))
+    time.sleep(max(0, due - time.time()) + 0.1)
     tries = []
     for name in ("send", "call"):
         real = getattr(Link, name)
