@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from streamtask.cli.common import MOST_DEEP, jsonable
+from streamtask.cli.common import MOST_DEEP, jsonable, say
 from streamtask.cli.logs import JsonFormatter, TextFormatter
 from streamtask.text import MOST, MOST_LINES, logger, printable
 from tests.helpers import ROOT
@@ -90,3 +90,11 @@ def test_json_that_is_shown_is_json() -> None:
     for _ in range(MOST_DEEP - 1):
         back["deep"] = back["deep"][0]
     assert back["deep"] == "..."
+
+
+@pytest.mark.parametrize("err", [False, True])
+def test_what_a_command_says_is_printable(capsys: pytest.CaptureFixture[str], err: bool) -> None:
+    say("queue \x1b[2J\x9b\u202e of a stranger\nand a line more", err=err)
+    said = capsys.readouterr()[1 if err else 0]
+    assert all(line.isprintable() for line in said.splitlines())
+    assert "of a stranger" in said
