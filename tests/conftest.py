@@ -17,6 +17,9 @@ pytest_plugins = ["tests.fix_redis", "tests.fix_proxy", "tests.parts"]
 # that interrupt a call or a command would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup with SIGHUP, which workers are to follow. Not to the default here: what the tests start has that, with a handler.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # Every process that a test starts inherits this, also one that has left our process group and session.
 os.environ[MARK] = f"{os.getpid()}-{os.urandom(8).hex()}"
