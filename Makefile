@@ -23,16 +23,20 @@ help: ## Show this list
 demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, and watch them
 	$(BIN)/streamtask demo $(ARGS)
 
-# Three processes keep two cores busy: tests wait for half of their time. A test file is no unit, so none is the last.
-PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+# Four processes keep two cores busy: tests wait for half of their time. A test file is no unit, so none is the last.
+PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 4 --dist worksteal
 
 .PHONY: test
 test: $(VENV)/.test ## Run the quick tests, some 6 minutes on two cores (make test ARGS='-k lease -x')
 	$(PYTEST) --part quick $(ARGS)
 
 .PHONY: test-rest
-test-rest: $(VENV)/.test $(VENV)/.types ## Run the tests that make test leaves out: chaos, Celery, every version of Redis, slow ones
+test-rest: $(VENV)/.test $(VENV)/.types ## Run what CI runs beside make test: chaos, Celery, scripts and queues on every Redis, slow ones
 	$(PYTEST) --part rest $(ARGS)
+
+.PHONY: test-more
+test-more: $(VENV)/.test ## Run the same again in more ways: whole workers on an older Redis, and more values
+	$(PYTEST) --part more $(ARGS)
 
 .PHONY: test-all
 test-all: $(VENV)/.test $(VENV)/.types ## Run all tests, some 20 minutes on two cores

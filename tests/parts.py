@@ -1,11 +1,14 @@
-"""The two parts of the suite: ``make test`` runs the quick one, ``make test-rest`` what is left, ``make test-all`` both.
+"""The parts of the suite: ``make test`` runs the quick one, ``make test-rest`` what CI runs beside it, ``make test-more`` the same
+again in more ways, ``make test-all`` everything.
 
-``--part quick`` or ``--part rest`` chooses; without it everything is run. Which part a test is in follows from where
+``--part quick``, ``rest`` or ``more`` chooses; without it everything is run. Which part a test is in follows from where
 it stands, so a new one needs no thought:
 
 - a run on another than the newest redis-server is in the rest (of some tests only with a few values: the mark ``old_redis``);
 - so is everything in ``SLOW_FOLDERS``, whose tests play with whole sites of processes, and what uses one of
   ``SLOW_FIXTURES``, which start several servers;
+- of those, more is what whole workers and consumers do on an older server (scripts, queues and chaos are in the rest on each), and
+  the values that ``sampled`` leaves out;
 - all else is quick.
 
 The marks ``quick`` and ``slow`` say otherwise for a test, a class, a module or one set of parameters; the nearest one
@@ -21,10 +24,12 @@ import pytest
 
 from tests.fix_redis import chosen_binaries
 
-QUICK, REST = "quick", "rest"
+QUICK, REST, MORE = "quick", "rest", "more"
 
 SLOW_FOLDERS = frozenset({"celery", "chaos", "conformance"})
 SLOW_FIXTURES = frozenset({"redis_cluster", "sentinels"})
+
+ON_ONE_SERVER = frozenset({"acceptance", "celery", "transport", "worker"})
 
 LONG_S = 10
 """On a quiet machine a test of the quick part takes less."""
@@ -33,23 +38,25 @@ LONG_S = 10
 def part_of(item: pytest.Item, newest: str | None) -> str:
     """``quick`` or ``rest``; ``newest`` is the label of the newest server."""
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
+    marks = [mark.name for mark in item.iter_markers() if mark.name in ("quick", "slow", "more")]  # the nearest first
+    if marks and marks[0] == "more":
+        return MORE
     if params.get("redis_version", newest) != newest:
-        return REST
-    for mark in item.iter_markers():  # the nearest first
-        if mark.name in ("quick", "slow"):
-            return QUICK if mark.name == "quick" else REST
+        return MORE if folder in ON_ONE_SERVER else REST
+    if marks:
+        return QUICK if marks[0] == "quick" else REST
     if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
         return REST
-    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
     return REST if folder in SLOW_FOLDERS else QUICK
 
 
 def sampled(values: Iterable[Any], *quick: Any) -> list[Any]:
-    """The values for ``parametrize``, of which a quick run takes these alone."""
+    """The values for ``parametrize``, of which ``make test`` and CI take these alone."""
     return [
         value
         if value in quick
-        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.more)
         for value in values
     ]
 
@@ -64,7 +71,7 @@ def wanted_there(item: pytest.Item, newest: str | None) -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", choices=(QUICK, REST), help="run one of the two parts of the suite; see tests/parts.py")
+    parser.addoption("--part", choices=(QUICK, REST, MORE), help="run one of the parts of the suite; see tests/parts.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
