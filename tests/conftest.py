@@ -17,7 +17,7 @@ pytest_plugins = ["tests.fix_redis", "tests.fix_proxy", "tests.parts"]
 # that interrupt a call or a command would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# So does nohup with SIGHUP, which workers are to follow. Not to the default here: what the tests start has that, with a handler.
+# So does nohup with SIGHUP, which workers are to follow. With a handler here, what the tests start has the default.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 

@@ -1,5 +1,5 @@
-"""The parts of the suite: ``make test`` runs the quick one, ``make test-rest`` what CI runs beside it, ``make test-more`` the same
-again in more ways, ``make test-all`` everything.
+"""The parts of the suite: ``make test`` runs the quick one, ``make test-rest`` what CI runs beside it, ``make test-more`` the
+same again in more ways, ``make test-all`` everything.
 
 ``--part quick``, ``rest`` or ``more`` chooses; without it everything is run. Which part a test is in follows from where
 it stands, so a new one needs no thought:
@@ -7,8 +7,8 @@ it stands, so a new one needs no thought:
 - a run on another than the newest redis-server is in the rest (of some tests only with a few values: the mark ``old_redis``);
 - so is everything in ``SLOW_FOLDERS``, whose tests play with whole sites of processes, and what uses one of
   ``SLOW_FIXTURES``, which start several servers;
-- of those, more is what whole workers and consumers do on an older server (scripts, queues and chaos are in the rest on each), and
-  the values that ``sampled`` leaves out;
+- of those, more is what whole workers and consumers do on an older server (scripts, queues and chaos are in the rest on each),
+  and the values that ``sampled`` leaves out;
 - all else is quick.
 
 The marks ``quick`` and ``slow`` say otherwise for a test, a class, a module or one set of parameters; the nearest one
@@ -71,7 +71,9 @@ def wanted_there(item: pytest.Item, newest: str | None) -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", choices=(QUICK, REST, MORE), help="run one of the parts of the suite; see tests/parts.py")
+    parser.addoption(
+        "--part", choices=(QUICK, REST, MORE), help="run one of the parts of the suite; see tests/parts.py"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
