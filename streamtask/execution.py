@@ -136,6 +136,13 @@ class Runner:
         except BaseException as why:
             return broken(delivery, why)
 
+    def cancelled(self, delivery: Delivery, place: Place) -> Ended:
+        outcome = self.failed(delivery, place, asyncio.CancelledError())
+        try:
+            return outcome, self._failure(delivery, place, outcome)
+        except BaseException as why:
+            return broken(delivery, why), None
+
     def _run(self, delivery: Delivery, place: Place) -> Ended | Coroutine[Any, Any, Ended]:
         task = self._tasks.get(delivery.task)
         refused = self._refuse(task, delivery, place)
@@ -334,7 +341,7 @@ class Runner:
         if self._on_dead:
             request = Request(delivery, place)
             for hook in self._on_dead:
-                copy_context().run(_quietly, hook, request, outcome.reason, outcome.message)
+                copy_context().run(_after_death, delivery, place, hook, request, outcome)
         return self._failure(delivery, place, outcome) if outcome.reason in NOT_BY_THE_BODY else None
 
     def revoked(self, delivery: Delivery, place: Place) -> bytes | None:
@@ -407,6 +414,15 @@ def _text(exc: BaseException) -> str:
         return harmless("".join(tb.format_exception(type(exc), exc, exc.__traceback__))[-MOST_LINES:])
     except BaseException:  # also where its text, or that of its cause, can't be had
         return _brief(exc)
+
+
+def _after_death(
+    delivery: Delivery, place: Place, hook: Callable[..., None], request: Request, outcome: Outcome
+) -> None:
+    in_coroutine.set(
+        (delivery, place)
+    )  # in this thread the next body may be about to begin, and what is logged is not its own
+    _quietly(hook, request, outcome.reason, outcome.message)
 
 
 def _quietly(hook: Callable[..., None], *args: Any) -> None:

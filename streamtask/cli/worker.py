@@ -84,8 +84,8 @@ def worker(ctx: click.Context, processes: int | None, concurrency: int, queues: 
     status = supervisor.run()
     if supervisor.restart:
         app.close()
-        signals.hold()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        if signals.hold():
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     ctx.exit(status)
 
 

@@ -20,7 +20,7 @@ class Batch:
     """
 
     __slots__ = (
-        "collected", "consumer", "ids", "items", "mixed", "number", "outcomes", "reopened", "results", "seen", "slot",
+        "collected", "consumer", "end", "ids", "items", "mixed", "number", "outcomes", "reopened", "results", "seen", "slot",
     )  # fmt: skip
 
     def __init__(
@@ -30,6 +30,7 @@ class Batch:
         self.number = number
         self.items = items
         self.ids: list[bytes] = [item[0] if type(item) is list else item.entry_id for item in items]  # type: ignore[union-attr]
+        self.end = len(self.ids)  # from there on nothing begins any more
         self.reopened = reopened
         self.mixed = False
         self.collected = 0

@@ -309,7 +309,7 @@ class ShardConsumer(Claimer):
         ids = sorted(map(entry_id_of, items), key=id_order)
         keys = [self.lease.key, self.keys.stream, self.keys.requeued(self.settings.group), self.keys.wake]
         for i in range(0, len(ids), 200):
-            self._run(link, "requeue", keys, [*self._head, *ids[i : i + 200]])
+            self._run(link, "requeue", keys, [*self._head, self.voided, *ids[i : i + 200]])
         self.on_offer = True
         return len(ids)
 

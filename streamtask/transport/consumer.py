@@ -274,7 +274,7 @@ class StreamConsumer(ShardConsumer):
             self._returned.sort(key=id_order)
             keys = [self.lease.key, self.keys.stream, self.keys.requeued(self.settings.group), self.keys.wake]
             for some in _slices(self._returned):
-                self._run(link, "requeue", keys, [*self._head, *some])
+                self._run(link, "requeue", keys, [*self._head, "", *some])
             self._returned = []
 
     def _take_marks_back(self, link: Link) -> None:

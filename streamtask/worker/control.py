@@ -481,7 +481,9 @@ class Control:
         while executor.ended:
             batch = executor.ended.popleft()
             executor.out.remove(batch)
-            if not batch.outcomes or batch.outcomes[-1][1].kind != "unstarted":
+            last, outcome = batch.outcomes[-1] if batch.outcomes else (0, None)
+            # Unless it came back early. What was cut off is no part of it any more, and its last body has taken long.
+            if outcome is None or outcome.kind != "unstarted" or last >= len(batch.ids):
                 ended += len(batch.ids) - batch.collected
             if batch.results:
                 self._outbox.add(batch.results)
@@ -520,6 +522,7 @@ class Control:
                 self._suspect(owned)
             except ReplyError as exc:
                 self._refused(owned, exc)
+        self._read_in_turn()
         few = self._hand_out() and self._fetcher.asked is None and not self._parallel
         self._hurried = few and not self._hurried
         if self._hurried:
@@ -600,9 +603,15 @@ class Control:
         executor = self.executor
         assert executor is not None
         room = executor.capacity - len(executor.out)
+        # Messages of shards that take long are not to keep out those of shared streams: each gets its turn after a while.
+        ahead = int(AHEAD_S / self._pace_s) if self._pace_s else 0
+        if self._shared and self._parallel and ahead < self._settings.concurrency:
+            room = self._settings.concurrency - len(executor.out)
         if room <= 0:
             return False
         most = self._room()
+        if self._shared and not self._parallel:
+            most = min(most, max(1, ahead))
         served: list[Owned] = []
         for owned in list(self._turn_order):
             if room <= 0:
@@ -678,6 +687,29 @@ class Control:
             room = left - len(consumer.buffer)
             consumer.room = min(self._settings.consumer.fetch_count, room) if room > ahead // 2 else 0
 
+    def _read_in_turn(self) -> None:
+        """Where messages of shards wait, a free executor has one of them again before the next fetch is answered, and a
+        shared stream had never room. So it is read before that, once in a while."""
+        now = mono_s()
+        for owned in self._shared:
+            consumer = owned.consumer
+            if owned.read_at + AHEAD_S > now or owned.takeover or owned.quiet_until > now:
+                continue
+            if consumer.buffer or not consumer.has_room() or consumer in (self._fetcher.asked or ()):
+                continue
+            if not any(o.consumer.has_work() for o in self._turn_order if o not in self._shared):
+                return  # the next fetch reads it
+            owned.read_at = now
+            try:
+                consumer.asked = consumer.read_count()
+                self._take_entries(owned, consumer.fetch(self._link, consumer.asked))
+            except LeaseLost:
+                consumer.needs_audit = True
+                self._suspect(owned)
+            except ReplyError as exc:
+                consumer.needs_audit = True
+                self._refused(owned, exc)
+
     def _offer_again(self) -> None:
         """Where bodies take longer than was thought, what waits behind them is for whoever is free."""
         if not self._busy() or mono_s() < self._moved_at + AHEAD_S:
@@ -698,9 +730,10 @@ class Control:
                     count = consumer.offer_again(self._link)
                     log.debug("offered again messages=%d queue=%s", count, owned.queue.name)
                 except LeaseLost:
+                    consumer.needs_audit = True  # they are pending, and not here
                     self._suspect(owned)
                 except ReplyError as exc:
-                    consumer.needs_audit = True  # they are pending, and not here
+                    consumer.needs_audit = True
                     self._refused(owned, exc)
 
     def _settle_first(self) -> None:

@@ -63,7 +63,7 @@ class Coroutines:
             self._tasks.discard(task)
             body.close()  # if it was never begun
             # A task that was cancelled before its first step has run nothing.
-            ended(found[0] if found else (self._runner.failed(delivery, place, asyncio.CancelledError()), None))
+            ended(found[0] if found else self._runner.cancelled(delivery, place))
 
         # Not by the loop's factory, which a body may have set.
         task = asyncio.Task(run(), loop=self.loop)
@@ -158,8 +158,11 @@ class SequentialExecutor:
         if end >= cells[1]:
             return None
         # Who runs the batch says what it begins, and then looks where to end: one of both sees what the other wrote.
+        batch.end = end
+        if cells[0] >= end:
+            return None  # its body is seen to run until it has ended
         cells[1] = end
-        return end if cells[0] < end else None
+        return end
 
     def withdraw(self, consumer: ShardConsumer) -> None:
         """Nothing waits here: a batch that runs gives back what it has not started between two bodies."""
@@ -201,7 +204,7 @@ class SequentialExecutor:
                 self.between()
                 signal_at = mono() + self.signal_after_s
             cells[0] = index
-            if cells[1] <= index:  # looked at after that is written, see ``cut``
+            if batch.end <= index:  # looked at after that is written, see ``cut``
                 outcomes.extend((i, UNSTARTED) for i in range(index, len(items)))
                 break
             outcome: Outcome | None = None

@@ -55,6 +55,9 @@ class TaskRunner(Protocol):
     def failed(self, delivery: Delivery, place: Place, exc: BaseException) -> Outcome:
         """What becomes of a message whose plain body raised."""
 
+    def cancelled(self, delivery: Delivery, place: Place) -> Ended:
+        """What becomes of a message whose coroutine was cancelled before it began."""
+
     here: Any
     """Executors say here what runs in their thread: the request that a body may ask for. See ``request.here``."""
 

@@ -69,9 +69,11 @@ class Signals:
         except BlockingIOError:
             pass  # it is readable
 
-    def hold(self) -> None:
-        """What comes from now on waits for the program that is executed in place of this one."""
+    def hold(self) -> bool:
+        """What comes from now on waits for the program that is executed in place of this one. False if one that stops has come
+        that nobody has taken: there is to be no other."""
         signal.pthread_sigmask(signal.SIG_BLOCK, FOLLOWED)
+        return not any(number in STOPS for number in self.take())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._starting and number in STOPS:

@@ -188,6 +188,8 @@ class Supervisor:
         self._said_ready = False
         self._stopping = False
         self._reaps = reaps_orphans()
+        # Asked now: one that was closed is no terminal any more by the time its signal comes.
+        self._in_terminal = sys.stdin is not None and sys.stdin.isatty()
         self._told_to_stop = False  # by a signal that does not stop cold unless it comes twice
         self._exit_status = EXIT_OK
 
@@ -265,7 +267,7 @@ class Supervisor:
             elif number in (signal.SIGTERM, signal.SIGINT):
                 self._told_to_stop = True
                 self._stop("warm shutdown: running bodies end first; a second signal stops at once")
-            elif number == signal.SIGHUP and sys.stdin is not None and sys.stdin.isatty():
+            elif number == signal.SIGHUP and self._in_terminal:
                 self._stop("warm shutdown: the terminal was closed; running bodies end first")
             elif number == signal.SIGHUP:
                 self._try_to_load("SIGHUP")
