@@ -6,6 +6,7 @@ import pytest
 
 from streamtask.clock import mono_s
 from streamtask.coordination.lease import reap
+from streamtask.errors import BrokerUnavailable
 from streamtask.queue.batch import Batch, Outcome
 from streamtask.queue.lanes import deliveries_of, entry_id_of
 from streamtask.redis.keys import SHARED
@@ -134,4 +135,37 @@ def test_what_did_not_run_is_charged_with_nothing(redis_server, kind, parallel):
     heir.look(rig.link)
     (delivery,) = deliveries_of(heir.buffer)
     assert delivery.note is None or delivery.note.crashes == 0
+    rig.close()
+
+
+class Late:
+    """A connection that broke for whoever sends, and whose last call Redis gets only later."""
+
+    def run(self, *call):
+        self.call = call
+        raise BrokerUnavailable("cut")
+
+
+def test_an_offer_that_comes_late_lets_nothing_run_twice(redis_server):
+    rig = Rig(redis_server, SHARED)
+    busy, free = rig.owner(), rig.owner()
+    rig.sent[None] = 0
+    rig.send(2, keys=[None])
+    rig.fetch(busy)
+    ids = [entry_id_of(item) for item in busy.buffer]
+    late = Late()
+    with pytest.raises(BrokerUnavailable):
+        busy.offer_again(late)
+    busy.connection_lost()
+    busy.recover(rig.link, takeover=False)
+    busy.look(rig.link)
+    batch = busy.take(rig.link, 1)
+    assert batch.ids == ids[:1]  # its body runs here from now on
+
+    assert rig.link.run(*late.call) == -1
+    free.look(rig.link)
+    assert free.take(rig.link, 1) is None, "it would run in two live processes at once"
+    assert busy.offer_again(rig.link) == 1, "what it offers since is on offer"
+    free.look(rig.link)
+    assert free.take(rig.link, 1).ids == ids[1:]
     rig.close()

@@ -5,11 +5,18 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from types import SimpleNamespace
 
+import pytest
+
+from streamtask.clock import mono_s
+from streamtask.queue.batch import Batch
 from streamtask.queue.consumer import ConsumerSettings
 from streamtask.queue.declare import Queue
 from streamtask.redis.connection import Broker
+from streamtask.redis.keys import SHARED
 from streamtask.worker.control import Control
+from streamtask.worker.executor import SequentialExecutor
 from streamtask.worker.ports import WorkerSettings
 from streamtask.worker.shared import SharedMemory, create_file
 
@@ -22,20 +29,55 @@ class Supervisor:
         self.pipe = os.pipe()
 
 
-def test_of_a_shard_that_is_another_ones_now_nothing_stays():
+@pytest.fixture
+def control():
     broker = Broker("redis://127.0.0.1:1")
     settings = WorkerSettings(
         app="a", broker=broker, queues=[Queue(broker, "streamtask", "a", "q", 1)], consumer=ConsumerSettings()
     )
     memory_fd, supervisor = create_file(1), Supervisor()
     control = Control(settings, None, SharedMemory(memory_fd, 1), supervisor)
-    control._own(number=5, queue="q", shard=0, epoch=0, token=1, shared=False, by_expiry=False, incarnation="i")
-    owned = control._owned[5]
+    yield control
+    broker.close()
+    for fd in (memory_fd, *supervisor.pipe, control._wake_read, control._wake_write):
+        os.close(fd)
+
+
+def own(control, shard):
+    shared = shard == SHARED
+    control._own(number=5, queue="q", shard=shard, epoch=0, token=1, shared=shared, by_expiry=False, incarnation="i")
+    return control._owned[5]
+
+
+def test_of_a_shard_that_is_another_ones_now_nothing_stays(control):
+    owned = own(control, 0)
     held = weakref.ref(owned.consumer)
     control._forget(owned)
     del owned
     gc.collect()
     assert held() is None, "with all that it had read"
-    broker.close()
-    for fd in (memory_fd, *supervisor.pipe, control._wake_read, control._wake_write):
-        os.close(fd)
+
+
+def test_after_a_cut_no_more_is_read_ahead_than_the_long_body_lets_begin(control):
+    """Or each further long body would take all that it can reach, and offer it again."""
+    consumer = own(control, SHARED).consumer
+    here = SimpleNamespace(place=None, batch=None, cells=None, delivery=None)
+
+    def body():
+        control._moved_at = mono_s() - 1.0  # since then it runs
+        consumer.take_back(batch, executor.cut(batch))
+
+    executor = SequentialExecutor(SimpleNamespace(plain={"t": body}, here=here), control._memory)
+    control.executor = executor
+    control._memory.trusted[5] = float("inf")
+    control._pace_s = 1e-4
+    batch = Batch(consumer, 1, [[b"%d-0" % n, ["t", None, b"", [], {}, None]] for n in range(30)], [])
+    consumer.handed[1] = batch
+    executor.submit(batch)
+    executor.run_batch(executor.next())
+    control._collect()
+    assert len(consumer.buffer) == 29
+    assert control._pace_s >= 1.0
+    consumer.buffer.clear()  # offered again
+    control._make_room()
+    assert consumer.room == 1

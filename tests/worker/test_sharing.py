@@ -62,3 +62,22 @@ def test_what_takes_long_is_shared_out_evenly(redis_server, site):
     assert len(counts) == 2
     assert min(counts.values()) >= 10
     assert site.check(killed={}).repeated == 0
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_nothing_waits_until_no_keyed_ones_are_left(redis_server, site, concurrency):
+    """A process that has always keyed ones at hand reads the shared stream, too."""
+    site = site(redis_server, TASKS, shards=1)
+    count = 100 * concurrency
+    keyed = [{"k": f"k{n % 20}", "n": n, "ms": 60} for n in range(count)]
+    site.task("put").send_many(keyed)
+    site.pod(1, concurrency)
+    wait_until(lambda: site.ended() >= 5 * concurrency, 15, lambda: str(site))
+    site.task("free").send_many([{"n": count + n} for n in range(5)])
+    wait_until(
+        lambda: sum(event.n >= count for event in site.of("E")) == 5, 15, lambda: str(site),
+        progress=lambda: len(site.events()),
+    )  # fmt: skip
+    ended = [event.n for event in site.of("E")]
+    last = max(index for index, n in enumerate(ended) if n >= count)
+    assert last < count / 2, f"{last - 4} of {count} keyed ones went before"

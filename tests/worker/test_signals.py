@@ -317,6 +317,32 @@ def test_orphans_are_reaped(redis_server, site):
         assert spawned.wait() == 0
 
 
+IN_TERMINAL = """
+import os, sys
+os.dup2(os.open(sys.argv[1], os.O_RDWR), 0)  # the first that a session's leader opens is its terminal
+os.execv(sys.executable, [sys.executable, "-m", "streamtask", *sys.argv[2:]])
+"""
+
+
+def test_a_terminal_that_is_closed_stops_warmly(redis_server, site):
+    """By the time its signal comes it is no terminal any more."""
+    site = site(redis_server)
+    master, slave = os.openpty()
+    argv = [os.ttyname(slave), "-A", "sut1:app", "worker", "-p", "1"]
+    with spawn("-c", IN_TERMINAL, *argv, env=site._env(redis_server.url), cwd=site.folder) as spawned:
+        site.ready(1)
+        os.close(slave)
+        site.send_gated("a", 0)
+        site.wait_started("a", 0)
+        os.close(master)
+        wait_until(lambda: "warm " in spawned.stderr, 15, lambda: str(spawned))
+        assert "warm shutdown: the terminal was closed" in spawned.stderr
+        site.open_gate(0)
+        assert spawned.wait() == 0
+    assert site.check().repeated == 0
+    site.wait_empty()
+
+
 def test_reload_restarts_with_the_new_code(redis_server, site):
     site = site(redis_server, TASKS + "\n@app.task(name='says')\ndef says(n):\n    note('E', 'old', n)\n")
     module = _module(site)
