@@ -39,7 +39,7 @@ test-more: $(VENV)/.test ## Run the same again in more ways: whole workers on an
 	$(PYTEST) --part more $(ARGS)
 
 .PHONY: test-all
-test-all: $(VENV)/.test $(VENV)/.types ## Run all tests, some 20 minutes on two cores
+test-all: $(VENV)/.test $(VENV)/.types ## Run all tests, some half an hour on two cores
 	$(PYTEST) $(ARGS)
 
 # What touches each of them: the wire, redis-py and hiredis, the command line and its tables, kombu, Celery.
