@@ -34,6 +34,7 @@ from .results import NO_BACKEND, AsyncResult, ResultStore
 from .settings import Seconds, Settings
 from .sharding import shard_of
 from .task import SendOptions, Task, TaskKeywords, TaskOptions
+from .text import said
 from .version import installed
 from .worker.ports import WorkerSettings
 
@@ -84,7 +85,8 @@ class StreamTask:
     ) -> None:
         given = {"name": name, "broker": broker, "backend": backend, "middleware": middleware}
         for option, rule in APP_RULES.items():
-            check(f"the {option} of an app", rule, given[option], secret=True)  # a URL may have a password
+            secret = option in ("broker", "backend") and bool(given[option])  # a URL may have a password
+            check(f"the {option} of an app", rule, given[option], secret=secret)
         self.name = name
         self.settings: Settings = settings_module.from_options(options)
         url = broker if broker is not None else os.environ.get(ENV_URL) or "embedded://"
@@ -108,7 +110,10 @@ class StreamTask:
     def _result_store(self, backend: str | bool | None) -> ResultStore | None:
         if backend is None or backend is False:
             return None
-        where = self.broker if backend is True else Broker(backend, timeout_s=self.settings.redis_timeout)
+        try:
+            where = self.broker if backend is True else Broker(backend, timeout_s=self.settings.redis_timeout)
+        except ConfigError as exc:
+            raise ConfigError(f"the backend of app {self.name!r}: {exc}") from None
         return ResultStore(where, self.settings.namespace, self.name, self.settings.result_ttl)
 
     def _producer_settings(self) -> ProducerSettings:
@@ -618,15 +623,17 @@ def _encode_with_kombu(
     kwargs: Mapping[str, Any],
     headers: dict[str, Any] | None,
 ) -> bytes:
-    from kombu.serialization import dumps
+    from kombu.serialization import dumps, loads
 
     try:
         content_type, encoding, body = dumps((list(args), dict(kwargs)), serializer)
-        if content_type == "application/json":
+        raw = body.encode(encoding or "utf-8") if isinstance(body, str) else bytes(body)
+        if content_type == wire.JSON_CONTENT:
             wire.check_json_keys((args, kwargs))
+            if b"\\u" in raw:
+                wire.refuse_surrogates(loads(raw, content_type, "utf-8", accept={content_type}))
     except Exception as exc:
-        raise EncodeError(f"the arguments of task {task!r} can't be serialised as {serializer}: {exc}") from None
-    raw = body.encode(encoding or "utf-8") if isinstance(body, str) else bytes(body)
+        raise EncodeError(f"the arguments of task {task!r} can't be serialised as {serializer}: {said(exc)}") from None
     return wire.encode(task, key, message_id, raw, None, {**(headers or {}), wire.H_CONTENT: content_type})
 
 

@@ -92,7 +92,7 @@ def optional(rule: Rule, meaning: str = "") -> Rule:
 def one_of(*values: str) -> Rule:
     def take(value: Any) -> str:
         _is(isinstance(value, str) and value in values)
-        return str(value)
+        return _plain(value)
 
     return Rule(f"one of {', '.join(values)}", take)
 
@@ -102,14 +102,20 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
+def _plain(value: str) -> str:
+    """The text itself: ``str`` of a member of a ``(str, Enum)`` is its name, as ``Queues.HIGH``."""
+    return str.__str__(value)
+
+
 def _any_text(value: Any) -> str:
     _is(isinstance(value, str) and value)
-    return str(value)
+    return _plain(value)
 
 
 def _text(value: Any) -> str:
-    _any_text(value).encode()  # no lone surrogate, which can't be stored
-    return str(value)
+    text = _any_text(value)
+    text.encode()  # no lone surrogate, which can't be stored
+    return text
 
 
 def _instant(value: Any) -> dt.datetime:

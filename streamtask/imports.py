@@ -37,9 +37,7 @@ def _place(error: BaseException) -> str:
     """Where it was raised: the innermost line of the user's code, or of a library's where that alone is to be seen."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"in {error.filename}, line {error.lineno}: "
-    frames = [
-        one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(("<frozen ", OURS))
-    ]
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(("<", OURS))]
     theirs = [one for one in frames if not one.filename.startswith(LIBRARIES)]
     for frame in reversed(theirs or frames):
         return f"in {frame.filename}, line {frame.lineno}: "

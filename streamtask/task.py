@@ -12,7 +12,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar
 
 from .arguments import arguments
-from .checks import EXCEPTIONS, FLAG, INSTANT, TEXT, Rule, check, check_fields, either, optional, seconds, shown, whole
+from .checks import (
+    EXCEPTIONS,
+    FLAG,
+    INSTANT,
+    MOST_S,
+    TEXT,
+    Rule,
+    check,
+    check_fields,
+    either,
+    optional,
+    seconds,
+    shown,
+    whole,
+)
 from .errors import ConfigError, Retry, ShardKeyError
 from .functions import is_async
 from .request import Request, current
@@ -39,7 +53,8 @@ def _exception(value: Any) -> BaseException:
 
 
 RETRY_RULES = {
-    "countdown": optional(seconds()),
+    # One that is reckoned, as until a limit is lifted, may be over already: then at once, as with an eta that has passed.
+    "countdown": optional(Rule("a number of seconds, at most 100 years, or a timedelta", seconds(-MOST_S).take)),
     "eta": optional(INSTANT),
     "max_retries": optional(whole(0)),
     "exc": optional(Rule("an exception", _exception)),

@@ -71,7 +71,7 @@ def _call_at(consumer: Any, eta: float, apply: Callable[..., Any], args: Sequenc
     """``Timer.call_at``: how Celery holds a request until its eta, unacknowledged. What waits long for that waits in Redis,
     where a producer of ours has put it; what a stranger has put into the stream, or speaks protocol 1, goes there from here."""
     message = args[0].message
-    if eta <= message.channel.holds_until(DELIVERY in message.headers):
+    if eta <= message.channel.holds_until(DELIVERY in message.headers, message.delivery_tag):
         return consumer.timer.call_at(eta, apply, args, **options)
     # By the timer: Celery does not expect that a request has ended when it has just made it.
     return consumer.timer.call_after(0, _put_off, (args[0], consumer, eta, apply, args), **options)

@@ -41,7 +41,8 @@ H_PRODUCED = "at"  # instant in ms when the produce call was made, where the ent
 H_CONTENT = "content"  # content type of args, which then is bytes: another serializer of kombu's registry
 H_ETA = "eta"  # instant in ms that was asked for
 
-SAFE_CONTENT = frozenset(("application/json", "application/x-msgpack"))
+JSON_CONTENT = "application/json"
+SAFE_CONTENT = frozenset((JSON_CONTENT, "application/x-msgpack"))
 """Content types that are loaded whoever has sent them."""
 
 
@@ -340,7 +341,7 @@ def _decode_content(envelope: list[Any], accepted: Collection[str]) -> None:
     args, kwargs = body
     if not (isinstance(args, list | tuple) and isinstance(kwargs, dict)):
         raise DecodeError("the arguments are no array and map")
-    if b"\\u" in envelope[3]:
+    if content_type == JSON_CONTENT and b"\\u" in envelope[3]:
         refuse_surrogates(body)
     envelope[3], envelope[4] = list(args), kwargs
 

@@ -19,7 +19,7 @@ from ..redis.link import pack
 from ..text import logger
 from . import lifetime, publish, routing
 from .fanout import channel as fanout_channel
-from .message import PRODUCE_ID, decode_body, encode
+from .message import HEARD, PRODUCE_ID, decode_body, encode
 from .resting import is_of_one_key
 from .session import Session
 
@@ -424,8 +424,10 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self.qos.ack(delivery_tag)
         self._written()
 
-    def holds_until(self, keyed: bool) -> float:
+    def holds_until(self, keyed: bool, delivery_tag: str = "") -> float:
         """The last time (of the epoch) that messages wait for in the hands of who was given them; not the keyed ones."""
+        if delivery_tag.startswith(HEARD):
+            return float("inf")
         return time() + (0.0 if keyed else self.session.options.eta_hold_s) + NEAR_S
 
     def put_off(self, delivery_tag: str, due: float) -> bool:

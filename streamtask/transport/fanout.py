@@ -11,7 +11,7 @@ from ..queue.lanes import Delivery
 from ..redis import keys, wire
 from ..redis.link import Link, pack
 from ..text import logger
-from .message import check, decode
+from .message import HEARD, check, decode
 from .session import Session
 
 log = logger("streamtask.transport")
@@ -20,14 +20,15 @@ PING_S = 25.0
 
 
 def channels(session: Session, exchange: str, routing_key: str) -> list[str]:
-    """The patterns to subscribe to for a binding. A binding without a routing key hears everything."""
+    """The patterns to subscribe to for a binding. A binding without a routing key hears everything, and what has none is heard
+    by all: Celery sends that to a ``Broadcast`` queue that its routes name together with its exchange."""
     options = session.options
     plain = _escape(keys.fanout(options.namespace, options.app, options.db, exchange))
     if not options.fanout_patterns:
         return [plain]
     if not routing_key:
         return [plain, f"{plain}/*"]
-    return [f"{plain}/{routing_key.replace('#', '*')}"]
+    return [plain, f"{plain}/{routing_key.replace('#', '*')}"]
 
 
 def channel(session: Session, exchange: str, routing_key: str) -> str:
@@ -124,7 +125,7 @@ class Listener:
             except Exception as exc:
                 log.warning("junk on a fanout exchange of queue %s: %s", queue, exc)
                 continue
-            payload["properties"]["delivery_tag"] = self._session.new_tag()
+            payload["properties"]["delivery_tag"] = HEARD + self._session.new_tag()
             return queue, payload
         return None
 

@@ -32,6 +32,8 @@ REPLACES = "streamtask_replaces"
 PRODUCE_ID = "streamtask_produce_id"
 """In the properties, which are one dict for all attempts of a publish; never stored. ``PAGE NUMBER``, and a third word where
 an earlier attempt may have stored the message: since when (our monotonic clock), or ``inf`` for an id of the caller's own."""
+HEARD = "heard-"
+"""How the delivery tags of a fanout exchange's messages begin: these lie in no stream, and are nobody else's."""
 SENT = "streamtask_sent"
 """In a message as kombu hands it around, of which each attempt makes one: those three, once something was sent."""
 

@@ -35,6 +35,7 @@ from .consumed import Consumed
 from .consumer import StreamConsumer
 from .deliveries import Deliveries
 from .fetching import SHARD_READ
+from .message import HEARD
 from .options import Options
 from .ownership import Ownership, Read
 from .queues import GROUP, KombuQueue, shared
@@ -605,7 +606,9 @@ def session_of(broker: Broker, options: Options) -> Session:
 
 
 def _begin(tag: str, hold: bool, here: bool) -> bool:
-    return any(session.deliveries.start(tag, hold, here) for session in list(_sessions.values()))
+    return tag.startswith(HEARD) or any(
+        session.deliveries.start(tag, hold, here) for session in list(_sessions.values())
+    )
 
 
 def _withdraw() -> None:

@@ -6,9 +6,13 @@ back at the end. Nothing renews them, so they are taken for as long as the call 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
@@ -27,6 +31,20 @@ from .shared import SharedMemory, create_file
 
 def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: float, fail_fast: bool) -> int:
     """See ``StreamTask.run_until_idle``. Raises ``TaskError``, ``ConfigError``, ``BrokerUnavailable``."""
+    __tracebackhide__ = True
+    run = partial(_run_until_idle, settings, runner, timeout_s=timeout_s, fail_fast=fail_fast)
+    try:
+        in_loop = asyncio.get_running_loop() is not None
+    except RuntimeError:
+        in_loop = False
+    if not in_loop:
+        return run()
+    # An ``async def`` test: no second event loop runs in its thread, and bodies may need one.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(copy_context().run, run).result()
+
+
+def _run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: float, fail_fast: bool) -> int:
     __tracebackhide__ = True
     memory_fd = create_file(1)
     try:
