@@ -22,8 +22,13 @@ if os.environ.get("OWN"):
     logging.getLogger().handlers[0].setFormatter(logging.Formatter("OWN %(levelname)s %(name)s id=%(id)s %(message)s",
         defaults={"id": "-"}))
 
-app = make_app()
 log = logging.getLogger("shop")
+
+class Hooks(Middleware):
+    def on_dead(self, request, reason, message):
+        log.info("in the hook", extra={"current": current() and current().id})
+
+app = make_app(middleware=[Hooks()])
 
 @app.task(name="put", shard_key="k", max_retries=1, retry_backoff=False)
 def put(k, n):
@@ -81,6 +86,9 @@ def test_one_object_a_line(redis_server, site, monkeypatch):
     bodies = [line for line in by("shop") if line["message"] == "in the body"]
     assert [(line["task"], line["id"], line["attempt"]) for line in bodies] == [("put", task_id, n) for n in (0, 1)]
     assert [(line["cart"], line["key"]) for line in bodies] == [(7, "of the caller")] * 2, "what is there stays"
+    # Nor is it the body's that runs meanwhile, or ran before it.
+    (hook,) = [line for line in by("shop") if line["message"] == "in the hook"]
+    assert {"task": "put", "id": task_id, "key": "a", "attempt": 1, "current": task_id}.items() <= hook.items()
     (coroutine,) = [line for line in by("shop") if line["message"] == "in the coroutine"]
     assert (coroutine["task"], coroutine.get("key")) == ("free", None)
 

@@ -343,6 +343,29 @@ def test_a_terminal_that_is_closed_stops_warmly(redis_server, site):
     site.wait_empty()
 
 
+TOLD_LATE = """
+from streamtask.worker.supervisor import Supervisor
+
+def end(self, end=Supervisor._end):
+    end(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+if "pytest" not in sys.modules:
+    Supervisor._end = end
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_at_the_end_of_a_warm_restart_is_not_lost(redis_server, site):
+    site = site(redis_server, TASKS + TOLD_LATE)
+    pod = site.pod(1)
+    site.ready(1)
+    pod.spawned.signal(signal.SIGHUP)
+    wait_until(lambda: "warm restart" in pod.log, 15, lambda: pod.log)
+    wait_until(lambda: pod.log.count(" -- streamtask ") == 2 or pod.spawned.returncode is not None, 15, lambda: pod.log)
+    assert pod.spawned.returncode == 0
+
+
 def test_reload_restarts_with_the_new_code(redis_server, site):
     site = site(redis_server, TASKS + "\n@app.task(name='says')\ndef says(n):\n    note('E', 'old', n)\n")
     module = _module(site)
