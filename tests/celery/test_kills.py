@@ -12,6 +12,7 @@ import pytest
 
 from tests.celery.rig import LEASE
 from tests.helpers import is_alive, wait_until
+from tests.parts import sampled
 
 
 @pytest.mark.parametrize("what", ["main process", "pod"])
@@ -83,12 +84,16 @@ def test_a_message_that_crashed_is_counted_over_its_workers(own_server, site):
 
 @pytest.mark.parametrize(
     "pool, name, key",
-    [
-        ("solo", "poison", "a"),
+    sampled(
+        [
+            ("solo", "poison", "a"),
+            ("solo", "poison_late", None),
+            ("threads", "poison_late", None),
+            ("gevent", "poison", "a"),
+        ],
         ("solo", "poison_late", None),
-        ("threads", "poison_late", None),
         ("gevent", "poison", "a"),
-    ],
+    ),
 )
 def test_a_message_that_kills_its_worker_each_time(own_server, site, pool, name, key):
     """Its first death is nobody's, for many bodies may have run; from its second run on they are counted. Not with those that
@@ -111,7 +116,7 @@ def test_a_message_that_kills_its_worker_each_time(own_server, site, pool, name,
     s.nothing_left()
 
 
-@pytest.mark.parametrize("name, key", [("poison", "a"), ("poison_late", None)])
+@pytest.mark.parametrize("name, key", sampled([("poison", "a"), ("poison_late", None)], ("poison", "a")))
 def test_what_runs_beside_a_message_that_kills_its_worker_is_spared(own_server, site, name, key):
     """It is counted with it at first; then they run one at a time, so that only one of them is counted."""
     s = site(own_server, max_crashes=1)
@@ -130,7 +135,7 @@ def test_what_runs_beside_a_message_that_kills_its_worker_is_spared(own_server, 
     assert 3 <= len(s.of("S", n=n)) <= 4
 
 
-@pytest.mark.parametrize("pool", ["threads", "solo"])
+@pytest.mark.parametrize("pool", sampled(["threads", "solo"], "threads"))
 def test_a_worker_that_was_told_to_stop_and_is_killed_is_no_crash(own_server, site, pool):
     """As in a deployment whose grace period is shorter than its bodies, however often that happens."""
     s = site(own_server, max_crashes=1)
@@ -158,7 +163,11 @@ def test_a_worker_that_was_told_to_stop_and_is_killed_is_no_crash(own_server, si
 
 
 @pytest.mark.parametrize(
-    "pool, name, key", [("prefork", "hungry", "a"), ("solo", "hungry_late", None), ("threads", "hungry", "a")]
+    "pool, name, key",
+    sampled(
+        [("prefork", "hungry", "a"), ("solo", "hungry_late", None), ("threads", "hungry", "a")],
+        ("prefork", "hungry", "a"),
+    ),
 )
 def test_a_message_that_raises_memory_error_each_time(own_server, site, pool, name, key):
     """Celery ends the worker for it, and would do so for ever."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from streamtask.redis.scripts import script
 from tests.celery import app as sut
 from tests.celery.rig import LEASE, Load, broker_url, close_app
 from tests.helpers import free_port, is_alive, wait_until
+from tests.parts import sampled
 from tests.transport.fix_servers import wait_replicated
 
 
@@ -189,7 +191,14 @@ def test_silence_and_a_second_worker(own_server, site, proxy):
     s.nothing_left()
 
 
-@pytest.mark.parametrize("pool, what", [("prefork", "worker"), ("threads", "worker"), ("threads", "keeper")])
+@pytest.mark.parametrize(
+    "pool, what",
+    sampled(
+        [("prefork", "worker"), ("threads", "worker"), ("threads", "keeper")],
+        ("prefork", "worker"),
+        ("threads", "keeper"),
+    ),
+)
 def test_a_worker_that_is_cut_off_starts_nothing_that_it_had_prefetched(own_server, site, proxy, pool, what):
     """Once its lease is over, also before it finds out: another worker has taken over, and goes on alone. Also where the
     keeper of its leases alone is stopped, and it reaches Redis itself."""
@@ -218,7 +227,8 @@ def test_a_worker_that_is_cut_off_starts_nothing_that_it_had_prefetched(own_serv
     if what == "worker":
         line.blackhole(False)
     else:
-        os.kill(keeper, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # its worker may have another by now
+            os.kill(keeper, signal.SIGCONT)
     s.mix(keys=4, each=2, late=2)
     s.wait_done(timeout=30)
     assert all(len(s.of("S", n=n)) == 1 for n in (*prefetched, *behind)), s.of("S")
@@ -264,7 +274,7 @@ def wait_closed(server):
     wait_until(closed, 10)
 
 
-@pytest.mark.parametrize("pool, most", [("prefork", 4), ("prefork", 1), ("threads", 1)])
+@pytest.mark.parametrize("pool, most", sampled([("prefork", 4), ("prefork", 1), ("threads", 1)], ("threads", 1)))
 def test_redis_closes_idle_connections(own_server, site, pool, most):
     """As its ``timeout`` says, and many a hosted Redis does: a worker at rest, or in a long body, does not take it for an
     outage."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.parts import sampled
+
 POOLS = ["prefork", "threads", "gevent", "eventlet", "solo"]
 
 
@@ -23,7 +25,7 @@ def test_a_pool_keeps_the_order(own_server, site, pool):
     worker.stop()
 
 
-@pytest.mark.parametrize("pool", ["threads", "gevent", "eventlet", "solo"])
+@pytest.mark.parametrize("pool", sampled(["threads", "gevent", "eventlet", "solo"], "threads", "gevent"))
 def test_a_worker_of_another_pool_dies(own_server, site, pool):
     """The keeper of its lease dies with it, so what it held is back in seconds."""
     s = site(own_server)
@@ -37,7 +39,7 @@ def test_a_worker_of_another_pool_dies(own_server, site, pool):
     s.nothing_left()
 
 
-@pytest.mark.parametrize("pool", ["threads", "gevent", "eventlet", "solo"])
+@pytest.mark.parametrize("pool", sampled(["threads", "gevent", "eventlet", "solo"], "eventlet", "solo"))
 def test_the_connection_of_another_pool_is_cut(own_server, site, proxy, pool):
     s, line = site(own_server), proxy(own_server)
     s.worker(pool, c=4, port=line.port)
@@ -50,7 +52,7 @@ def test_the_connection_of_another_pool_is_cut(own_server, site, proxy, pool):
     s.nothing_left()
 
 
-@pytest.mark.parametrize("pool", ["threads", "gevent", "solo"])
+@pytest.mark.parametrize("pool", sampled(["threads", "gevent", "solo"], "solo", "gevent"))
 def test_a_body_that_holds_the_interpreter_keeps_its_shard(own_server, site, pool):
     """Longer than the lease without a breath: its lease is kept by another process, so nobody else takes the message."""
     s = site(own_server)

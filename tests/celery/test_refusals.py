@@ -9,6 +9,7 @@ import pytest
 from tests.celery import app as sut
 from tests.celery.rig import LEASE, SCHEME, close_app
 from tests.fix_refusals import FAULTS, PASSING, refusing, server_for
+from tests.parts import sampled
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def refuser(own_server_all, site, request):
 
 
 @pytest.mark.old_redis("BUSY", "MISCONF", "OOM")
-@pytest.mark.parametrize("code", FAULTS)
+@pytest.mark.parametrize("code", sampled(FAULTS, "OOM", "MISCONF", "LOADING", "NOPERM"))
 def test_a_celery_worker_outlives_it(refuser, code):
     server, site, conf = refuser
     worker = site.worker("threads", 2, **conf)

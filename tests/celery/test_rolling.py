@@ -6,9 +6,10 @@ import pytest
 
 from tests.celery.rig import Load
 from tests.helpers import wait_until
+from tests.parts import sampled
 
 
-@pytest.mark.parametrize("how", ["warm", "pod killed"])
+@pytest.mark.parametrize("how", sampled(["warm", "pod killed"], "pod killed"))
 def test_three_workers_are_restarted_under_load(own_server, site, how):
     s = site(own_server)
     workers = s.start_workers(3, c=2)

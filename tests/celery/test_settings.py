@@ -7,12 +7,13 @@ from collections import Counter
 import pytest
 
 from tests.helpers import wait_until
+from tests.parts import sampled
 
 FOLLOWERS = 40
 """More than a lane keeps bodies of."""
 
 
-@pytest.mark.parametrize("how", ["rejected", "killed"])
+@pytest.mark.parametrize("how", sampled(["rejected", "killed"], "killed"))
 @pytest.mark.parametrize("key", [None, "a"], ids=["plain", "keyed"])
 def test_deduplicate_successful_tasks(own_server, site, how, key):
     """Its result is stored, and its message comes again: the body does not run once more."""
@@ -31,7 +32,10 @@ def test_deduplicate_successful_tasks(own_server, site, how, key):
     assert [event.n for event in s.of("S", n=first)] == [first]
 
 
-@pytest.mark.parametrize("pool, name", [("prefork", "early"), ("prefork", "free_gated"), ("threads", "free_gated")])
+@pytest.mark.parametrize(
+    "pool, name",
+    sampled([("prefork", "early"), ("prefork", "free_gated"), ("threads", "free_gated")], ("prefork", "free_gated")),
+)
 def test_disable_prefetch(own_server, site, pool, name):
     """A worker is given what it has a free process for, and no more: what it can't begin is left to others."""
     s = site(own_server, {"worker_disable_prefetch": True})

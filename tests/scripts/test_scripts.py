@@ -1206,7 +1206,7 @@ def test_no_script_reads_all_that_there_is(name):
         assert any(there.startswith(few) for few in FEW), source[match.start() : match.end() + 60]
 
 
-@pytest.fixture(params=[10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.fixture(params=[10_000, pytest.param(100_000, marks=pytest.mark.more)])
 def much(request):
     return request.param
 

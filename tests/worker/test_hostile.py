@@ -202,8 +202,8 @@ def test_the_sender_is_told_at_once(redis_server, site):
     "source,concurrency,how",
     [
         (TASKS, 1, b"exit"),
-        pytest.param(TASKS, 4, b"segv", marks=pytest.mark.slow),
-        pytest.param(ASYNC, 4, b"exit", marks=pytest.mark.slow),
+        pytest.param(TASKS, 4, b"segv", marks=pytest.mark.more),
+        pytest.param(ASYNC, 4, b"exit", marks=pytest.mark.more),
     ],
     ids=["one", "threads", "async"],
 )

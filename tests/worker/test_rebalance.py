@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.helpers import wait_until
+from tests.parts import sampled
 from tests.worker.rig import TASKS, keys_on
 
 
@@ -139,7 +140,7 @@ def test_what_waits_for_an_executor_keeps_no_shard_where_it_is(redis_server, sit
     assert site.check(killed={}).repeated == 0
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_one_process_owns_as_many_shards_as_a_queue_can_have(redis_server, site):
     site = site(redis_server, shards=1024)
     pod = site.pod(1)
@@ -186,7 +187,7 @@ def test_who_survives_takes_what_it_can_and_leaves_the_rest(redis_server, site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("old,new", [(30.0, 2.0), (2.0, 30.0)])
+@pytest.mark.parametrize("old,new", sampled([(30.0, 2.0), (2.0, 30.0)], (2.0, 30.0)))
 def test_processes_with_different_lease_times_live_side_by_side(redis_server, site, old, new):
     """A deployment that changes the setting: nobody is taken for dead, nothing runs twice."""
     long = """
