@@ -18,7 +18,7 @@ from .clock import wall_ms
 from .errors import ConfigError, EncodeError, MessageTooLarge
 from .execution import Runner
 from .functions import say_taken, task_name
-from .imports import import_named
+from .imports import import_named, run_and_imported
 from .middleware import Dedupe, Middleware, Outgoing, overriding
 from .queue.aproducer import AsyncProducer
 from .queue.calls import Call, ProducerSettings
@@ -34,7 +34,7 @@ from .results import NO_BACKEND, AsyncResult, ResultStore
 from .settings import Seconds, Settings
 from .sharding import shard_of
 from .task import SendOptions, Task, TaskKeywords, TaskOptions
-from .text import said
+from .text import logger, said
 from .version import installed
 from .worker.ports import WorkerSettings
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+log = logger("streamtask.app")
 ENV_URL = "STREAMTASK_BROKER_URL"
 ENV_AUDIT_S = "STREAMTASK_AUDIT_S"
 MOST_QUEUES = 2048
@@ -94,6 +95,7 @@ class StreamTask:
         self.middleware = list(middleware)
         self._tasks: dict[str, Task[..., Any]] = {}
         self._modules: list[str] = []  # to be imported before a task is looked up
+        self._said_twice = False
         self._queues: dict[str, Queue] = {}
         self._revokers: dict[Queue, Callable[[str], None]] = {}
         self.results = self._result_store(backend)
@@ -183,6 +185,12 @@ class StreamTask:
         # Each time, which costs next to nothing and needs no lock: Python's own see to it that each module runs once.
         for name in tuple(self._modules):
             import_named(name, f"autodiscover of app {self.name!r}")
+        if self._modules and not self._said_twice and (script := run_and_imported(self)):
+            self._said_twice = True
+            log.warning(
+                "%s is run as a script, and was imported once more by a module with tasks: there are two apps %r, and this one "
+                "has none of those tasks. Make the app in a module that is only imported", script, self.name,
+            )  # fmt: skip
         return self._tasks
 
     def autodiscover(self, modules: list[str] | tuple[str, ...]) -> None:

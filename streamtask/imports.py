@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import sysconfig
 import traceback
 from types import ModuleType
@@ -31,6 +32,20 @@ def import_named(name: str, asked: str) -> ModuleType:
     else:
         what = said(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {said(error)}"
     raise ConfigError(f"the module {name!r} ({asked}) can't be imported: {_place(error)}{short(what)}") from error
+
+
+def run_and_imported(thing: object) -> str | None:
+    """The file of the program's script, where that made ``thing`` and was imported a second time under its own name."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if main is None or file is None or not any(one is thing for one in list(vars(main).values())):
+        return None
+    path: str = os.path.abspath(file)
+    for module in list(sys.modules.values()):
+        other = getattr(module, "__file__", None)
+        if module is not main and isinstance(other, str) and os.path.abspath(other) == path:
+            return path
+    return None
 
 
 def _place(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import pytest
 from streamtask import StreamTask
 from streamtask.app import find_app
 from streamtask.errors import ConfigError
+from tests.helpers import spawn
 
 APP = """
 from streamtask import StreamTask
@@ -141,3 +142,21 @@ def test_wrong_names_are_refused_at_the_call(modules: object) -> None:
     app = StreamTask("shop", broker="redis://localhost:1")
     with pytest.raises(ConfigError, match=r"autodiscover takes a list of modules' full names"):
         app.autodiscover(modules)  # type: ignore[arg-type]
+
+
+def test_an_app_whose_script_is_imported_again_is_told(tmp_path: Path) -> None:
+    """It has none of the others' tasks, and would send them without their keys."""
+    (tmp_path / "one.py").write_text(
+        "from streamtask import StreamTask\n"
+        "app = StreamTask('shop', broker='redis://localhost:1')\n"
+        "app.autodiscover(['two'])\n"
+        "if __name__ == '__main__':\n"
+        "    import logging\n"
+        "    logging.basicConfig()\n"
+        "    print(len(app.tasks), len(app.tasks))\n"
+    )
+    (tmp_path / "two.py").write_text("from one import app\n\n@app.task\ndef ship(n): ...\n")
+    with spawn("one.py", cwd=tmp_path) as script:
+        assert script.wait() == 0, str(script)
+        assert script.stdout.strip() == "0 0"
+        assert script.stderr.count("there are two apps 'shop'") == 1, script.stderr
