@@ -84,11 +84,12 @@ class StreamTask:
         middleware: Sequence[Middleware] = (),
         **options: Unpack[SettingsKeywords],
     ) -> None:
-        given = {"name": name, "broker": broker, "backend": backend, "middleware": middleware}
+        given: dict[str, Any] = {"name": name, "broker": broker, "backend": backend, "middleware": middleware}
         for option, rule in APP_RULES.items():
             secret = option in ("broker", "backend") and bool(given[option])  # a URL may have a password
-            check(f"the {option} of an app", rule, given[option], secret=secret)
-        self.name = name
+            given[option] = check(f"the {option} of an app", rule, given[option], secret=secret)
+        name, broker, backend, middleware = given.values()
+        self.name: str = name
         self.settings: Settings = settings_module.from_options(options)
         url = broker if broker is not None else os.environ.get(ENV_URL) or "embedded://"
         self.broker = Broker(url, timeout_s=self.settings.redis_timeout)

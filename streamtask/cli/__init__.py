@@ -91,7 +91,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except StreamTaskError as exc:
-            _say(ctx, str(exc))
+            of_user_code = isinstance(exc, ConfigError) and exc.__cause__ is not None  # a module that can't be imported
+            _say(ctx, f"{exc}. --traceback shows the way there" if of_user_code else str(exc))
             ctx.exit(exit_status(exc))
         except (click.ClickException, click.Abort, click.exceptions.Exit, EOFError):
             raise  # click knows them: usage, an answer of no

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..checks import optional, seconds
-from ..errors import ConfigError
 from ..text import MOST_LINES, printable
 
 if TYPE_CHECKING:
@@ -36,12 +35,7 @@ def load_app(name: str | None) -> StreamTask:
         raise click.UsageError("name the app: streamtask -A module:app COMMAND, or set STREAMTASK_APP=module:app")
     from ..app import find_app
 
-    try:
-        return find_app(name)
-    except ConfigError as exc:
-        if exc.__cause__ is not None:
-            exc.args = (f"{exc}. --traceback shows the way there",)
-        raise
+    return find_app(name)
 
 
 def inspector_of(ctx: click.Context) -> Inspector:

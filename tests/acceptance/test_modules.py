@@ -70,4 +70,6 @@ def test_a_module_that_cannot_be_imported_is_named(
             f"Error: the module 'shop.mails' (autodiscover of app 'shop') can't be imported: in {mails}, line 2: ImportError: "
             "cannot import name 'nothing' from 'shop.app'"
         )
+        assert process.stderr.endswith(". --traceback shows the way there\n")
+        assert process.stderr.count("--traceback") == 1
         assert "Traceback" not in process.stderr

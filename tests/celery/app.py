@@ -18,6 +18,8 @@ from celery import Celery, chord, current_task
 from celery.exceptions import Reject
 from celery.signals import worker_ready
 from celery.worker.request import Request
+from kombu import Queue
+from kombu.common import Broadcast
 
 from streamtask.redis import wire
 
@@ -134,13 +136,17 @@ class Fragile(Request):
             os._exit(3)
 
 
-def make(broker: str, options: dict[str, Any] | None = None, *, plugin: bool = True, **conf: Any) -> Celery:
-    """The app: ``options`` are the transport options, ``conf`` settings of Celery."""
+def make(
+    broker: str, options: dict[str, Any] | None = None, *, plugin: bool = True, broadcast: str = "", **conf: Any
+) -> Celery:
+    """The app: ``options`` are the transport options, ``broadcast`` a queue of that kind, ``conf`` settings of Celery."""
     if plugin:
         with contextlib.suppress(ModuleNotFoundError):
             import streamtask.celery  # noqa: F401
     app = Celery("celerytest", broker=broker, set_as_current=False)
     app.conf.update({**STOCK, "broker_transport_options": options or {}, **conf})
+    if broadcast:
+        app.conf.task_queues = [Queue("celery"), Broadcast(broadcast)]
     # Otherwise Celery gives each of them to every later app of this process too.
     task = functools.partial(app.task, shared=False)
     keyed: dict[str, Any] = {"bind": True, "shard_key": "k"}

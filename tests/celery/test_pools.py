@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 
 from tests.parts import sampled
@@ -23,6 +25,32 @@ def test_a_pool_keeps_the_order(own_server, site, pool):
     assert s.app.control.ping(timeout=1) == [{worker.name: {"ok": "pong"}}]
     s.nothing_left()
     worker.stop()
+
+
+def test_what_a_broadcast_queue_brings_runs(own_server, site):
+    """In the solo pool, which begins a body where it has received it: acknowledged before or after, due later than what a
+    worker may hold of other queues, and by a route that names the exchange as well."""
+    s = site(
+        own_server,
+        conf={"broadcast": "news", "task_routes": {"free_gated": {"queue": "news", "exchange": "news"}}},
+        eta_hold=0,
+    )
+    worker = s.worker("solo", c=1)
+    sent = [
+        s.send("early", apply={"queue": "news"}),
+        s.send("late", apply={"queue": "news"}),
+        s.send("due", apply={"queue": "news", "countdown": 2}),
+        s.send("free_gated"),
+        s.send("late"),
+    ]
+    s.gate(sent[3])
+    s.wait_done()
+    assert sorted(event.n for event in s.of("S")) == sent, "each once"
+    (waited,) = s.of("S", n=sent[2])
+    assert waited.more["wall"] >= datetime.fromisoformat(waited.more["eta"]).timestamp() - 0.01
+    s.nothing_left()
+    worker.stop()
+    assert "ERROR" not in worker.log
 
 
 @pytest.mark.parametrize("pool", sampled(["threads", "gevent", "eventlet", "solo"], "threads", "gevent"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import datetime as dt
 import os
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from streamtask import (
     ConfigError,
     Dedupe,
+    EncodeError,
     Ignore,
     Middleware,
     Reject,
@@ -217,6 +220,64 @@ def test_unkeyed_and_async_tasks_run(make):
     result = double.delay(21)
     assert app.run_until_idle() == 2
     assert result.get(timeout=1) == 42
+
+
+def test_in_a_test_that_has_a_running_loop(make):
+    """As with pytest-asyncio: what runs sees the context of the call, and an error comes out as elsewhere."""
+    app = make()
+    who = contextvars.ContextVar("who")
+
+    @app.task(shard_key="n")
+    async def waits(n):
+        await asyncio.sleep(0)
+        return [n, who.get()]
+
+    @app.task(shard_key="n", max_retries=0)
+    def works(n):
+        return [1 // n, asyncio.run(waits.function(n))]
+
+    async def test():
+        who.set("me")
+        results = [await waits.adelay(1), works.delay(1)]
+        assert app.run_until_idle() == 2
+        assert [await result.aget(timeout=5) for result in results] == [[1, "me"], [1, [1, "me"]]]
+        works.delay(0)
+        with pytest.raises(TaskError, match="ZeroDivisionError"):
+            app.run_until_idle()
+
+    asyncio.run(test())
+
+
+def test_what_json_cannot_hold_is_refused_and_pickle_holds(make):
+    app = make()
+    as_json = app.task(lambda value: value, name="json", serializer="json")
+    as_pickle = app.task(lambda value: value, name="pickle", serializer="pickle")
+    for value in ("caf\udce9", {"a": ["\ud83d"]}):
+        with pytest.raises(EncodeError, match=r"'json' can't be serialised as json: .*surrogate"):
+            as_json.delay(value)
+        with pytest.raises(EncodeError, match="surrogate"):
+            asyncio.run(as_json.adelay(value=value))
+    values = {as_json: ["C:\\users", "\U0001f600"], as_pickle: [{(1, 2): "C:\\users"}, "C:\\ud83d", "\U0001f600"]}
+    sent = [(value, task.delay(value)) for task, all_of_it in values.items() for value in all_of_it]
+    assert app.run_until_idle() == len(sent)
+    for value, result in sent:
+        assert result.get(timeout=1) == value
+
+
+def test_a_retry_whose_time_has_come_runs_at_once(make):
+    """A countdown that was reckoned, as until a limit is lifted."""
+    app = make()
+    tries = []
+
+    @app.task(bind=True, shard_key="n", max_retries=2)
+    def again(self, n):
+        tries.append(n)
+        if len(tries) < 3:
+            raise self.retry(countdown=(-0.01, dt.timedelta(seconds=-5))[len(tries) - 1])
+
+    again.delay(1)
+    assert app.run_until_idle() == 1
+    assert tries == [1, 1, 1]
 
 
 def test_however_a_body_ends_the_others_run(make):

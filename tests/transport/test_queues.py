@@ -477,6 +477,10 @@ def test_fanout_by_routing_key(kit: Kit) -> None:
     all_of_it.take(2 - len(all_of_it.messages))
     wait_until(lambda: inbox.drain(0.05) or len(inbox.messages) == 1)
     assert inbox.bodies == ["worker.online"]
+    Producer(kit.channel(), exchange).publish("for all", routing_key="")
+    for each, before in ((inbox, 1), (all_of_it, 2)):
+        each.take(1)
+        assert each.bodies[before:] == ["for all"], "what has no routing key, each hears once"
 
 
 def test_a_slash_in_the_name_of_a_fanout_exchange_is_no_routing_key(kit: Kit) -> None:

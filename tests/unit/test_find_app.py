@@ -20,6 +20,8 @@ FILES = {
     "syntax": "x = 1\ndef f(:\n",
     "raises": "def f():\n    return 1 / 0\n\nf()\n",
     "setting": "from streamtask import StreamTask\napp = StreamTask('a', broker='memory://x', shardz=3)\n",
+    "value": "from streamtask import StreamTask\n\napp = StreamTask('a', broker='memory://x', lease=0.001)\n",
+    "option": "from bare import app\n\n\n@app.task(max_retries=-1)\ndef t(): pass\n",
     "script": "import sys\n\nsys.exit(3)\n",
     "away": "from streamtask import StreamTask\napp = StreamTask('a', broker='redis://:hunter2@127.0.0.1:1/0')\n"
     "@app.task\ndef t(): pass\nt.apply_async(timeout=0.1)\n",
@@ -34,6 +36,8 @@ SAID = {
     "syntax": ["SyntaxError", "syntax.py, line 2: "],
     "raises": ["ZeroDivisionError: division by zero", "raises.py, line 2: "],
     "setting": ["unknown setting shardz", "setting.py, line 2: "],
+    "value": ["the setting lease must be", "value.py, line 3: "],
+    "option": ["the task option max_retries must be", "option.py, line 4: "],
     "script": ["SystemExit: 3", "script.py, line 3: "],
     "away": ["can't be reached", "away.py, line 5: "],
     "nope": ["there is no module 'nope'", "run from the folder that holds it"],
@@ -46,7 +50,7 @@ SAID = {
     "pkg/none.py:app": ["names a file: name its module, as in -A pkg.none:app,"],
     ":app": ["must name a module and the app in it"],
 }
-WITH_A_WAY = ("circle", "lacks", "syntax", "raises", "setting", "script", "away")
+WITH_A_WAY = ("circle", "lacks", "syntax", "raises", "setting", "value", "option", "script", "away")
 
 
 @pytest.fixture

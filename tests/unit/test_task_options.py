@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime as dt
+import enum
 import functools
 import inspect
 import uuid
@@ -17,6 +18,7 @@ import pytest
 from streamtask import Dedupe, StreamTask, settings, task
 from streamtask.arguments import arguments, item_arguments, many_calls
 from streamtask.errors import ConfigError, EncodeError, ShardKeyError
+from streamtask.request import current
 from streamtask.settings import Settings
 from streamtask.task import TaskOptions
 
@@ -422,6 +424,52 @@ def test_every_setting_and_option_is_looked_at():
 def test_an_app_needs_a_name(value):
     with pytest.raises(ConfigError, match="name of an app"):
         StreamTask(value, broker="redis://localhost:1")
+
+
+class Word(str, enum.Enum):
+    HIGH = "high"
+    LOW = "low"
+    EACH = "each"
+
+
+def test_an_option_that_is_a_text_enum_is_its_value():
+    app = StreamTask(Word.HIGH, broker=f"memory://{uuid.uuid4().hex}", ack=Word.EACH, queue_shards={Word.LOW: 1})
+    task = app.task(lambda: seen.append(current().queue), name=Word.HIGH, queue=Word.HIGH)
+    taken = [app.name, app.settings.ack, *app.settings.queue_shards, task.name, task.options.queue]
+    assert taken == ["high", "each", "low", "high", "high"]
+    assert repr(taken) == "['high', 'each', 'low', 'high', 'high']", "no members"
+    seen = []
+    task.delay()
+    task.apply_async(queue=Word.LOW)
+    assert app.run_until_idle() == 2
+    assert sorted(seen) == ["high", "low"]
+    app.close()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"name": ""}, "the name of an app must be text that is not empty, as in StreamTask('notifications'), not ''"),
+        ({"broker": ""}, "the broker of an app must be a URL, as redis://localhost:6379/0, or None, not ''"),
+        (
+            {"backend": "x"},
+            "the backend of app 't': the broker URL 'x' has an unknown scheme: it must begin with one of ",
+        ),
+        (
+            {"middleware": 5},
+            "the middleware of an app must be a list of middlewares, made already, as in [Dedupe()], not 5",
+        ),
+        (
+            {"broker": b"redis://:secret@h"},
+            "the broker of an app must be a URL, as redis://localhost:6379/0, or None, not a ",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_app_is_shown_but_for_passwords(given, said):
+    with pytest.raises(ConfigError) as refused:
+        StreamTask(**{"name": "t", "broker": "redis://localhost:1", **given})
+    assert str(refused.value).startswith(said)
+    assert "secret" not in str(refused.value)
 
 
 def test_wrong_options_of_dedupe():
