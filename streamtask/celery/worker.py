@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -71,20 +72,21 @@ def _call_at(consumer: Any, eta: float, apply: Callable[..., Any], args: Sequenc
     """``Timer.call_at``: how Celery holds a request until its eta, unacknowledged. What waits long for that waits in Redis,
     where a producer of ours has put it; what a stranger has put into the stream, or speaks protocol 1, goes there from here."""
     message = args[0].message
-    if eta <= message.channel.holds_until(DELIVERY in message.headers, message.delivery_tag):
+    due = time.time() + (eta - time.monotonic())  # Celery reckons by its timers' clock
+    if due <= message.channel.holds_until(DELIVERY in message.headers, message.delivery_tag):
         return consumer.timer.call_at(eta, apply, args, **options)
     # By the timer: Celery does not expect that a request has ended when it has just made it.
-    return consumer.timer.call_after(0, _put_off, (args[0], consumer, eta, apply, args), **options)
+    return consumer.timer.call_after(0, _put_off, (args[0], consumer, due, apply, args), **options)
 
 
-def _put_off(request: Any, consumer: Any, eta: float, apply: Callable[..., Any], args: Sequence[Any]) -> None:
+def _put_off(request: Any, consumer: Any, due: float, apply: Callable[..., Any], args: Sequence[Any]) -> None:
     try:
-        if not request.message.channel.put_off(request.message.delivery_tag, eta):
+        if not request.message.channel.put_off(request.message.delivery_tag, due):
             apply(*args)
             return
     except StreamTaskError as exc:
         log.warning("Task %s[%s] waits for its eta in this worker: %s", request.name, request.id, exc)
-        consumer.timer.call_after(AGAIN_S, _put_off, (request, consumer, eta, apply, args))
+        consumer.timer.call_after(AGAIN_S, _put_off, (request, consumer, due, apply, args))
         return
     log.info("Task %s[%s] is delivered again at its eta", request.name, request.id)
     request.acknowledged = True

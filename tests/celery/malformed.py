@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 FINE: list[Any] = [[], {"n": 0}, {}]
@@ -82,5 +83,6 @@ JUST_FAILS = [
 """What is run, or fails by itself."""
 
 FAR = "2990-01-01T00:00:00+00:00"
-LATER = [parts(eta=FAR), old(eta=FAR), parts({"args": [], "kwargs": {"n": 0}, "eta": FAR})]
+SOON = (datetime.now(timezone.utc) + timedelta(hours=1)).isoformat()
+LATER = [parts(eta=SOON), parts(eta=FAR), old(eta=FAR), parts({"args": [], "kwargs": {"n": 0}, "eta": FAR})]
 """What is to run in another time, and came as if it was to run at once."""

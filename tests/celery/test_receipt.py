@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import msgpack
 import pytest
 
-from tests.celery.malformed import AT_FETCH, AT_RECEIPT, JUST_FAILS, LATER, REJECTED, parts
+from tests.celery.malformed import AT_FETCH, AT_RECEIPT, JUST_FAILS, LATER, REJECTED, SOON, parts
 from tests.helpers import is_alive, wait_until
 from tests.parts import sampled
 
@@ -44,6 +45,8 @@ def test_what_no_task_can_be_made_of_is_a_dead_letter_at_once(own_server, site, 
     s.nothing_left()
     delayed = [s.redis.zcard(stream.replace(b":stream", b":delayed")) for stream in (shared, shard)]
     assert delayed == [len(LATER)] * 2
+    first = s.redis.zrange(shared.replace(b":stream", b":delayed"), 0, 0, withscores=True)[0][1]
+    assert abs(first / 1000 - datetime.fromisoformat(SOON).timestamp()) < 1
     assert s.app.control.inspect(timeout=1).stats()[worker.name]["prefetch_count"] == 8
     found = errors(s)
     for why, some in wrong.items():
