@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from streamtask import StreamTask
 from streamtask.cli import main
 from streamtask.cli.worker import _check_tasks
+from tests.helpers import spawn
 
 FILES = {
     "circle": "from circle_b import x\nfrom streamtask import StreamTask\napp = StreamTask('a', broker='memory://x')\n",
@@ -90,10 +91,10 @@ def test_options_of_the_group_stand_behind_the_command_too(folder: Path) -> None
     assert "--app" not in shown, "once is enough"
 
 
-def test_a_worker_of_an_app_without_tasks(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    done = CliRunner().invoke(main, ["worker", "-A", "bare"])
-    assert done.exit_code == 2
-    assert "the app 'bare' has no tasks" in done.stderr
+def test_a_worker_of_an_app_without_tasks(folder: Path) -> None:
+    with spawn("-m", "streamtask", "worker", "-A", "bare", cwd=folder) as worker:  # it sets handlers of signals
+        assert worker.wait() == 2, str(worker)
+        assert "the app 'bare' has no tasks" in worker.stderr
 
 
 def test_a_queue_that_no_task_names(caplog: pytest.LogCaptureFixture) -> None:
