@@ -23,8 +23,8 @@ help: ## Show this list
 demo: $(VENV)/.demo ## Start a Redis, workers and a producer on this machine, and watch them
 	$(BIN)/streamtask demo $(ARGS)
 
-# Four processes keep two cores busy: tests wait for half of their time. A test file is no unit, so none is the last.
-PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 4 --dist worksteal
+# Three processes keep two cores busy: tests wait for half of their time. A test file is no unit, so none is the last.
+PYTEST = PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 .PHONY: test
 test: $(VENV)/.test ## Run the quick tests, some 6 minutes on two cores (make test ARGS='-k lease -x')
