@@ -97,6 +97,7 @@ class StreamTask:
         self._tasks: dict[str, Task[..., Any]] = {}
         self._modules: list[str] = []  # to be imported before a task is looked up
         self._said_twice = False
+        self._revocations = 0
         self._queues: dict[str, Queue] = {}
         self._revokers: dict[Queue, Callable[[str], None]] = {}
         self.results = self._result_store(backend)
@@ -494,6 +495,7 @@ class StreamTask:
     def _make_revoker(self, queue: Queue) -> Callable[[str], None]:
         def revoke(task_id: str) -> None:
             key = queue.keys.revoked
+            self._revocations += 1
             link = self.producer.take_link(self.broker.node(key), queue, key)
             try:
                 # Kept for a day: a message that waits longer runs, as revoking was never promised to be for ever.
@@ -503,6 +505,7 @@ class StreamTask:
                 link.call(pack("PEXPIRE", key, 86_400_000))
                 link.call(pack("PUBLISH", queue.keys.channel(self.settings.group), "revoked"))
             finally:
+                self._revocations += 1  # whoever looked meanwhile looks again
                 link.close()
 
         return revoke
@@ -565,7 +568,9 @@ class StreamTask:
         # Also those that a call alone has named.
         settings = self.worker_settings(queues=sorted({*self.queue_names(), *self._queues}))
         timeout_s = check("timeout", TIMEOUT, timeout)
-        return run_until_idle(settings, self.runner(), timeout_s=timeout_s, fail_fast=fail_fast)
+        return run_until_idle(
+            settings, self.runner(), lambda: self._revocations, timeout_s=timeout_s, fail_fast=fail_fast
+        )
 
     @contextmanager
     def on_broker(self, url: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -28,11 +29,16 @@ from .executor import SequentialExecutor
 from .ports import Place, TaskRunner, WorkerSettings
 from .shared import SharedMemory, create_file
 
+LOOK_S = 0.05
+"""How often to look for what other programs have revoked; what this app revokes is known at once."""
 
-def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: float, fail_fast: bool) -> int:
+
+def run_until_idle(
+    settings: WorkerSettings, runner: TaskRunner, revocations: Callable[[], int], *, timeout_s: float, fail_fast: bool
+) -> int:
     """See ``StreamTask.run_until_idle``. Raises ``TaskError``, ``ConfigError``, ``BrokerUnavailable``."""
     __tracebackhide__ = True
-    run = partial(_run_until_idle, settings, runner, timeout_s=timeout_s, fail_fast=fail_fast)
+    run = partial(_run_until_idle, settings, runner, revocations, timeout_s=timeout_s, fail_fast=fail_fast)
     try:
         in_loop = asyncio.get_running_loop() is not None
     except RuntimeError:
@@ -44,7 +50,9 @@ def run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: f
         return pool.submit(copy_context().run, run).result()
 
 
-def _run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: float, fail_fast: bool) -> int:
+def _run_until_idle(
+    settings: WorkerSettings, runner: TaskRunner, revocations: Callable[[], int], *, timeout_s: float, fail_fast: bool
+) -> int:
     __tracebackhide__ = True
     memory_fd = create_file(1)
     try:
@@ -56,7 +64,13 @@ def _run_until_idle(settings: WorkerSettings, runner: TaskRunner, *, timeout_s: 
     results = settings.result_broker.link() if settings.result_broker else None
     consumers = _own_all(settings, link, int(timeout_s * 1000) + 60_000)
 
+    seen: list[float] = [-1, 0.0]  # how often this app had revoked something at the last look, and when that was
+
     def read_revoked() -> None:
+        count, now = revocations(), mono_s()
+        if seen[0] == count and now < seen[1] + LOOK_S:
+            return
+        seen[:] = count, now
         for queue in settings.queues:
             ids = link.command("ZRANGEBYSCORE", queue.keys.revoked, wall_ms(), "+inf")
             revoked = {wire.id_bytes(one.decode()) for one in ids}
