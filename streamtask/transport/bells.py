@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, ReplyError
 from ..redis.link import Link, pack
-from ..worker.links import IDLE_S
+from ..redis.links import IDLE_S
 from .resting import is_of_one_key
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import BrokerUnavailable, ConfigError, Misconfigured
 from ..redis.connection import Broker
 from ..redis.link import LARGE, REPLIES, Link
-from ..worker.links import Links
+from ..redis.links import Links
 
 
 class Connections:

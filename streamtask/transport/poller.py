@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
+from ..redis.links import IDLE_S
 from ..text import logger
-from ..worker.links import IDLE_S
 from . import hooks
 from .bells import BLOCK_S, Bells
 from .fanout import Listener

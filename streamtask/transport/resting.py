@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from ..clock import mono_s
 from ..errors import ReplyError
 from ..redis.misplaced import Ask, naming, of_one_key
+from ..redis.outage import Rarely
 from ..text import logger
-from ..worker.outage import Rarely
 
 log = logger("streamtask.transport")
 

@@ -24,9 +24,9 @@ from ..queue.settler import Settler
 from ..redis import wire
 from ..redis.link import Link
 from ..redis.misplaced import by, naming
+from ..redis.outage import Outage, Rarely
 from ..text import logger
 from .ending import end_process
-from .outage import Outage, Rarely
 from .outbox import Outbox
 from .owned import Owned
 from .ports import Place, TaskRunner, WorkerSettings

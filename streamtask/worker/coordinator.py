@@ -29,10 +29,10 @@ from ..queue.declare import Shape
 from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, ShardKeys
 from ..redis.link import Link, pack
+from ..redis.links import Links
 from ..redis.misplaced import naming, number, of_one_key
+from ..redis.outage import Outage, Rarely
 from ..text import counted
-from .links import Links
-from .outage import Outage, Rarely
 
 BEATS = 3
 """Renewals in one lease time."""

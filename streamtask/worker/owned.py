@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..queue.consumer import ShardConsumer
 from ..queue.declare import Queue
-from .outage import Rarely
+from ..redis.outage import Rarely
 
 
 class Owned:

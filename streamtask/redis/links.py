@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..clock import mono_s
-from ..redis.connection import Broker
-from ..redis.link import SMALL, Link, Reply
+from .connection import Broker
+from .link import SMALL, Link, Reply
 
 IDLE_S = 1.0
 """A connection that was not used for so long may have been closed by the server: it is looked at before its next use."""
