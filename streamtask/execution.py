@@ -19,8 +19,7 @@ from .clock import mono_s, wall_ms
 from .errors import ConfigError, Ignore, Reject, Retry, TimeLimitExceeded
 from .limits import SoftLimitWatch, call_with_alarm, within
 from .middleware import Middleware, overriding
-from .queue.consumer import Outcome
-from .queue.lanes import Delivery
+from .queue.delivery import Delivery, Outcome
 from .redis import wire
 from .request import Request, here, in_coroutine
 from .results import FAILURE, IGNORED, REVOKED, SUCCESS, ResultStore

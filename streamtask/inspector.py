@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .clock import mono_s, wall_ms
 from .errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, DecodeError, ReplyError, StreamTaskError
-from .queue.consumer import OWNER
-from .queue.lanes import id_order
+from .queue.held import OWNER
 from .redis import wire
 from .redis.connection import MIN_VERSION
 from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, expiring, is_shared, lease_times
@@ -25,6 +24,7 @@ from .redis.link import Link, pack
 from .redis.misplaced import WRONGTYPE, misplaced
 from .redis.replies import EXHAUSTED_ADVICE
 from .redis.scripts import by_sha, script
+from .redis.wire import id_order
 from .results import Origin
 from .text import counted
 

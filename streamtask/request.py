@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from .queue.lanes import id_order
 from .redis import wire
+from .redis.wire import id_order
 from .text import ADDED
 
 if TYPE_CHECKING:
-    from .queue.consumer import Batch
-    from .queue.lanes import Delivery
+    from .queue.delivery import Batch, Delivery
     from .worker.ports import Place
 
 

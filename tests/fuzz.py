@@ -29,8 +29,9 @@ from kombu.utils.json import dumps
 
 from streamtask.celery.receipt import fault_of
 from streamtask.errors import DecodeError
-from streamtask.queue.lanes import Delivery, Note
+from streamtask.queue.delivery import Delivery
 from streamtask.redis import wire
+from streamtask.redis.wire import Note
 from streamtask.transport import message
 
 ID = bytes(range(16))

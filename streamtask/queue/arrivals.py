@@ -14,10 +14,11 @@ from ..errors import DecodeError
 from ..redis import wire
 from ..redis.link import Link
 from ..redis.scripts import Code
+from ..redis.wire import Note, id_order
 from ..text import counted, logger
-from .batch import Outcome
+from .delivery import Delivery, Entry, Outcome, deliveries_of
 from .fetcher import pack_fetch
-from .lanes import Delivery, Entry, Lane, Note, deliveries_of, id_order
+from .lanes import Lane
 from .seen import generation_keys
 from .settler import Settling
 

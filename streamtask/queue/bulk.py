@@ -15,7 +15,7 @@ from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, R
 from ..redis.scripts import Code
 from ..text import counted
 from .calls import Waiting, window_s
-from .declare import Queue
+from .queues import Queue
 
 if TYPE_CHECKING:
     from .producer import Producer

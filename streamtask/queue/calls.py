@@ -20,7 +20,7 @@ from ..redis.keys import ShardKeys
 from ..redis.link import Link
 from ..redis.scripts import Code, as_text, script
 from ..text import logger
-from .declare import Queue
+from .queues import Queue
 from .seen import PAGE, Pages, generation_keys
 
 log = logger("streamtask.producer")

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..clock import wall_ms
 from ..redis.link import Link, pack
+from ..redis.wire import Note, id_order
 from ..text import counted, logger
 from .arrivals import Arrivals
-from .lanes import Delivery, Note, deliveries_of, id_order
+from .delivery import Delivery, deliveries_of
 
 log = logger("streamtask.consumer")
 

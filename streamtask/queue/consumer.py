@@ -13,22 +13,12 @@ from itertools import islice
 from ..clock import mono_s
 from ..redis import wire
 from ..redis.link import Link
+from ..redis.wire import Note, id_order
 from ..text import counted, logger
-from .batch import CLOSES, Batch, Outcome
 from .claimer import Claimer
+from .delivery import CLOSES, Batch, Delivery, Entry, Outcome, deliveries_of, entry_id_of, lacks_body
 from .held import OWNER, ConsumerSettings, Held
-from .lanes import (
-    KEEP_BODIES,
-    Delivery,
-    Entry,
-    Lane,
-    Note,
-    deliveries_of,
-    entry_id_of,
-    id_order,
-    lacks_body,
-    put_in_place,
-)
+from .lanes import KEEP_BODIES, Lane, put_in_place
 
 log = logger("streamtask.consumer")
 

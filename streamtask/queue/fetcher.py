@@ -21,7 +21,7 @@ from ..redis.connection import Broker
 from ..redis.link import LARGE, Link, pack
 from ..redis.misplaced import WRONGTYPE, by, misplaced, of_one_key
 from ..redis.scripts import script
-from .lanes import Entry
+from .delivery import Entry
 
 if TYPE_CHECKING:
     from .consumer import ShardConsumer

@@ -17,8 +17,9 @@ from ..errors import LeaseLost
 from ..redis import wire
 from ..redis.link import Link, pack
 from ..redis.scripts import Code
-from .batch import Batch, Outcome
-from .lanes import MAX_WAITING, Delivery, Entry, LaneSet, Note, entry_id_of
+from ..redis.wire import Note
+from .delivery import Batch, Delivery, Entry, Outcome, entry_id_of
+from .lanes import MAX_WAITING, LaneSet
 
 OWNER = "owner"
 """The name of the one consumer of a shard in each group. The lease says which process that is."""

@@ -11,119 +11,15 @@ waiting messages. What an operation costs does not depend on how many wait: see 
 from __future__ import annotations
 
 import heapq
-import re
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
+
+from ..redis.wire import id_order
+from .delivery import Delivery, Entry, entry_id_of, lacks_body
 
 KEEP_BODIES = 16
 MAX_WAITING = 1_000_000
-
-
-def id_order(entry_id: bytes) -> tuple[int, int]:
-    """An entry id as numbers: text order is not the order of the stream."""
-    ms, _, seq = entry_id.partition(b"-")
-    return int(ms), int(seq)
-
-
-_NOTE = re.compile(rb"\d{1,19}(?: \d{1,19}){0,5}")
-
-
-OVERRAN = 3
-
-
-@dataclass(slots=True)
-class Note:
-    """What is stored beside a pending entry, because it must survive its owner (``lua/note.lua``).
-
-    ``attempt`` failed runs so far; ``due_ms`` when the next may start (Redis' clock); ``crashes`` processes that died
-    while the body ran; ``mark`` the token of an owner that wrote down the start; ``charged`` the token whose death was
-    counted last; ``held`` 1: dead-lettered, the lane stays closed; 2: to be dropped; 3: no lane is held, but the last run
-    was ended at its ``time_limit``, and is still to be judged as a failed one.
-    """
-
-    attempt: int = 0
-    due_ms: int = 0
-    crashes: int = 0
-    mark: int = 0
-    charged: int = 0
-    held: int = 0
-
-    @property
-    def overran(self) -> bool:
-        return self.held == OVERRAN
-
-    @classmethod
-    def parse(cls, text: bytes) -> Note:
-        """What stands there; an empty note for what no script has written."""
-        if _NOTE.fullmatch(text) is None:
-            return cls()
-        return cls(*map(int, text.split()))
-
-    def is_ahead_of(self, text: bytes | None) -> bool:
-        """Whether it knows of attempts or crashes that Redis has lost, of which this is there."""
-        there = Note.parse(text) if text else Note()
-        if not text or there.held:
-            return not text
-        return (self.attempt, self.crashes) != (there.attempt, there.crashes) and (
-            self.attempt >= there.attempt and self.crashes >= there.crashes
-        )
-
-    def format(self) -> str:
-        return f"{self.attempt} {self.due_ms} {self.crashes} {self.mark} {self.charged} {self.held}"
-
-
-class Delivery:
-    """One reading of a message. ``lane`` is its shard key, or None where no order must hold.
-
-    ``lane_key`` is what its retry waits under: the key, or the entry itself. ``fresh`` is False for an entry that was
-    delivered to another owner before. ``spent``: its body has run, which may have changed the arguments, so they are read
-    again before the next run. ``given_back``: how often its body has given it back.
-    """
-
-    __slots__ = (
-        "args", "entry_id", "fresh", "given_back", "headers", "id", "key", "kwargs", "lane", "note", "replayed", "spent",
-        "task",
-    )  # fmt: skip
-
-    def __init__(self, entry_id: bytes, envelope: list[Any]) -> None:
-        self.entry_id = entry_id
-        self.task, self.key, self.id, self.args, self.kwargs, self.headers = envelope
-        self.lane: Hashable | None = self.key
-        self.note: Note | None = None
-        self.fresh = True
-        self.replayed = False
-        self.spent = False
-        self.given_back = 0
-
-    @property
-    def lane_key(self) -> Hashable:
-        return ("", self.entry_id) if self.lane is None else self.lane
-
-    def __repr__(self) -> str:
-        return f"<Delivery {self.task} {self.entry_id.decode()} key={self.key!r}>"
-
-
-def lacks_body(item: Delivery | bytes) -> bool:
-    """Whether a message that waits has to be read again before it is handed out."""
-    return isinstance(item, bytes) or item.spent
-
-
-Entry = list[Any]
-"""A new message with nothing special about it, as ``[entry id, envelope]``: what its reading has made anyway. Making a
-``Delivery`` of each would cost a fifth of what handling it does."""
-
-
-def deliveries_of(items: Iterable[Delivery | Entry]) -> list[Delivery]:
-    """The items, with a ``Delivery`` in place of each plain entry."""
-    return [Delivery(*item) if isinstance(item, list) else item for item in items]
-
-
-def entry_id_of(item: Delivery | Entry | bytes) -> bytes:
-    if type(item) is bytes:
-        return item
-    return item[0] if type(item) is list else item.entry_id  # type: ignore[union-attr]
 
 
 def put_in_place(items: deque[Any], item: Delivery | Entry | bytes) -> None:

@@ -20,7 +20,7 @@ from ..redis.scripts import Code
 from ..text import counted, logger
 from .bulk import Bulk
 from .calls import Call, ProducerSettings, Target, Waiting, window_s
-from .declare import Queue
+from .queues import Queue
 from .seen import Pages
 
 log = logger("streamtask.queue")

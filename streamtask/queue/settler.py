@@ -15,10 +15,10 @@ from ..redis import wire
 from ..redis.connection import Broker
 from ..redis.link import Link
 from ..redis.scripts import script
+from ..redis.wire import Note, id_order
 from ..text import MOST, harmless, logger, short
-from .batch import Outcome
+from .delivery import Delivery, Outcome
 from .held import Held
-from .lanes import Delivery, Note, id_order
 
 log = logger("streamtask.consumer")
 

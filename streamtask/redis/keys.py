@@ -29,6 +29,14 @@ segment = lru_cache(maxsize=1024)(encode)
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """What Redis has recorded of a queue."""
+
+    shards: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardKeys:
     """The keys of one shard (or shared stream) of one epoch of a queue."""
 

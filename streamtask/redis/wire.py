@@ -22,9 +22,11 @@ import datetime as dt
 import hashlib
 import json
 import operator
+import re
 import threading
 import uuid
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -398,3 +400,56 @@ def pack_id(message_id: bytes | str) -> bytes:
         return message_id
     raw = message_id.encode() if isinstance(message_id, str) else message_id
     return hashlib.blake2b(raw, digest_size=16).digest()
+
+
+def id_order(entry_id: bytes) -> tuple[int, int]:
+    """An entry id as numbers: text order is not the order of the stream."""
+    ms, _, seq = entry_id.partition(b"-")
+    return int(ms), int(seq)
+
+
+_NOTE = re.compile(rb"\d{1,19}(?: \d{1,19}){0,5}")
+
+
+OVERRAN = 3
+
+
+@dataclass(slots=True)
+class Note:
+    """What is stored beside a pending entry, because it must survive its owner (``lua/note.lua``).
+
+    ``attempt`` failed runs so far; ``due_ms`` when the next may start (Redis' clock); ``crashes`` processes that died
+    while the body ran; ``mark`` the token of an owner that wrote down the start; ``charged`` the token whose death was
+    counted last; ``held`` 1: dead-lettered, the lane stays closed; 2: to be dropped; 3: no lane is held, but the last run
+    was ended at its ``time_limit``, and is still to be judged as a failed one.
+    """
+
+    attempt: int = 0
+    due_ms: int = 0
+    crashes: int = 0
+    mark: int = 0
+    charged: int = 0
+    held: int = 0
+
+    @property
+    def overran(self) -> bool:
+        return self.held == OVERRAN
+
+    @classmethod
+    def parse(cls, text: bytes) -> Note:
+        """What stands there; an empty note for what no script has written."""
+        if _NOTE.fullmatch(text) is None:
+            return cls()
+        return cls(*map(int, text.split()))
+
+    def is_ahead_of(self, text: bytes | None) -> bool:
+        """Whether it knows of attempts or crashes that Redis has lost, of which this is there."""
+        there = Note.parse(text) if text else Note()
+        if not text or there.held:
+            return not text
+        return (self.attempt, self.crashes) != (there.attempt, there.crashes) and (
+            self.attempt >= there.attempt and self.crashes >= there.crashes
+        )
+
+    def format(self) -> str:
+        return f"{self.attempt} {self.due_ms} {self.crashes} {self.mark} {self.charged} {self.held}"

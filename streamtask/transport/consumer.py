@@ -10,11 +10,12 @@ from typing import Any
 
 from ..clock import mono_s
 from ..errors import ReplyError
-from ..queue.consumer import Batch, Outcome, ShardConsumer
-from ..queue.lanes import Delivery, Entry, Note, entry_id_of, id_order
+from ..queue.consumer import ShardConsumer
+from ..queue.delivery import Batch, Delivery, Entry, Outcome, entry_id_of
 from ..redis import wire
 from ..redis.link import Link
 from ..redis.scripts import script
+from ..redis.wire import Note, id_order
 from ..text import counted
 from .message import ORDERED, check
 from .resting import Rest

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..clock import mono_s
 from ..errors import LeaseLost, ReplyError, StreamTaskError
-from ..queue.consumer import Batch
+from ..queue.delivery import Batch
 from ..text import logger
 from . import hooks, publish
 from .consumer import StreamConsumer

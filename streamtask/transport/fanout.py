@@ -7,7 +7,7 @@ from typing import Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable
-from ..queue.lanes import Delivery
+from ..queue.delivery import Delivery
 from ..redis import keys, wire
 from ..redis.link import Link, pack
 from ..text import logger

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..errors import LeaseLost, ReplyError
-from ..queue.consumer import Batch
+from ..queue.delivery import Batch, Entry
 from ..queue.fetcher import pack_fetch
-from ..queue.lanes import Entry
 from ..redis.scripts import Code
 from .consumed import Consumed
 from .consumer import StreamConsumer

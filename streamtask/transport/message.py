@@ -19,9 +19,10 @@ from kombu.utils.json import dumps, loads
 
 from ..clock import wall_ms
 from ..errors import DecodeError, EncodeError
-from ..queue.lanes import Delivery, id_order
+from ..queue.delivery import Delivery
 from ..queue.producer import new_id
 from ..redis import wire
+from ..redis.wire import id_order
 from ..sharding import canonical
 from ..text import said
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StreamTaskError
 from ..queue.calls import Call, Target
-from ..queue.lanes import Delivery
+from ..queue.delivery import Delivery
 from ..redis import wire
 from ..redis.keys import SHARED
 from ..redis.scripts import Code, script

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
-from ..queue.declare import Queue, Shape
+from ..queue.queues import Queue
 from ..redis.connection import Broker
-from ..redis.keys import SHARED, ShardKeys, app_queues, epochs
+from ..redis.keys import SHARED, Shape, ShardKeys, app_queues, epochs
 from ..redis.link import Link, pack
 from ..redis.misplaced import number
 from ..redis.scripts import script

@@ -22,7 +22,7 @@ from typing import Any
 from ..clock import mono_s
 from ..coordination.lease import join_shared, reap
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
-from ..queue.consumer import ConsumerSettings
+from ..queue.held import ConsumerSettings
 from ..queue.producer import Producer
 from ..redis import keys
 from ..redis.connection import Broker

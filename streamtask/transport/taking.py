@@ -6,10 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
-from ..queue.lanes import Delivery, id_order
+from ..queue.delivery import Delivery
 from ..redis import wire
 from ..redis.keys import ShardKeys
 from ..redis.link import Link
+from ..redis.wire import id_order
 from ..text import logger, said, short
 from .consumed import Consumed
 from .message import address, check, decode, expired

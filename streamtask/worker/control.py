@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
-from ..queue.consumer import Batch, Outcome, ShardConsumer
+from ..queue.consumer import ShardConsumer
+from ..queue.delivery import Batch, Delivery, Entry, Outcome
 from ..queue.fetcher import Fetcher
 from ..queue.held import Held
-from ..queue.lanes import Delivery, Entry
 from ..queue.settler import Settler
 from ..redis import wire
 from ..redis.link import Link

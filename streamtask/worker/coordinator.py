@@ -25,9 +25,8 @@ from ..coordination.assignment import assign
 from ..coordination.lease import Contact, Lease, Refused, acquire, reap
 from ..coordination.membership import Membership
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
-from ..queue.declare import Shape
 from ..redis.connection import Broker
-from ..redis.keys import QueueKeys, ShardKeys
+from ..redis.keys import QueueKeys, Shape, ShardKeys
 from ..redis.link import Link, pack
 from ..redis.links import Links
 from ..redis.misplaced import naming, number, of_one_key

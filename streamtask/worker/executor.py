@@ -22,9 +22,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..clock import mono_s
-from ..queue.batch import CLOSES
-from ..queue.consumer import Batch, Outcome, ShardConsumer
-from ..queue.lanes import Delivery
+from ..queue.consumer import ShardConsumer
+from ..queue.delivery import CLOSES, Batch, Delivery, Outcome
 from ..text import logger
 from .ending import end_process, start_thread
 from .ports import Ended, Place, TaskRunner, goes_on

@@ -18,9 +18,9 @@ from functools import partial
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
 from ..errors import ConfigError, TaskError
-from ..queue.consumer import Outcome, ShardConsumer
+from ..queue.consumer import ShardConsumer
+from ..queue.delivery import Delivery, Outcome
 from ..queue.held import Held
-from ..queue.lanes import Delivery
 from ..redis import wire
 from ..redis.keys import SHARED
 from ..redis.link import Link

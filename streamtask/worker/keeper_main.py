@@ -33,9 +33,9 @@ from ..backoff import delays
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease, reap
 from ..errors import ReplyError, StreamTaskError
-from ..queue.lanes import Note
 from ..redis.keys import QueueKeys, ShardKeys, expiring
 from ..redis.link import pack
+from ..redis.wire import Note
 from ..text import logger
 from ..version import installed
 from .coordinator import Coordinator, Held, Member, QueueWatch

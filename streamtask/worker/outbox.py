@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..clock import mono_s
 from ..errors import ReplyError
-from ..queue.lanes import Delivery
+from ..queue.delivery import Delivery
 from ..redis import wire
 from ..redis.connection import Broker
 from ..redis.link import Link

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..queue.consumer import ShardConsumer
-from ..queue.declare import Queue
+from ..queue.queues import Queue
 from ..redis.outage import Rarely
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from types import AsyncGeneratorType, GeneratorType
 from typing import Any, Protocol
 
-from ..queue.consumer import ConsumerSettings, Outcome
-from ..queue.declare import Queue
-from ..queue.lanes import Delivery
+from ..queue.delivery import Delivery, Outcome
+from ..queue.held import ConsumerSettings
+from ..queue.queues import Queue
 from ..redis.connection import Broker
 
 

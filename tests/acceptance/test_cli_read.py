@@ -29,7 +29,9 @@ from streamtask.cli.dlq import dlq
 from streamtask.cli.logs import JsonFormatter, TextFormatter
 from streamtask.cli.status import ranges, status
 from streamtask.coordination import lease as leases
-from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
+from streamtask.queue.consumer import ShardConsumer
+from streamtask.queue.delivery import Outcome
+from streamtask.queue.held import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.text import harmless, printable
 from tests.fix_redis import RedisServer

@@ -15,7 +15,9 @@ from streamtask.clock import wall_ms
 from streamtask.coordination import lease as leases
 from streamtask.coordination.membership import Membership
 from streamtask.inspector import Inspector
-from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
+from streamtask.queue.consumer import ShardConsumer
+from streamtask.queue.delivery import Outcome
+from streamtask.queue.held import ConsumerSettings
 from streamtask.redis.link import Link
 from tests.fix_redis import RedisServer, chosen_binaries
 

@@ -13,7 +13,7 @@ from kombu.transport.virtual import Message
 
 from streamtask.celery.receipt import fault_of
 from streamtask.errors import DecodeError
-from streamtask.queue.lanes import Delivery
+from streamtask.queue.delivery import Delivery
 from streamtask.transport import message
 from tests.celery.malformed import AT_FETCH, AT_RECEIPT, JUST_FAILS, REJECTED, parts
 

@@ -6,7 +6,7 @@ import pytest
 
 from streamtask.coordination.lease import reap
 from streamtask.errors import BrokerUnavailable
-from streamtask.queue.consumer import Outcome
+from streamtask.queue.delivery import Outcome
 from streamtask.queue.fetcher import Fetcher, pack_fetch
 from streamtask.redis.keys import SHARED
 from streamtask.redis.scripts import Code

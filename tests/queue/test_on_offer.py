@@ -7,8 +7,7 @@ import pytest
 from streamtask.clock import mono_s
 from streamtask.coordination.lease import reap
 from streamtask.errors import BrokerUnavailable
-from streamtask.queue.batch import Batch, Outcome
-from streamtask.queue.lanes import deliveries_of, entry_id_of
+from streamtask.queue.delivery import Batch, Outcome, deliveries_of, entry_id_of
 from streamtask.redis.keys import SHARED
 from tests.queue.test_takeover import GROUP, Rig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamtask.queue.consumer import Outcome
+from streamtask.queue.delivery import Outcome
 from tests.queue.test_takeover import KEYS, Rig
 
 

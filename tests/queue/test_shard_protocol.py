@@ -14,9 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from streamtask.coordination.lease import Lease, Refused, acquire
 from streamtask.errors import LeaseLost
 from streamtask.queue.calls import Call, ProducerSettings
-from streamtask.queue.consumer import Batch, ConsumerSettings, Outcome, ShardConsumer
-from streamtask.queue.declare import Queue
+from streamtask.queue.consumer import ShardConsumer
+from streamtask.queue.delivery import Batch, Outcome
+from streamtask.queue.held import ConsumerSettings
 from streamtask.queue.producer import Producer, new_id
+from streamtask.queue.queues import Queue
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 
@@ -308,7 +310,7 @@ class ShardMachine(RuleBasedStateMachine):
 
 
 def _note():
-    from streamtask.queue.lanes import Note
+    from streamtask.redis.wire import Note
 
     return Note(attempt=99)
 

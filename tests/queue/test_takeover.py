@@ -9,9 +9,11 @@ import pytest
 from streamtask.coordination.lease import Lease, acquire, join_shared
 from streamtask.errors import BrokerUnavailable
 from streamtask.queue.calls import ProducerSettings
-from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
-from streamtask.queue.declare import Queue
+from streamtask.queue.consumer import ShardConsumer
+from streamtask.queue.delivery import Outcome
+from streamtask.queue.held import ConsumerSettings
 from streamtask.queue.producer import Producer, new_id
+from streamtask.queue.queues import Queue
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED

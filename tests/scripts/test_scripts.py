@@ -16,13 +16,14 @@ from streamtask.clock import mono_s
 from streamtask.coordination.lease import OVERRAN, Contact, Lease, Refused, acquire, join_shared, reap
 from streamtask.coordination.membership import Membership
 from streamtask.errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, ReplyError
-from streamtask.queue.consumer import ConsumerSettings, ShardConsumer
-from streamtask.queue.declare import Queue
-from streamtask.queue.lanes import Note
+from streamtask.queue.consumer import ShardConsumer
+from streamtask.queue.held import ConsumerSettings
+from streamtask.queue.queues import Queue
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import lease_times
 from streamtask.redis.scripts import Code, by_sha, script
+from streamtask.redis.wire import Note
 from streamtask.results import ResultStore
 from streamtask.transport.consumer import StreamConsumer
 from tests.helpers import wait_until

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from streamtask.clock import mono_s
-from streamtask.queue.batch import Batch
-from streamtask.queue.consumer import ConsumerSettings
-from streamtask.queue.declare import Queue
+from streamtask.queue.delivery import Batch
+from streamtask.queue.held import ConsumerSettings
+from streamtask.queue.queues import Queue
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED
 from streamtask.worker.control import Control

@@ -13,9 +13,9 @@ import pytest
 
 from streamtask import StreamTask
 from streamtask.coordination.lease import Lease
-from streamtask.queue.batch import Batch
-from streamtask.queue.consumer import ConsumerSettings, ShardConsumer
-from streamtask.queue.lanes import Delivery
+from streamtask.queue.consumer import ShardConsumer
+from streamtask.queue.delivery import Batch, Delivery
+from streamtask.queue.held import ConsumerSettings
 from streamtask.redis.keys import SHARED, QueueKeys
 from streamtask.worker.executor import Coroutines, SequentialExecutor
 from streamtask.worker.ports import Place

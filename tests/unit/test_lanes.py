@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from streamtask.coordination.lease import Lease
 from streamtask.queue import lanes as lanes_module
-from streamtask.queue.consumer import ConsumerSettings, Outcome, ShardConsumer
-from streamtask.queue.lanes import KEEP_BODIES, Delivery, LaneSet, Note, id_order, put_in_place
+from streamtask.queue.consumer import ShardConsumer
+from streamtask.queue.delivery import Delivery, Outcome
+from streamtask.queue.held import ConsumerSettings
+from streamtask.queue.lanes import KEEP_BODIES, LaneSet, put_in_place
 from streamtask.redis import wire
 from streamtask.redis.keys import QueueKeys
+from streamtask.redis.wire import Note, id_order
 
 
 def message(ms, seq=0, key=b"k"):

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
 
 from ..errors import ReplyError, ShardCountMismatch
 from ..redis.connection import Broker
-from ..redis.keys import SHARED, QueueKeys, ShardKeys, app_queues
+from ..redis.keys import SHARED, QueueKeys, Shape, ShardKeys, app_queues
 from ..redis.link import Link, Reply
 from ..redis.misplaced import WRONGTYPE, by, naming, number
 from ..redis.scripts import script
 from ..sharding import shard_of
 from ..text import counted
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What Redis has recorded of a queue."""
-
-    shards: int
-    epoch: int
 
 
 class Queue:

@@ -1,15 +1,67 @@
-"""Deliveries that are handed out together, and what became of them."""
+"""A message in the hands of its owner: how it was delivered, with which others it is handed out, and what becomes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .lanes import Delivery, Entry, deliveries_of
+from ..redis.wire import Note
 
 if TYPE_CHECKING:
     from .consumer import ShardConsumer
+
+
+class Delivery:
+    """One reading of a message. ``lane`` is its shard key, or None where no order must hold.
+
+    ``lane_key`` is what its retry waits under: the key, or the entry itself. ``fresh`` is False for an entry that was
+    delivered to another owner before. ``spent``: its body has run, which may have changed the arguments, so they are read
+    again before the next run. ``given_back``: how often its body has given it back.
+    """
+
+    __slots__ = (
+        "args", "entry_id", "fresh", "given_back", "headers", "id", "key", "kwargs", "lane", "note", "replayed", "spent",
+        "task",
+    )  # fmt: skip
+
+    def __init__(self, entry_id: bytes, envelope: list[Any]) -> None:
+        self.entry_id = entry_id
+        self.task, self.key, self.id, self.args, self.kwargs, self.headers = envelope
+        self.lane: Hashable | None = self.key
+        self.note: Note | None = None
+        self.fresh = True
+        self.replayed = False
+        self.spent = False
+        self.given_back = 0
+
+    @property
+    def lane_key(self) -> Hashable:
+        return ("", self.entry_id) if self.lane is None else self.lane
+
+    def __repr__(self) -> str:
+        return f"<Delivery {self.task} {self.entry_id.decode()} key={self.key!r}>"
+
+
+def lacks_body(item: Delivery | bytes) -> bool:
+    """Whether a message that waits has to be read again before it is handed out."""
+    return isinstance(item, bytes) or item.spent
+
+
+Entry = list[Any]
+"""A new message with nothing special about it, as ``[entry id, envelope]``: what its reading has made anyway. Making a
+``Delivery`` of each would cost a fifth of what handling it does."""
+
+
+def deliveries_of(items: Iterable[Delivery | Entry]) -> list[Delivery]:
+    """The items, with a ``Delivery`` in place of each plain entry."""
+    return [Delivery(*item) if isinstance(item, list) else item for item in items]
+
+
+def entry_id_of(item: Delivery | Entry | bytes) -> bytes:
+    if type(item) is bytes:
+        return item
+    return item[0] if type(item) is list else item.entry_id  # type: ignore[union-attr]
 
 
 class Batch:
