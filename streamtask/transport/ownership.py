@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
+from ..coordination.keeper import Keeper
 from ..coordination.lease import Lease
 from ..errors import StreamTaskError
 from ..text import logger
-from ..worker.keeper import Keeper
 from .consumed import Consumed
 from .consumer import StreamConsumer
 from .queues import GROUP

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakMethod
 
+from ..coordination.orders import Closed, Wire
+from ..coordination.shared import SharedMemory
 from ..text import logger
 from .control import Control
 from .executor import ParallelExecutor, SequentialExecutor
 from .ports import TaskRunner, WorkerSettings
-from .shared import SharedMemory
 from .signals import default_in_forks, leave_to_supervisor
 from .turns import Turns
-from .wire import Closed, Wire
 
 log = logger("streamtask.worker")
 

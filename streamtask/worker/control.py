@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..clock import mono_s
+from ..coordination.shared import SharedMemory
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.consumer import ShardConsumer
 from ..queue.delivery import Batch, Delivery, Entry, Outcome
@@ -30,7 +31,6 @@ from .ending import end_process
 from .outbox import Outbox
 from .owned import Owned
 from .ports import Place, TaskRunner, WorkerSettings
-from .shared import SharedMemory
 
 log = logger("streamtask.worker")
 

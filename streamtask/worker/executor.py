@@ -22,12 +22,12 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..clock import mono_s
+from ..coordination.shared import SharedMemory, Slot
 from ..queue.consumer import ShardConsumer
 from ..queue.delivery import CLOSES, Batch, Delivery, Outcome
 from ..text import logger
 from .ending import end_process, start_thread
 from .ports import Ended, Place, TaskRunner, goes_on
-from .shared import SharedMemory, Slot
 
 log = logger("streamtask.executor")
 

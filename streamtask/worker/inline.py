@@ -17,6 +17,7 @@ from functools import partial
 
 from ..clock import mono_s, wall_ms
 from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
+from ..coordination.shared import SharedMemory, create_file
 from ..errors import ConfigError, TaskError
 from ..queue.consumer import ShardConsumer
 from ..queue.delivery import Delivery, Outcome
@@ -27,7 +28,6 @@ from ..redis.link import Link
 from ..text import counted
 from .executor import SequentialExecutor
 from .ports import Place, TaskRunner, WorkerSettings
-from .shared import SharedMemory, create_file
 
 LOOK_S = 0.05
 """How often to look for what other programs have revoked; what this app revokes is known at once."""

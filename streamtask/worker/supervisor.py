@@ -29,16 +29,16 @@ from typing import Any
 
 from ..backoff import delays
 from ..clock import mono_s, wall_ms
+from ..coordination.coordinator import Coordinator, Held, Member, QueueWatch
 from ..coordination.lease import AT_FAULT, OVERRAN, SPARED, join_shared
+from ..coordination.orders import Closed, PatientWire
+from ..coordination.shared import MAX_LEASES, SharedMemory, create_file
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
 from ..text import counted, logger
 from .child import ENV_FDS, reaps_orphans
-from .coordinator import Coordinator, Held, Member, QueueWatch
 from .ports import WorkerSettings
-from .shared import MAX_LEASES, SharedMemory, create_file
 from .signals import FOLLOWED, Signals
-from .wire import Closed, PatientWire
 
 log = logger("streamtask.supervisor")
 

@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from streamtask.coordination.keeper import Keeper
 from streamtask.coordination.lease import Lease, join_shared
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED, QueueKeys
 from streamtask.redis.link import pack
-from streamtask.worker.keeper import Keeper
 
 APP, GROUP = "kombu", "workers"
 

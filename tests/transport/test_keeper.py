@@ -765,7 +765,7 @@ def test_it_is_small_and_imports_no_kombu(rig):
     print(f"{resident / 1024:.1f} MB")
     assert resident < 60 * 1024
     found = os.popen(
-        f"{sys.executable} -c 'import sys, streamtask.worker.keeper_main; print(\"kombu\" in sys.modules)'"
+        f"{sys.executable} -c 'import sys, streamtask.coordination.keeper_main; print(\"kombu\" in sys.modules)'"
     )
     assert found.read() == "False\n"
     assert found.close() is None

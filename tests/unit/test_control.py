@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from streamtask.clock import mono_s
+from streamtask.coordination.shared import SharedMemory, create_file
 from streamtask.queue.delivery import Batch
 from streamtask.queue.held import ConsumerSettings
 from streamtask.queue.queues import Queue
@@ -18,7 +19,6 @@ from streamtask.redis.keys import SHARED
 from streamtask.worker.control import Control
 from streamtask.worker.executor import SequentialExecutor
 from streamtask.worker.ports import WorkerSettings
-from streamtask.worker.shared import SharedMemory, create_file
 
 
 class Supervisor:

@@ -13,13 +13,13 @@ import pytest
 
 from streamtask import StreamTask
 from streamtask.coordination.lease import Lease
+from streamtask.coordination.shared import SharedMemory, create_file
 from streamtask.queue.consumer import ShardConsumer
 from streamtask.queue.delivery import Batch, Delivery
 from streamtask.queue.held import ConsumerSettings
 from streamtask.redis.keys import SHARED, QueueKeys
 from streamtask.worker.executor import Coroutines, SequentialExecutor
 from streamtask.worker.ports import Place
-from streamtask.worker.shared import SharedMemory, create_file
 
 
 def rig(body):

@@ -334,7 +334,7 @@ def returns_free(n):
 
 
 BREAKS = """
-from streamtask.worker.shared import Slot
+from streamtask.coordination.shared import Slot
 
 def begin(self, lease, entry_ids, begin=Slot.begin):
     if not os.path.exists("broken"):

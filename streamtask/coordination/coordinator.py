@@ -21,9 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..clock import mono_s, wall_ms
-from ..coordination.assignment import assign
-from ..coordination.lease import Contact, Lease, Refused, acquire, reap
-from ..coordination.membership import Membership
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, Shape, ShardKeys
@@ -32,6 +29,9 @@ from ..redis.links import Links
 from ..redis.misplaced import naming, number, of_one_key
 from ..redis.outage import Outage, Rarely
 from ..text import counted
+from .assignment import assign
+from .lease import Contact, Lease, Refused, acquire, reap
+from .membership import Membership
 
 BEATS = 3
 """Renewals in one lease time."""

@@ -31,7 +31,6 @@ from typing import Any
 
 from ..backoff import delays
 from ..clock import mono_s, wall_ms
-from ..coordination.lease import Lease, reap
 from ..errors import ReplyError, StreamTaskError
 from ..redis.keys import QueueKeys, ShardKeys, expiring
 from ..redis.link import pack
@@ -40,8 +39,9 @@ from ..text import logger
 from ..version import installed
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .keeper import ENV_KEEPER, LEASES, unpack_broker
+from .lease import Lease, reap
+from .orders import Closed, PatientWire
 from .shared import SharedMemory
-from .wire import Closed, PatientWire
 
 log = logger("streamtask.keeper")
 

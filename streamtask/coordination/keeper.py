@@ -18,9 +18,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..coordination.lease import Lease
 from ..errors import ConfigError, StreamTaskError
 from ..redis.connection import Broker
+from .lease import Lease
 from .shared import SharedMemory, create_file
 
 ENV_KEEPER = "STREAMTASK_KEEPER"
@@ -81,7 +81,7 @@ class Keeper:
             """By the number of a shard, until when (monotonic) the keeper vouches for it: a body may start until then."""
             self._sock.setblocking(False)
             self._process = subprocess.Popen(
-                [_python(), "-m", "streamtask.worker.keeper_main"],
+                [_python(), "-m", "streamtask.coordination.keeper_main"],
                 env={**os.environ, **_import_path(), ENV_KEEPER: f"{theirs.fileno()},{self._pid},{memory}"},
                 pass_fds=(theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
