@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from streamtask.cli.demo import ending_on_signals
-from streamtask.cli.demo_check import Sent, Start, check, check_lane, percentile
-from streamtask.cli.demo_events import Events, EventsError
+from streamtask.cli.demo.check import Sent, Start, check, check_lane, percentile
+from streamtask.cli.demo.events import Events, EventsError
 from tests.helpers import Spawned, our_processes, spawn, wait_until
 from tests.parts import sampled
 

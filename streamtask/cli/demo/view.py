@@ -11,10 +11,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..clock import mono_s
-from ..redis.keys import SHARED
-from ..text import printable
-from .demo_run import AT_REST_EVERY_S, WINDOW, Latency, Plan, Report, State, View
+from ...clock import mono_s
+from ...redis.keys import SHARED
+from ...text import printable
+from .run import AT_REST_EVERY_S, WINDOW, Latency, Plan, Report, State, View
 
 if TYPE_CHECKING:
     from rich.console import Console

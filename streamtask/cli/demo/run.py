@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..app import ENV_URL, StreamTask
-from ..clock import mono_s
-from ..errors import StreamTaskError
-from ..inspector import Inspector
-from ..redis.keys import SHARED
-from ..sharding import canonical, shard_of
-from .demo_app import ENV_JOURNAL, ENV_PARENT, ENV_SHARDS, QUEUE, RECORD, build, content_hash, key_hash
-from .demo_check import Sent, Start, Verdict, check, first_starts, percentile
-from .demo_events import Events, Key
+from ...app import ENV_URL, StreamTask
+from ...clock import mono_s
+from ...errors import StreamTaskError
+from ...inspector import Inspector
+from ...redis.keys import SHARED
+from ...sharding import canonical, shard_of
+from .app import ENV_JOURNAL, ENV_PARENT, ENV_SHARDS, QUEUE, RECORD, build, content_hash, key_hash
+from .check import Sent, Start, Verdict, check, first_starts, percentile
+from .events import Events, Key
 
 WINDOW = 4000
 """Most messages that wait while the sender goes at full speed: as many as a healthy system has, not as many as fit."""
@@ -295,7 +295,7 @@ class Demo:
         root = str(Path(__file__).resolve().parents[2])
         if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "streamtask", "--log-level", "warning", "-A", "streamtask.cli.demo_app:app"]
+        command = [sys.executable, "-m", "streamtask", "--log-level", "warning", "-A", "streamtask.cli.demo.app:app"]
         command += ["worker", "--processes", str(self.plan.processes)]
         with open(self._folder / "worker.log", "wb") as log:
             self._worker = subprocess.Popen(

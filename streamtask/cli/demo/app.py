@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from zlib import crc32
 
-from ..app import ENV_URL, StreamTask
-from ..sharding import canonical
-from ..worker.child import bind_to_parent
+from ...app import ENV_URL, StreamTask
+from ...sharding import canonical
+from ...worker.child import bind_to_parent
 
 QUEUE = "notifications"
 ENV_JOURNAL = "STREAMTASK_DEMO_JOURNAL"

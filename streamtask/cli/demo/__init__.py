@@ -12,7 +12,7 @@ from types import FrameType
 
 import click
 
-from .common import console, json_option, print_json
+from ..common import console, json_option, print_json
 
 
 @click.command()
@@ -51,9 +51,9 @@ def demo(
     It starts a redis-server of its own and leaves nothing behind. The bodies write down each start, and the table at
     the end is counted from that. Exit status 0 only if nothing is lost and nothing out of order.
     """
-    from .demo_events import Events
-    from .demo_run import Demo, Plan
-    from .demo_view import Lines, Screen, closing_line, end_table
+    from .events import Events
+    from .run import Demo, Plan
+    from .view import Lines, Screen, closing_line, end_table
 
     if events is None and key is not None:
         raise click.UsageError("--key says where the lines of --events have their key: give a file, too")

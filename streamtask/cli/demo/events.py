@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ShardKeyError, StreamTaskError
-from ..sharding import canonical
-from ..text import printable
-from .demo_app import MAX_MESSAGE_BYTES
+from ...errors import ShardKeyError, StreamTaskError
+from ...sharding import canonical
+from ...text import printable
+from .app import MAX_MESSAGE_BYTES
 
 Key = str | int | None
 MAX_LINE_BYTES = MAX_MESSAGE_BYTES - 4096
