@@ -16,7 +16,6 @@ from .arguments import call_options, item_arguments, many_calls
 from .checks import FLAG, TEXT, TIMEOUT, Rule, check, either, optional
 from .clock import wall_ms
 from .errors import ConfigError, EncodeError, MessageTooLarge
-from .execution import Runner
 from .functions import say_taken, task_name
 from .imports import import_named, run_and_imported
 from .middleware import Dedupe, Middleware, Outgoing, overriding
@@ -31,6 +30,7 @@ from .redis.connection import Broker
 from .redis.keys import SHARED
 from .redis.link import pack
 from .results import NO_BACKEND, AsyncResult, ResultStore
+from .runner import Runner
 from .settings import Seconds, Settings
 from .sharding import shard_of
 from .task import SendOptions, Task, TaskKeywords, TaskOptions

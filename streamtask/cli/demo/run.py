@@ -292,7 +292,7 @@ class Demo:
             ENV_SHARDS: str(self.plan.shards),
             ENV_PARENT: str(os.getpid()),
         }
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[3])
         if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "streamtask", "--log-level", "warning", "-A", "streamtask.cli.demo.app:app"]
