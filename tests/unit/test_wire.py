@@ -40,6 +40,9 @@ def json_entry(**values):
 
 # --- values ---
 
+instants = st.datetimes(timezones=st.just(dt.timezone.utc) | st.none()).map(lambda one: one.replace(fold=0))
+"""Without ``fold``, which no clock's UTC has: it would mean nothing, and is not kept."""
+
 plain = st.recursive(
     st.none()
     | st.booleans()
@@ -47,7 +50,7 @@ plain = st.recursive(
     | st.floats(allow_nan=False)
     | st.text()
     | st.binary()
-    | st.datetimes(timezones=st.just(dt.timezone.utc) | st.none())
+    | instants
     | st.dates()
     | st.times()
     | st.uuids()
@@ -73,7 +76,7 @@ bare = (
     | st.floats(allow_nan=False)
     | st.text()
     | st.binary()
-    | st.datetimes(timezones=st.just(dt.timezone.utc) | st.none())
+    | instants
     | st.uuids()
     | st.decimals(allow_nan=False)
 )
