@@ -12,6 +12,7 @@ OURS = (
     Contestant("streamtask", "streamtask_", "streamtask"),
     Contestant("bare", "bare", "bare redis-py loop"),
     Contestant("socket", "bare_socket", "bare socket, prepared commands"),
+    Contestant("alone", "alone", "Python alone, without a queue"),
 )
 
 # Each has adapters/NAME_.py and requirements/NAME.txt.

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from common import BODIES, OPTIONS, PAYLOAD, URL, Adapter, Calls, arguments, main
+from common import ASYNC_BODIES, BODIES, OPTIONS, PAYLOAD, URL, Adapter, Calls, arguments, main
 from hiredis import pack_command
 from recorder import recording
 
 from streamtask import StreamTask
 
+KEY = "user_id" if OPTIONS.pop("keyed", True) else None
+bodies = ASYNC_BODIES if OPTIONS.pop("async", False) else BODIES
 app = StreamTask("bench", broker=URL, **OPTIONS)
-TASKS = {name: app.task(name=name, shard_key="user_id")(body) for name, body in BODIES.items()}
+TASKS = {name: app.task(name=name, shard_key=KEY)(body) for name, body in bodies.items()}
 
 
 def bulk_sender(task: str) -> Callable[[Calls], object]:
@@ -66,7 +68,7 @@ if __name__ == "__main__":
             packages=("redis", "hiredis", "msgpack"),
             settings={
                 "all": "defaults: 8 shards, at-least-once, order kept by user_id, produce calls remembered",
-                "worker": "streamtask worker -p PROCESSES; -c 1, and 16 for the tasks that sleep",
+                "worker": "streamtask worker -p PROCESSES; -c 1, and what the workload says",
             },
             worker=worker,
             sender=lambda task: TASKS[task].delay,

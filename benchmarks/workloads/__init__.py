@@ -50,7 +50,8 @@ def failing(entry: Entry, failures: dict[str, str]) -> Iterator[None]:
 
 
 def everybody(contestants: Sequence[Contestant]) -> list[Entry]:
-    return [Entry(one, one.name) for one in contestants]
+    """All that have a queue."""
+    return [Entry(one, one.name) for one in contestants if one.name != "alone"]
 
 
 def called(contestants: Sequence[Contestant], name: str) -> list[Contestant]:
@@ -60,4 +61,4 @@ def called(contestants: Sequence[Contestant], name: str) -> list[Contestant]:
 
 def frameworks(contestants: Sequence[Contestant]) -> list[Contestant]:
     """All but the bare programs."""
-    return [one for one in contestants if one.name not in ("bare", "socket")]
+    return [one for one in contestants if one.name not in ("bare", "socket", "alone")]

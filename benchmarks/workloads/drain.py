@@ -131,19 +131,31 @@ def noop_two(bench: Bench, entry: Entry) -> Figures:
 CONCURRENCY = 16
 
 
+def alone(bench: Bench, entry: Entry, way: str, task: str, n: int, ms: float = 0.0) -> Figures:
+    """What Python does by itself, in one of the ways of ``adapters/alone.py``."""
+    bench.clear()
+    with bench.producer(entry) as produce:
+        answer = produce(way, task=task, n=n, width=entry.concurrency, ms=ms)
+    return {"rate": answer["n"] / answer["seconds"], "n": answer["n"], "seconds": answer["seconds"]}
+
+
 def sleep_entries(contestants: Sequence[Contestant]) -> list[Entry]:
     # The bare loops have no concurrency.
-    return [Entry(one, one.name, concurrency=CONCURRENCY) for one in frameworks(contestants)]
+    some = frameworks(contestants) + called(contestants, "alone")
+    return [Entry(one, one.name, concurrency=CONCURRENCY) for one in some]
 
 
-def sleeping(ms: float) -> Callable[[Bench, Entry], Figures]:
-    """Tasks that wait: how much of what sixteen at once could do is done."""
+def sleeping(ms: float, way: str = "threads") -> Callable[[Bench, Entry], Figures]:
+    """Tasks that wait: how much of what so many at once could do is done. ``way``: see ``alone``."""
 
     def measure(bench: Bench, entry: Entry) -> Figures:
-        most = CONCURRENCY * 1000 / ms  # per second
+        most = entry.concurrency * 1000 / ms  # per second
         rate = min(most, bench.rates.get(entry.label, most / 2))
-        n = max(4 * CONCURRENCY, int(rate * bench.seconds * min(1, 20 * bench.scale)))
-        figures = drain(bench, entry, n, "sleep", ms)
+        n = max(4 * entry.concurrency, int(rate * bench.seconds * min(1, 20 * bench.scale)))
+        if entry.contestant.name == "alone":
+            figures = alone(bench, entry, way, "sleep", n, ms)
+        else:
+            figures = drain(bench, entry, n, "sleep", ms)
         return {"efficiency": figures["rate"] / most, **figures}
 
     return measure

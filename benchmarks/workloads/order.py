@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..adapters.common import ROW, arguments
 from ..bench import START_TIMEOUT_S, Bench, Contestant, Entry, Figures
 from ..processes import BenchmarkFailed
-from . import Workload, each
+from . import Workload, each, everybody
 from .drain import DRAIN_TIMEOUT_S
 
 MESSAGES = 10_000
@@ -16,7 +17,7 @@ PROCESSES = 4
 
 def entries(contestants: Sequence[Contestant]) -> list[Entry]:
     """The bare programs too: they are what one writes by hand."""
-    return [Entry(one, one.name, processes=PROCESSES) for one in contestants]
+    return [replace(one, processes=PROCESSES) for one in everybody(contestants)]
 
 
 def order(bench: Bench, entry: Entry) -> Figures:

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import spawn, wait_until
 
 RUN = ("-m", "benchmarks")
-WORKLOADS = "drain,latency,order,crash,memory"
+WORKLOADS = "drain,threads,coroutines,asleep10,latency,order,crash,memory"
 CELERY = "celery_4,celery_latency"
 
 
