@@ -13,13 +13,6 @@ from ..task import TaskOptions, compile_key
 OPTION = "shard_key"
 """The option of ``apply_async`` and of signatures, and of tasks."""
 
-KEY = "shard_key"
-ORDERED = "shard_ordered"
-DELIVERY = "streamtask_delivery"
-REPLACES = "streamtask_replaces"
-PRIVATE = (KEY, ORDERED, DELIVERY, REPLACES)
-"""The message headers that only this module and the transport write."""
-
 RULE = "_streamtask_rule"
 MAPS = {"celery.map": False, "celery.starmap": True}
 """Celery's tasks that call another task for each item of a list; whether they unpack the items."""

@@ -16,9 +16,9 @@ from kombu.utils.uuid import uuid
 
 from ..errors import BrokerUnavailable, ShardKeyError
 from ..sharding import canonical
-from ..transport.message import check_compressed
+from ..transport.message import DELIVERY, KEY, ORDERED, PRIVATE, REPLACES, check_compressed
 from .brokers import look_at_broker
-from .keys import DELIVERY, KEY, OPTION, ORDERED, PRIVATE, REPLACES, Rule, key_of, rule_by_name, rule_of
+from .keys import OPTION, Rule, key_of, rule_by_name, rule_of
 
 
 class Call(NamedTuple):

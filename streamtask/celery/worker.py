@@ -19,9 +19,9 @@ from celery.worker import state
 from ..clock import mono_s
 from ..errors import StreamTaskError
 from ..text import logger
-from ..transport import hooks
+from ..transport import sessions
+from ..transport.message import DELIVERY
 from .brokers import is_ours
-from .keys import DELIVERY
 from .pools import consumers, given_back, hear_pools, running_kept
 
 log = logger("streamtask.celery")
@@ -61,7 +61,7 @@ def _guarded(consumer: Any, late: bool) -> Any:
 
     def apply_async(target: Any, args: Sequence[Any] = (), kwargs: Any = None, **options: Any) -> Any:
         tag = (args[2].get("properties") or {}).get("delivery_tag") if prefork else None
-        ours = tag is None or hooks.begin is None or hooks.begin(tag, False, False)
+        ours = tag is None or sessions.begin(tag, False, False)
         seen = (ours, os.getpid(), *given_back, late, hold, _trusted_until(tag))
         return pool.apply_async(run_if_ours, (seen, target, *args), kwargs, **options)
 
@@ -129,7 +129,7 @@ def _settle_now(settle: Callable[..., Any], *args: Any) -> None:
     """In place of ``Consumer.call_soon``, which hands an acknowledgement or rejection to the loop: there it may lie while the
     connection breaks, and what has ended would be given back."""
     tag = settle.__self__.delivery_tag  # type: ignore[attr-defined]  # a method of the message
-    if hooks.begin is not None and not hooks.begin(tag, True, False):
+    if not sessions.begin(tag, True, False):
         _refused.tag = tag
     settle(*args)
 
@@ -140,7 +140,7 @@ is acknowledged late and stays its own when the connection is lost, and until wh
 
 
 def _trusted_until(tag: str | None) -> float:
-    return 0.0 if tag is None or hooks.trusted_until is None else hooks.trusted_until(tag)
+    return 0.0 if tag is None else sessions.trusted_until(tag)
 
 
 def run_if_ours(
@@ -180,7 +180,7 @@ def _may_start(seen: Seen, request: Mapping[str, Any]) -> bool:
         if not late:
             # Its acknowledgement came just before, from this very thread.
             return tag is None or getattr(_refused, "tag", None) != tag
-        if hooks.begin is not None and tag is not None and not hooks.begin(tag, hold, True):
+        if tag is not None and not sessions.begin(tag, hold, True):
             return False
         until = _trusted_until(tag)
     elif given_back[1] == mark and given_back[0] != returned:
@@ -189,7 +189,7 @@ def _may_start(seen: Seen, request: Mapping[str, Any]) -> bool:
     if delivery is None or mono_s() < until:
         return True
     # The worker was paused or cut off beyond its lease, its keeper is away, or it hands the shard over.
-    return hooks.still_owned is not None and hooks.still_owned(delivery)
+    return sessions.still_owned(delivery)
 
 
 def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,8 +200,7 @@ def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
         if consumer not in consumers:
             return original(consumer)
         hear_pools()
-        if hooks.withdraw is not None:
-            hooks.withdraw()  # at a warm shutdown: other workers need not wait
+        sessions.withdraw()  # at a warm shutdown: other workers need not wait
         with running_kept(consumer):
             return original(consumer)
 
@@ -210,8 +209,8 @@ def with_hearing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def on_shutting_down(**_: Any) -> None:
     """A signal's handler interrupts the main thread anywhere, also in a call to Redis: what has to be written is another's."""
-    if hooks.spare is not None:
-        threading.Thread(target=hooks.spare, name="streamtask-spare", daemon=True).start()
+    if sessions.active():
+        threading.Thread(target=sessions.shutting_down, name="streamtask-shutting-down", daemon=True).start()
 
 
 def keep_active(tags: Collection[str]) -> Collection[str]:

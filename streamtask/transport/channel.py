@@ -22,6 +22,7 @@ from .fanout import channel as fanout_channel
 from .message import HEARD, PRODUCE_ID, decode_body, encode
 from .resting import is_of_one_key
 from .session import Session
+from .sessions import check_process
 
 log = logger("streamtask.transport")
 
@@ -240,7 +241,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         properties: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         # One dict for all attempts of a publish, so the id stays the same when kombu repeats it.
-        self.session.check_process()
+        check_process(self.session)
         properties = {} if properties is None else properties
         self._give_id(properties)
         message: dict[str, Any] = super().prepare_message(
@@ -471,7 +472,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
     def close(self) -> None:
         if self.closed:
             return
-        self.session.check_process()
+        check_process(self.session)
         try:
             self._close()
         except StreamTaskError as exc:

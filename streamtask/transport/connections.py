@@ -13,11 +13,14 @@ from ..redis.links import Links
 
 
 class Connections:
-    """See the module. A forked child makes its own."""
+    """See the module."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
-        self.links = Links(broker, broker.timeout_s, buffer_bytes=LARGE)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.links = Links(self.broker, self.broker.timeout_s, buffer_bytes=LARGE)
         """To the servers of the streams that are consumed; under the session's lock."""
         self._idle: list[Link] = []
         self.served = False
@@ -34,10 +37,12 @@ class Connections:
                 raise
             raise ConfigError(str(exc)) from None
 
-    def close(self) -> None:
+    def after_fork(self) -> None:
+        """In the child: closes its copies of the parent's sockets, and has none yet."""
         self.links.close()
         for link in self._idle:
             link.close()
+        self._begin()
 
     @contextmanager
     def borrow(self, key: str = "") -> Iterator[Link]:

@@ -56,7 +56,7 @@ class Deliveries:
         self._handed: dict[str, Handed] = {}
         self._outlived: dict[str, bool] = {}
         """Those whose channel was closed while they were worked on; True: at the last look they no longer were."""
-        self._spared = False
+        self._ending = False
         self._receiving = ""  # the tag of the message that is being received
 
     def add(self, tag: str, consumer: StreamConsumer, batch: Batch) -> None:
@@ -141,7 +141,7 @@ class Deliveries:
         again then."""
         with self._session.lock:
             handed = self._handed.get(tag)
-            if handed is None or self._spared:
+            if handed is None or self._ending:
                 return True
             if handed.is_suspect() and any(other.marked for other in self._handed.values()):
                 del self._handed[tag]
@@ -210,7 +210,7 @@ class Deliveries:
                 handed.ran_here |= here
                 if here and tag == self._receiving:
                     self._end_receipt()  # the rules of bodies hold from here on
-                if not here or self._spared:
+                if not here or self._ending:
                     return True
                 if handed.batch.deliveries[0].fresh:
                     if not self._receives_suspect():
@@ -233,11 +233,11 @@ class Deliveries:
         return receiving is not None and receiving.is_suspect()
 
     def _told_to_end(self) -> bool:
-        return self._spared  # which another thread may have set meanwhile
+        return self._ending  # which another thread may have set meanwhile
 
-    def spare(self) -> None:
+    def shutting_down(self) -> None:
         """The process was told to end: whatever runs is not to blame for it. May be called from any thread."""
-        self._spared = True
+        self._ending = True
         with self._session.lock:
             self._end_receipt()
             for handed in self._handed.values():

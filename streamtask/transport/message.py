@@ -30,6 +30,9 @@ KEY = "shard_key"
 ORDERED = "shard_ordered"
 DELIVERY = "streamtask_delivery"
 REPLACES = "streamtask_replaces"
+PRIVATE = (KEY, ORDERED, DELIVERY, REPLACES)
+"""The headers that only this room and its plugins write: the key, whether it keeps an order; what the transport knows of a
+delivery, and in a retry the same of the message that it repeats."""
 PRODUCE_ID = "streamtask_produce_id"
 """In the properties, which are one dict for all attempts of a publish; never stored. ``PAGE NUMBER``, and a third word where
 an earlier attempt may have stored the message: since when (our monotonic clock), or ``inf`` for an id of the caller's own."""

@@ -166,7 +166,7 @@ def broker_of(client: Any) -> Broker:
     if client.ssl:
         options |= _tls(client.ssl if isinstance(client.ssl, Mapping) else {})
     provider = given.get("credential_provider") or getattr(client, "credential_provider", None)
-    url, query = _url(client)
+    url, query = url_of(client)
     if client.ssl and url.startswith("redis://"):
         url = "rediss" + url[len("redis") :]
     options |= _tls({name: query.pop(name) for name in list(query) if name.startswith("ssl_")})
@@ -253,7 +253,7 @@ class _CalledPassword:
         return (self.user, self.password()) if self.user else (self.password(),)
 
 
-def _url(client: Any) -> tuple[str, dict[str, str]]:
+def url_of(client: Any) -> tuple[str, dict[str, str]]:
     """The broker's URL, and what was in its query."""
     given = _whole_url(client)
     if given is not None:
@@ -354,7 +354,7 @@ def _db_number(value: Any) -> int:
 def _db(client: Any) -> int:
     """The number of the database, for the names of pub/sub channels."""
     try:
-        url, query = _url(client)
+        url, query = url_of(client)
         tail = urlsplit(url).path.strip("/").rpartition("/")[2]
         return int(query.get("db", tail) or 0)
     except ValueError:

@@ -22,6 +22,7 @@ from . import hooks
 from .bells import BLOCK_S, Bells
 from .fanout import Listener
 from .session import Session
+from .sessions import check_process
 
 if TYPE_CHECKING:
     from .channel import Channel
@@ -303,7 +304,7 @@ class Poller:
 
     def tick(self) -> None:
         """Before each wait of the loop."""
-        self.session.check_process()
+        check_process(self.session)
         if self.closed or self._broken or self.loop is None:
             return
         self._thread = threading.get_ident()
@@ -409,7 +410,7 @@ class Poller:
     def drain(self, timeout: float | None) -> None:
         """Delivers one message. Raises ``socket.timeout``."""
         deadline = None if timeout is None else mono_s() + timeout
-        self.session.check_process()
+        check_process(self.session)
         while True:
             self.session.take_orders()
             self._check()
@@ -482,7 +483,7 @@ class Poller:
             self._bells.forget_all()
 
     def close(self) -> None:
-        self.session.check_process()
+        check_process(self.session)
         if self.closed:
             return
         self.closed = True

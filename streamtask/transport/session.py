@@ -29,13 +29,12 @@ from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import Link
 from ..text import logger
-from . import fetching, hooks, lifetime, taking
+from . import fetching, lifetime, taking
 from .connections import Connections
 from .consumed import Consumed
 from .consumer import StreamConsumer
 from .deliveries import Deliveries
 from .fetching import SHARD_READ
-from .message import HEARD
 from .options import Options
 from .ownership import Ownership, Read
 from .queues import GROUP, KombuQueue, shared
@@ -59,6 +58,7 @@ class Session:
         self.options = options
         self.consumer_settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ, max_crashes=options.max_crashes)
         self.producer = Producer(options.producer_settings())
+        self.connections = Connections(broker)
         self.queues: dict[str, KombuQueue] = {}
         self.fanout_queues: dict[str, tuple[str, str]] = {}
         """Queues that are bound to a fanout exchange: the exchange and the routing key."""
@@ -84,22 +84,16 @@ class Session:
         self.listened: set[str] = set()
         """Queues of fanout exchanges that somebody here listens to."""
         self._upkeep_at = self._renew_at = 0.0
-        self.connections = Connections(self.broker)
         self.new_tag: Callable[[], str] = _tags().__next__
 
     def after_fork(self) -> None:
         """In the child: closes its copies of the parent's sockets (see ``Poller.after_fork``), and begins anew."""
-        self.connections.close()
+        self.connections.after_fork()
         self.ownership.close()
         self.producer.after_fork()
         self.begin()
         for poller in list(self.wakers):
             poller.after_fork()  # after the epoch has grown: what its parent has lost or holds is nothing to it
-
-    def check_process(self) -> None:
-        """Where a server forks without Python's hooks (uWSGI), two processes must not draw the same ids."""
-        if os.getpid() != self.pid:
-            _after_fork()
 
     def link(self, consumer: StreamConsumer) -> Link:
         """The link for a stream that this process consumes; under the lock."""
@@ -125,7 +119,9 @@ class Session:
             options = self.options
             found = self.queues.setdefault(
                 name,
-                KombuQueue(self.broker, options.namespace, options.app, name, options.shards, self._call),
+                KombuQueue(
+                    self.broker, options.namespace, options.app, name, options.shards, self.connections.once_more
+                ),
             )
         return found
 
@@ -146,10 +142,6 @@ class Session:
             if name not in self.queues and now > touched.over_at:
                 self.touched.pop(name, None)
                 self.fanout_queues.pop(name, None)
-
-    def _call(self, call: Callable[[Link], Any], key: str = "") -> Any:
-        """For what outlives a fork: a child has connections of its own."""
-        return self.connections.once_more(call, key)
 
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
         """A channel begins to take messages of a queue. ``no_ack``: it will not acknowledge any."""
@@ -584,68 +576,4 @@ def _tags() -> Iterator[str]:
         yield f"{prefix}.{number}"
 
 
-_sessions: dict[tuple[Any, ...], Session] = {}
-_sessions_lock = threading.RLock()
-"""It may be taken again: a signal handler may publish in the midst of the first use."""
-
-
-def session_of(broker: Broker, options: Options) -> Session:
-    """The session of this process for a broker, made at its first use."""
-    key = (os.getpid(), broker.url, tuple(sorted(map(str, broker.options.items()))), options)
-    with _sessions_lock:
-        found = _sessions.get(key)
-        if found is None:
-            found = _sessions[key] = Session(broker, options)
-        # Also where a forked child uses what it has inherited.
-        hooks.begin = _begin
-        hooks.withdraw = _withdraw
-        hooks.spare = _spare
-        hooks.trusted_until = _trusted_until
-        hooks.still_owned = _still_owned
-        return found
-
-
-def _begin(tag: str, hold: bool, here: bool) -> bool:
-    return tag.startswith(HEARD) or any(
-        session.deliveries.start(tag, hold, here) for session in list(_sessions.values())
-    )
-
-
-def _withdraw() -> None:
-    for session in list(_sessions.values()):
-        session.deliveries.withdraw()
-
-
-def _spare() -> None:
-    for session in list(_sessions.values()):
-        session.deliveries.spare()
-
-
-def _trusted_until(tag: str) -> float:
-    return max((session.deliveries.trusted_until(tag) for session in list(_sessions.values())), default=0.0)
-
-
-def _still_owned(delivery: dict[str, Any]) -> bool:
-    asked = [session for session in list(_sessions.values()) if session.address == delivery["broker"]]
-    return bool(asked) and all(session.still_owned(delivery) for session in asked)
-
-
-def _after_fork() -> None:
-    global _sessions_lock
-    _sessions_lock = threading.RLock()
-    hooks.begin = hooks.withdraw = hooks.spare = hooks.trusted_until = None
-    for key, session in list(_sessions.items()):
-        # Connections that the child has inherited go on with it.
-        del _sessions[key]
-        here = (os.getpid(), *key[1:])
-        _sessions[here] = session
-        session.after_fork()
-        session.broker.after_fork()
-        for queue in session.queues.values():
-            queue.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-__all__ = ["Session", "session_of"]
+__all__ = ["Session"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -11,10 +9,12 @@ from kombu.transport import virtual
 
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError
 from ..redis.connection import safe_url
+from . import hooks
 from .channel import LET_GO_S, Channel
-from .options import _url, broker_of, options_of
+from .options import broker_of, options_of, url_of
 from .poller import Poller
-from .session import Session, session_of
+from .session import Session
+from .sessions import session_of
 
 
 class Transport(virtual.Transport):  # type: ignore[misc]
@@ -46,9 +46,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
-        if "celery" in sys.modules:
-            # What has to be known of Celery is there: keyed tasks, and which requests are being worked on.
-            importlib.import_module("streamtask.celery")
+        hooks.load_plugins()
         _keep_failover(client)
         self.session: Session = session_of(broker_of(client), options_of(client))
         self.poller = Poller(self.session)
@@ -64,7 +62,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         return {"hostname": "localhost", "port": self.default_port, "virtual_host": "0"}
 
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
-        url, _ = _url(self.client)
+        url, _ = url_of(self.client)
         scheme, _, rest = url.partition("://")
         names = {"redis": "streamtask", "rediss": "streamtasks"}
         url = f"{names.get(scheme, 'streamtask+' + scheme)}://{rest}"

@@ -22,9 +22,9 @@ from celery.app.amqp import AMQP
 
 import streamtask.celery  # noqa: F401
 from streamtask.celery.brokers import look_at_broker
-from streamtask.celery.keys import PRIVATE
 from streamtask.celery.publish import _calling, stamp_missed
 from streamtask.errors import ConfigError, ShardKeyError
+from streamtask.transport.message import PRIVATE
 
 numbers = itertools.count()
 

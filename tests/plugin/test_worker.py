@@ -232,12 +232,12 @@ def test_a_forked_child_that_connects_knows_what_is_its_own(rig: Rig) -> None:
     """A worker may be started in a child of a process that has published."""
     script = """
 import os, streamtask.celery
-from streamtask.transport import hooks
+from streamtask.transport import sessions
 app.connection_for_write().transport
 if not (pid := os.fork()):
-    inherited = hooks.begin
+    inherited = sessions.active(), sessions.begin("unknown", False, False)
     app.connection_for_write(transport_options=app.conf.broker_transport_options).transport
-    os._exit(0 if inherited is None and hooks.begin is not None and hooks.withdraw is not None else 1)
+    os._exit(0 if inherited == (False, True) and sessions.active() and not sessions.begin("unknown", False, False) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     assert rig.run(script) == "0\n"

@@ -14,7 +14,7 @@ import redis
 from kombu import Connection, Consumer, Exchange, Message, Queue
 
 import streamtask.transport  # noqa: F401  (registers the schemes)
-from streamtask.transport.session import _sessions as sessions
+from streamtask.transport import sessions
 from tests.fix_proxy import Proxy
 from tests.fix_redis import RedisServer
 from tests.helpers import wait_until
@@ -53,7 +53,7 @@ class Kit:
             with contextlib.suppress(Exception):
                 self._open.pop().release()
         # What should have ended with its last connection, and has tests of its own (test_leaving.py).
-        for session in list(sessions.values()):
+        for session in sessions.every():
             if session.options.namespace == self.namespace and session.ownership.fileno() >= 0:
                 session.ownership.close()
 
