@@ -17,12 +17,13 @@ from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, InDoubt, ReplyError, StreamTaskError
 from ..redis.link import pack
 from ..text import logger
-from . import lifetime, publish, routing
+from . import publish
 from .fanout import channel as fanout_channel
 from .message import HEARD, PRODUCE_ID, decode_body, encode
 from .resting import is_of_one_key
 from .session import Session
 from .sessions import check_process
+from .vhost import FANOUT
 
 log = logger("streamtask.transport")
 
@@ -81,7 +82,7 @@ class Fanout(FanoutExchange):  # type: ignore[misc]
     """Its bindings say what they are: see ``Channel.typeof``."""
 
     def prepare_bind(self, queue: str, exchange: str, routing_key: str, arguments: Any) -> tuple[str, str | None, str]:
-        return routing_key, routing.FANOUT, queue
+        return routing_key, FANOUT, queue
 
 
 LOOK_S = 1.0
@@ -142,7 +143,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
             if not is_of_one_key(exc):
                 raise
             size = 0  # who consumes it says what is wrong
-        return queue_declare_ok_t(queue, size, routing.consumers(self.session, queue) if passive else 0)
+        return queue_declare_ok_t(queue, size, self.session.vhost.consumers(queue) if passive else 0)
 
     def _new_queue(self, queue: str, **kwargs: Any) -> None:
         arguments = kwargs.get("arguments") or {}
@@ -152,12 +153,12 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         if kwargs.get("auto_delete"):
             self._auto_delete.add(queue)
         if shards is not None:
-            self.session.queue(queue).shards = shards
+            self.session.vhost.queue(queue).shards = shards
         if ttl is not None:
             self._time_to_live[queue] = ttl
         else:
             self._time_to_live.pop(queue, None)
-        routing.declare(self.session, queue, expires or None)
+        self.session.declare(queue, expires or None)
 
     def prepare_queue_arguments(self, arguments: Any, **kwargs: Any) -> Any:
         from kombu.transport.base import to_rabbitmq_queue_arguments
@@ -166,8 +167,8 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str | None, queue: str) -> None:
         if self.typeof(exchange).type == "fanout":
-            self.session.fanout_queues[queue] = exchange, routing_key or ""
-        routing.bind(self.session, exchange, (routing_key, pattern, queue))
+            self.session.vhost.fanout_queues[queue] = exchange, routing_key or ""
+        self.session.vhost.bind(exchange, (routing_key, pattern, queue))
 
     def queue_unbind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **kwargs: Any
@@ -176,20 +177,20 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         binding = self.typeof(exchange).prepare_bind(queue, exchange, routing_key, arguments)
         local = self.state.exchanges.get(exchange, {}).get("table", [])
         local[:] = [known for known in local if known != binding]
-        routing.unbind(self.session, queue, exchange or "", binding)
+        self.session.vhost.unbind(queue, exchange or "", binding)
 
     def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: Any) -> None:
         if if_empty and self._size(queue):
             return
-        if if_unused and routing.consumers(self.session, queue):
+        if if_unused and self.session.vhost.consumers(queue):
             return
         for exchange, _, _ in self.state.queue_bindings(queue):
             table = self.state.exchanges.get(exchange, {}).get("table", [])
             table[:] = [known for known in table if known[2] != queue]
         self.state.queue_bindings_delete(queue)
-        self.session.fanout_queues.pop(queue, None)
+        self.session.vhost.fanout_queues.pop(queue, None)
         self._auto_delete.discard(queue)
-        routing.delete(self.session, queue)
+        self.session.delete(queue)
 
     @property
     def client(self) -> Any:
@@ -205,29 +206,29 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         if exchange and exchange not in self.state.exchanges:
             until, fanout = self._looked.get(exchange, (0.0, False))
             if mono_s() >= until:
-                fanout = any(binding[1] == routing.FANOUT for binding in routing.table(self.session, exchange))
+                fanout = any(binding[1] == FANOUT for binding in self.session.vhost.table(exchange))
                 self._looked = {exchange: (mono_s() + LOOK_S, fanout)}
             if fanout:
                 return self.exchange_types["fanout"]
         return super().typeof(exchange, default)
 
     def get_table(self, exchange: str) -> list[Any]:
-        found: list[Any] = routing.table(self.session, exchange)
-        if not found and routing.flushed(self.session):
+        found: list[Any] = self.session.vhost.table(exchange)
+        if not found and self.session.vhost.flushed():
             # What this connection has bound is bound again.
             for binding in self.state.exchanges.get(exchange, {}).get("table", []):
-                routing.bind(self.session, exchange, binding)
+                self.session.vhost.bind(exchange, binding)
                 found.append(binding)
         return found
 
     def _has_queue(self, queue: str, **kwargs: Any) -> bool:
-        return lifetime.is_declared(self.session, queue)
+        return self.session.vhost.is_declared(queue)
 
     def _size(self, queue: str) -> int:
-        return routing.size(self.session, queue)
+        return self.session.vhost.size(queue)
 
     def _purge(self, queue: str) -> int:
-        return routing.purge(self.session, queue)
+        return self.session.vhost.purge(queue)
 
     # Publishing
 
@@ -280,7 +281,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         ttl = self._time_to_live.get(queue)
         if ttl is not None:
             message["properties"]["expiration"] = str(min(ttl, int(message["properties"].get("expiration") or ttl)))
-        routing.keep(self.session, queue)
+        self.session.keep(queue)
         batch: publish.PublishBatch | None = kwargs.get("_publish_batch")
         if batch is not None:
             batch.add(self.session, queue, message)
@@ -341,7 +342,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self._begin_to_take(queue, bool(no_ack))
 
     def _begin_to_take(self, queue: str, no_ack: bool) -> None:
-        fanout = self.session.fanout_queues.get(queue)
+        fanout = self.session.vhost.fanout_queues.get(queue)
         if fanout is not None:
             self.poller.listener.subscribe(queue, *fanout)
             self.session.listened.add(queue)
@@ -351,7 +352,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def _consume(self, queue: str, no_ack: bool) -> None:
         if not self.session.uses(queue):
-            routing.drop_expired(self.session, queue)
+            self.session.drop_expired(queue)
         self.session.consume(queue, self, no_ack=no_ack)
 
     def basic_cancel(self, consumer_tag: str) -> None:
@@ -491,5 +492,5 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self._got = set()
         if self in self.poller.channels:
             self.poller.channels.remove(self)
-        for queue in [queue for queue in self._auto_delete if queue in self.session.fanout_queues]:
+        for queue in [queue for queue in self._auto_delete if queue in self.session.vhost.fanout_queues]:
             self.queue_delete(queue)

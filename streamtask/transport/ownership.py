@@ -117,7 +117,7 @@ class Ownership:
     def _tell(self, consumed: Consumed, owned: Iterable[dict[str, Any]] = ()) -> None:
         name = consumed.queue.name
         self.keeper().consume(name, self._session.options.shards, owned)
-        touched = self._session.touched.get(name)
+        touched = self._session.vhost.touched.get(name)
         self.keeper().touch(name, touched.expires_ms if touched else 0)
 
     def receives(self, lease: Lease, entry_id: bytes) -> None:

@@ -69,7 +69,7 @@ def _call(session: Session, queue_name: str, message: dict[str, Any]) -> Call:
         hook(message)
     headers, properties = message["headers"], message["properties"]
     key = key_of(headers)
-    queue = session.queue(queue_name)
+    queue = session.vhost.queue(queue_name)
     if key is not None:
         shard: int | str = queue.shard_for(key)
         due = due_ms(headers, 0.0)
@@ -123,7 +123,7 @@ def put_off(session: Session, queue_name: str, shard: int | str, delivery: Deliv
     more = {} if delivery.key is None else {"key": delivery.key}
     session.producer.send(
         call(
-            session.queue(queue_name),
+            session.vhost.queue(queue_name),
             shard,
             envelope,
             due_ms=due_ms,

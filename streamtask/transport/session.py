@@ -29,7 +29,7 @@ from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import Link
 from ..text import logger
-from . import fetching, lifetime, taking
+from . import fetching, taking
 from .connections import Connections
 from .consumed import Consumed
 from .consumer import StreamConsumer
@@ -37,16 +37,13 @@ from .deliveries import Deliveries
 from .fetching import SHARD_READ
 from .options import Options
 from .ownership import Ownership, Read
-from .queues import GROUP, KombuQueue, shared
+from .queues import GROUP, shared
 from .resting import is_of_one_key
+from .vhost import Touched, VHost
 
 log = logger("streamtask.transport")
 
 UPKEEP_S = 1.0
-
-MOST_UNUSED = 500
-"""Queues of which something is remembered though nobody here consumes them. Each process that asks workers for something has a
-new one for the answers."""
 
 
 class Session:
@@ -59,13 +56,7 @@ class Session:
         self.consumer_settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ, max_crashes=options.max_crashes)
         self.producer = Producer(options.producer_settings())
         self.connections = Connections(broker)
-        self.queues: dict[str, KombuQueue] = {}
-        self.fanout_queues: dict[str, tuple[str, str]] = {}
-        """Queues that are bound to a fanout exchange: the exchange and the routing key."""
-        self.touched: dict[str, lifetime.Touched] = {}
-        """Queues with ``x-expires``."""
-        self.born = b""
-        """What stands in Redis since the first binding: another value means that all was flushed."""
+        self.vhost = VHost(broker, options, self.connections, self.is_kept)
         # Pollers that may sleep while there is something for them.
         self.wakers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.begin()
@@ -111,42 +102,48 @@ class Session:
 
     # Queues
 
-    def queue(self, name: str) -> KombuQueue:
-        found = self.queues.get(name)
-        if found is None:
-            if len(self.queues) >= MOST_UNUSED:
-                self._forget_unused()
-            options = self.options
-            found = self.queues.setdefault(
-                name,
-                KombuQueue(
-                    self.broker, options.namespace, options.app, name, options.shards, self.connections.once_more
-                ),
-            )
-        return found
+    def declare(self, name: str, expires_ms: int | None) -> None:
+        """A channel declares a queue. ``expires_ms``: how long it is kept unused, None for ever."""
+        while not self.vhost.declare(name, expires_ms):
+            self.drop_expired(name)
+        self._declared(name)
+        touched = self.vhost.touched.get(name)
+        if touched is not None:
+            self._upkeep_at = min(self._upkeep_at, touched.again_at)
+        for expired in self.vhost.expired():
+            self.drop_expired(expired)
 
-    def _forget_unused(self) -> None:
-        """Forgets the half that was not seen for longest, where too many are not consumed: what Redis knows of them is read
-        again when they are used. A number of shards that was declared may be recorded nowhere else yet."""
-        unused = [
-            name
-            for name, queue in list(self.queues.items())
-            if name not in self.consumed and name not in self.listened and queue.shards == self.options.shards
-        ]
-        if len(unused) < MOST_UNUSED:
-            return
-        for name in unused[: (len(unused) + 1) // 2]:
-            self.queues.pop(name, None)
-        now = mono_s()
-        for name, touched in list(self.touched.items()):
-            if name not in self.queues and now > touched.over_at:
-                self.touched.pop(name, None)
-                self.fanout_queues.pop(name, None)
+    def _declared(self, name: str) -> None:
+        consumed = self.consumed.get(name)
+        if consumed is not None and consumed.gone:
+            consumed.gone = False
+            self.wake()
+
+    def keep(self, name: str) -> None:
+        """Who has declared a queue with ``x-expires`` uses it by publishing to it, too."""
+        touched = self.vhost.touched.get(name)
+        if touched is not None and mono_s() >= touched.again_at:
+            self.declare(name, touched.expires_ms)
+
+    def delete(self, name: str) -> None:
+        """Removes a queue with its messages and bindings."""
+        self._remove(name, self.vhost.end(name))
+
+    def drop_expired(self, name: str) -> None:
+        """The same of one whose time is over."""
+        ended = self.vhost.end(name, if_expired=True)
+        if ended:
+            log.info("queue %s has expired, unused", name)
+            self._remove(name, ended)
+
+    def _remove(self, name: str, ended: int) -> None:
+        self._drop_queue(name)
+        self.vhost.remove(name, ended)
 
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
         """A channel begins to take messages of a queue. ``no_ack``: it will not acknowledge any."""
         with self.lock, self.guarded(name):
-            consumed = self.consumed.get(name) or Consumed(self.queue(name))
+            consumed = self.consumed.get(name) or Consumed(self.vhost.queue(name))
             self.consumed[name] = consumed
             consumed.gone = False
             consumed.users[user] = no_ack
@@ -168,7 +165,7 @@ class Session:
     def _consumed(self, name: str) -> Consumed:
         consumed = self.consumed.get(name)
         if consumed is None:
-            consumed = self.consumed[name] = Consumed(self.queue(name))
+            consumed = self.consumed[name] = Consumed(self.vhost.queue(name))
         if consumed.gone:
             return consumed
         if consumed.takes_for_good():
@@ -230,13 +227,12 @@ class Session:
         if not consumed.streams and not consumed.shards:
             self.consumed.pop(consumed.queue.name, None)
 
-    def drop_queue(self, name: str) -> None:
+    def _drop_queue(self, name: str) -> None:
         """The queue was deleted: what was read of it is no longer there. Who consumes it goes on when it is declared again."""
         with self.lock:
-            self.queues.pop(name, None)
+            self.vhost.queues.pop(name, None)
             if not self.uses(name):
-                self.touched.pop(name, None)
-                self.fanout_queues.pop(name, None)
+                self.vhost.forget_lifetime(name)
             consumed = self.consumed.pop(name, None)
             if consumed is None:
                 return
@@ -246,16 +242,9 @@ class Session:
                     self.ownership.forget(consumer.lease)
             self.ownership.leave(consumed)
             if consumed.users:
-                waiting = self.consumed[name] = Consumed(self.queue(name))
+                waiting = self.consumed[name] = Consumed(self.vhost.queue(name))
                 waiting.users = consumed.users
                 waiting.gone = True
-
-    def declared(self, name: str) -> None:
-        """The queue was declared, maybe again."""
-        consumed = self.consumed.get(name)
-        if consumed is not None and consumed.gone:
-            consumed.gone = False
-            self.wake()
 
     # Errors
 
@@ -423,6 +412,10 @@ class Session:
         consumed = self.consumed.get(name)
         return (consumed is not None and bool(consumed.users)) or name in self.listened
 
+    def is_kept(self, name: str) -> bool:
+        """Whether what is known of a queue is not to be forgotten: something of it is held here, or heard."""
+        return name in self.consumed or name in self.listened
+
     def bell(self, names: Iterable[str]) -> dict[bytes, tuple[str, str]]:
         """The streams to wait for, as {key: (queue, id after which something is new)}."""
         with self.lock:
@@ -453,7 +446,7 @@ class Session:
     def still_owned(self, delivery: dict[str, Any]) -> bool:
         """Whether Redis says that the shard of a keyed delivery is still its receiver's. False where Redis can't be asked: this
         is for those that the keeper does not vouch for (any more)."""
-        names = self.queue(delivery["queue"]).keys.shard(delivery["epoch"], delivery["shard"])
+        names = self.vhost.queue(delivery["queue"]).keys.shard(delivery["epoch"], delivery["shard"])
         lease = names.lease(GROUP)
         try:
             return self.says_owned(lease, delivery["token"])
@@ -509,12 +502,12 @@ class Session:
             self.deliveries.look_after_outlived()
             gone = [name for name, consumed in self.consumed.items() if consumed.gone]
         for name in gone:
-            if lifetime.is_declared(self, name):
-                self.declared(name)
+            if self.vhost.is_declared(name):
+                self._declared(name)
         for name, touched in self._touched_here():
             if now >= touched.again_at:
                 touched.put_off(now)
-                lifetime.touch(self, name, touched.expires_ms)
+                self.vhost.touch(name, touched.expires_ms)
             self._upkeep_at = min(self._upkeep_at, touched.again_at)
 
     def stand_in(self) -> None:
@@ -530,14 +523,9 @@ class Session:
         except StreamTaskError as exc:
             log.info("leases are not renewed before the keeper is there: %s", exc)
 
-    def touched_at(self, name: str, expires_ms: int, now: float) -> None:
-        """A queue with ``x-expires`` was declared."""
-        self.touched[name] = touched = lifetime.Touched(expires_ms, now)
-        self._upkeep_at = min(self._upkeep_at, touched.again_at)
-
-    def _touched_here(self) -> list[tuple[str, lifetime.Touched]]:
+    def _touched_here(self) -> list[tuple[str, Touched]]:
         """Queues that this process uses, and that would expire else. The keeper does not know all of them."""
-        return [(name, touched) for name, touched in list(self.touched.items()) if self.uses(name)]
+        return [(name, touched) for name, touched in list(self.vhost.touched.items()) if self.uses(name)]
 
     def wake(self) -> None:
         for waker in list(self.wakers):

@@ -101,8 +101,7 @@ def _after_fork() -> None:
         _sessions[here] = session
         session.after_fork()
         session.broker.after_fork()
-        for queue in session.queues.values():
-            queue.after_fork()
+        session.vhost.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -15,15 +15,16 @@ NAMES = [f"reply{i}" for i in range(10 * MOST)]
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamtask.transport.session.MOST_UNUSED", MOST)
+    monkeypatch.setattr("streamtask.transport.vhost.MOST_UNUSED", MOST)
 
 
 def remembered(channel: Any) -> dict[str, int]:
     """How many names each of these knows."""
     session = channel.session
     known = {
-        "queues": session.queues, "touched": session.touched, "fanout": session.fanout_queues, "consumed": session.consumed,
-        "listened": session.listened, "auto delete": channel._auto_delete, "callbacks": channel._callbacks,
+        "queues": session.vhost.queues, "touched": session.vhost.touched, "fanout": session.vhost.fanout_queues,
+        "consumed": session.consumed, "listened": session.listened,
+        "auto delete": channel._auto_delete, "callbacks": channel._callbacks,
     }  # fmt: skip
     return {what: len(names) for what, names in known.items() if names}
 
@@ -54,7 +55,7 @@ def test_of_whom_asks(kit: Kit, no_ack: bool) -> None:
         if not no_ack:
             message.ack()
         inbox.cancel()
-    for touched in channel.session.touched.values():
+    for touched in channel.session.vhost.touched.values():
         touched.over_at = 0.0  # as after that minute
     for name in NAMES:
         publish(channel, 1, to=name + "x")
@@ -82,4 +83,4 @@ def test_a_number_of_shards_is_remembered(kit: Kit) -> None:
     for name in NAMES:
         publish(channel, 1, to=name)
     publish(channel, 1, headers={"shard_key": "u1"})
-    assert channel.session.queue("q").shape().shards == 3
+    assert channel.session.vhost.queue("q").shape().shards == 3

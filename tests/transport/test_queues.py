@@ -15,7 +15,6 @@ from kombu.common import Broadcast
 
 from streamtask.redis.link import Link
 from streamtask.sharding import shard_of
-from streamtask.transport.routing import drop_expired
 from tests.fix_redis import RedisServer
 from tests.helpers import wait_until
 from tests.transport.kit import Inbox, Kit, publish
@@ -249,7 +248,7 @@ def test_what_is_published_to_a_new_queue_outlives_the_removal_of_the_old(
         name = f"q{number}"
         remover = kit.channel()
         kit.queue(remover, name, **({"expires": 0.05} if how == "expire" else {}))
-        knows_it.session.queue(name)
+        knows_it.session.vhost.queue(name)
         for channel in (remover, knows_it):
             publish(channel, "old", to=name, **headers)
         if how == "expire":
@@ -272,7 +271,7 @@ def test_what_is_published_to_a_new_queue_outlives_the_removal_of_the_old(
             if how == "delete":
                 remover.queue_delete(name)
             else:
-                drop_expired(remover.session, name)
+                remover.session.drop_expired(name)
         if went_on:
             inbox = Inbox(declarer, name)
             for _ in range(3):

@@ -52,7 +52,7 @@ class Streams(Broker):
 
     def keys(self, queue: str) -> Iterator[Any]:
         """The keys of each of the queue's streams."""
-        found = self.channel.session.queue(queue)
+        found = self.channel.session.vhost.queue(queue)
         for shard in found.recorded():
             yield found.shard_keys(shard)
 
