@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
+from . import fork
 from . import settings as settings_module
 from .arguments import call_options, item_arguments, many_calls
 from .checks import FLAG, TEXT, TIMEOUT, Rule, check, either, optional
@@ -237,7 +238,7 @@ class StreamTask:
         """``send`` for a message without options, hooks or headers: what ``task.delay`` nearly always sends."""
         if self._hooks or not task.is_plain:
             return self.send(task, key, args, kwargs)
-        self.producer.check_process()
+        fork.check()
         queue = self._queues.get(task.options.queue) or self.queue(task.options.queue)
         if not queue.declared:
             self.producer.declare(queue)
@@ -342,7 +343,7 @@ class StreamTask:
         task_id: str | None = None,
         headers: Mapping[str, Any] | None = None,
     ) -> tuple[Call, Outgoing | None]:
-        self.producer.check_process()
+        fork.check()
         call_id = new_id()
         message_id: bytes | str = call_id
         dedupe = None
@@ -446,7 +447,7 @@ class StreamTask:
     def _many(
         self, task: Task[..., Any], queue: Queue, calls: Iterable[Any]
     ) -> tuple[list[tuple[int | str, bytes]], list[AsyncResult[Any]], list[Outgoing]]:
-        self.producer.check_process()
+        fork.check()
         messages: list[tuple[int | str, bytes]] = []
         results: list[AsyncResult[Any]] = []
         outgoing: list[Outgoing] = []

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
@@ -29,17 +29,6 @@ T = TypeVar("T")
 MOST_TARGETS = 2048
 """Shards and shared streams that a producer remembers when it has used them lately, and as many of those before: who sends
 to ever new queues, as of replies, must not grow for ever. Of one that was forgotten all is made anew, at its next use."""
-
-_reset_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for one in list(_reset_after_fork):
-        one.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def new_ids() -> Iterator[bytes]:
@@ -65,22 +54,12 @@ class Producer:
         self.settings = settings
         self.full_timeout_s = settings.timeout_s
         self._idle: dict[str, list[Link]] = {}
-        self._pid = os.getpid()
         self._is_copy = False
         self._begin()
-        _reset_after_fork.add(self)
+        fork.in_child(fork.Turn.PRODUCERS, self._after_fork)
 
-    def check_process(self) -> None:
-        """Where a server forks without Python's hooks (uWSGI), two processes must not draw the same ids."""
-        if os.getpid() != self._pid:
-            _after_fork()
-
-    def after_fork(self) -> None:
-        self._pid = os.getpid()
-        # The child must not write on its parent's sockets; they close with the parent's objects.
-        for queue, _ in (*self._targets, *self._older):
-            queue.after_fork()
-        self._idle = {}
+    def _after_fork(self) -> None:
+        self._idle = {}  # its parent's sockets, which close with their objects
         self._begin()
 
     def _begin(self) -> None:

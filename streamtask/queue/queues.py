@@ -44,9 +44,6 @@ class Queue:
         """Declares again at the next use: after a flush, or when a shard is sealed."""
         self._shape = None
 
-    def after_fork(self) -> None:
-        self.broker.after_fork()
-
     def declare(self, groups: tuple[str, ...] = ()) -> Shape:
         """Records the queue and opens its shards, unless that is done; adds groups to all of them, from the beginning.
 

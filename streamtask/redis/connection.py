@@ -17,6 +17,7 @@ import redis
 import redis.asyncio
 from redis.sentinel import SentinelManagedSSLConnection as _SentinelTLS
 
+from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, StreamTaskError, UnsupportedServer
 from ..text import logger
@@ -110,6 +111,7 @@ class Broker:
             )
         self.scheme = scheme
         self._check()
+        fork.in_child(fork.Turn.LOCKS, self._after_fork)
 
     def _check(self) -> None:
         if self.scheme == "memory":
@@ -339,7 +341,7 @@ class Broker:
         # redis-py 5 raises others, too, while another thread learns of the slots or loses a node.
         return BrokerUnavailable(f"the nodes of the Redis Cluster at {self.safe_url} are not known: {exc!r}")
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In the child: another thread of the parent may have held the locks."""
         self._lock = threading.RLock()
         self._asking = threading.Lock()

@@ -47,6 +47,7 @@ from streamtask.errors import EmbeddedServerError, UntrustedServer
 from streamtask.redis import embedded_guardian
 from streamtask.redis.embedded_guardian import ForeignServer, is_ready, open_lock, refuse_foreign, try_lock
 
+from .. import fork
 from ..clock import mono_s
 
 __all__ = ["EmbeddedServer", "default_data_dir", "find_server", "join"]
@@ -306,7 +307,7 @@ def _after_fork() -> None:
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+fork.in_child(fork.Turn.LOCKS, _after_fork)
 
 
 class EmbeddedServer:

@@ -13,6 +13,7 @@ from kombu.transport.virtual.base import queue_declare_ok_t
 from kombu.transport.virtual.exchange import FanoutExchange
 from kombu.utils.uuid import uuid
 
+from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, InDoubt, ReplyError, StreamTaskError
 from ..redis.link import pack
@@ -22,7 +23,6 @@ from .fanout import channel as fanout_channel
 from .message import HEARD, PRODUCE_ID, decode_body, encode
 from .resting import is_of_one_key
 from .session import Session
-from .sessions import check_process
 from .vhost import FANOUT
 
 log = logger("streamtask.transport")
@@ -242,7 +242,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         properties: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         # One dict for all attempts of a publish, so the id stays the same when kombu repeats it.
-        check_process(self.session)
+        fork.check()
         properties = {} if properties is None else properties
         self._give_id(properties)
         message: dict[str, Any] = super().prepare_message(
@@ -473,7 +473,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
     def close(self) -> None:
         if self.closed:
             return
-        check_process(self.session)
+        fork.check()
         try:
             self._close()
         except StreamTaskError as exc:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
 from ..redis.links import IDLE_S
@@ -22,7 +23,6 @@ from . import hooks
 from .bells import BLOCK_S, Bells
 from .fanout import Listener
 from .session import Session
-from .sessions import check_process
 
 if TYPE_CHECKING:
     from .channel import Channel
@@ -73,6 +73,7 @@ class Poller:
         self.closed = False
         self._begin()
         session.wakers.add(self)
+        fork.in_child(fork.Turn.POLLERS, self._after_fork)
 
     def _begin(self) -> None:
         """Waits for nothing yet: at first, and in a forked child, whose parent goes on with its sockets."""
@@ -95,7 +96,7 @@ class Poller:
         self._failed: Exception | None = None
         self._broken = False  # an error has ended the loop: a new connection comes, and nothing is taken over this one
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In the child: closes its copies of the sockets. While they are open, the parent's epoll goes on to report those that
         the parent has closed, and the number of such a one may be another's by then."""
         self.listener.close()
@@ -304,7 +305,7 @@ class Poller:
 
     def tick(self) -> None:
         """Before each wait of the loop."""
-        check_process(self.session)
+        fork.check()
         if self.closed or self._broken or self.loop is None:
             return
         self._thread = threading.get_ident()
@@ -410,7 +411,7 @@ class Poller:
     def drain(self, timeout: float | None) -> None:
         """Delivers one message. Raises ``socket.timeout``."""
         deadline = None if timeout is None else mono_s() + timeout
-        check_process(self.session)
+        fork.check()
         while True:
             self.session.take_orders()
             self._check()
@@ -483,7 +484,7 @@ class Poller:
             self._bells.forget_all()
 
     def close(self) -> None:
-        check_process(self.session)
+        fork.check()
         if self.closed:
             return
         self.closed = True

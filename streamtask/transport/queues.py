@@ -75,7 +75,6 @@ class KombuQueue(Queue):
         self._open(set())
 
     def after_fork(self) -> None:
-        super().after_fork()
         self._opened = set()
         self._shape = None
 

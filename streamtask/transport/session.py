@@ -10,7 +10,6 @@ when this process dies.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
@@ -64,7 +63,6 @@ class Session:
     def begin(self) -> None:
         """Holds nothing yet: at first, and in a forked child, which must neither write on its parent's sockets nor settle
         what was delivered to its parent."""
-        self.pid = os.getpid()
         self.lock = threading.RLock()
         self.incarnation = uuid.uuid4().hex[:16]
         self.ownership = Ownership(self)
@@ -78,13 +76,11 @@ class Session:
         self.new_tag: Callable[[], str] = _tags().__next__
 
     def after_fork(self) -> None:
-        """In the child: closes its copies of the parent's sockets (see ``Poller.after_fork``), and begins anew."""
+        """In the child: closes its copies of the parent's sockets (see ``Poller``), and begins anew."""
         self.connections.after_fork()
         self.ownership.close()
-        self.producer.after_fork()
         self.begin()
-        for poller in list(self.wakers):
-            poller.after_fork()  # after the epoch has grown: what its parent has lost or holds is nothing to it
+        self.vhost.after_fork()
 
     def link(self, consumer: StreamConsumer) -> Link:
         """The link for a stream that this process consumes; under the lock."""

@@ -3,10 +3,10 @@ each of its questions goes by a delivery tag, which says nothing of the session 
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any
 
+from .. import fork
 from ..redis.connection import Broker
 from .message import HEARD
 from .options import Options
@@ -21,7 +21,8 @@ _active = False
 def session_of(broker: Broker, options: Options) -> Session:
     """The session of this process for a broker, made at its first use."""
     global _active
-    key = (os.getpid(), broker.url, tuple(sorted(map(str, broker.options.items()))), options)
+    fork.check()
+    key = (broker.url, tuple(sorted(map(str, broker.options.items()))), options)
     with _lock:
         found = _sessions.get(key)
         if found is None:
@@ -81,28 +82,12 @@ def shutting_down() -> None:
             session.deliveries.shutting_down()
 
 
-# Forks
-
-
-def check_process(session: Session) -> None:
-    """Where a server forks without Python's hooks (uWSGI), two processes must not draw the same ids."""
-    if os.getpid() != session.pid:
-        _after_fork()
-
-
 def _after_fork() -> None:
     global _active, _lock
     _lock = threading.RLock()
     _active = False
-    for key, session in list(_sessions.items()):
-        # Connections that the child has inherited go on with it.
-        del _sessions[key]
-        here = (os.getpid(), *key[1:])
-        _sessions[here] = session
-        session.after_fork()
-        session.broker.after_fork()
-        session.vhost.after_fork()
+    for session in every():
+        session.after_fork()  # connections that the child has inherited go on with it
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+fork.in_child(fork.Turn.SESSIONS, _after_fork)

@@ -9,10 +9,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
-from weakref import WeakMethod
 
+from .. import fork
 from ..coordination.orders import Closed, Wire
 from ..coordination.shared import SharedMemory
 from ..text import logger
@@ -111,8 +110,8 @@ def run(settings: WorkerSettings, runner: TaskRunner, fds: Fds) -> None:
         executor = ParallelExecutor(settings.concurrency, runner, memory, control.tell_ended)
     control.executor = executor
     # A process that a body forks must not work with its parent's connections when it comes back out of the body.
-    _register_at_fork(control.forked)
-    _register_at_fork(executor.forked)
+    fork.in_child(fork.Turn.WORKERS, control.forked)
+    fork.in_child(fork.Turn.WORKERS, executor.forked)
     wire.send("ready")
     if isinstance(executor, SequentialExecutor):
         Turns(control, executor).run()
@@ -124,15 +123,3 @@ def run(settings: WorkerSettings, runner: TaskRunner, fds: Fds) -> None:
     # ours may hold on to that.
     executor.close()
     gc.unfreeze()
-
-
-def _register_at_fork(method: Callable[[], None]) -> None:
-    """What is registered stays for good; so it does not keep alive what the method is of."""
-    weak = WeakMethod(method)
-
-    def call() -> None:
-        alive = weak()
-        if alive is not None:
-            alive()
-
-    os.register_at_fork(after_in_child=call)

@@ -7,12 +7,13 @@ all at once. What children start has the default handling again: who terminates 
 from __future__ import annotations
 
 import faulthandler
-import os
 import signal
 import socket
 import threading
 from collections import deque
 from types import FrameType
+
+from .. import fork
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 FOLLOWED = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -110,9 +111,11 @@ def default_in_forks() -> None:
         for number in FOLLOWED:
             if signal.getsignal(number) is _left_alone:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        after()
+        if hasattr(masks, "before"):  # else Python's hooks did not run
+            after()
 
-    os.register_at_fork(before=before, after_in_parent=after, after_in_child=in_fork)
+    fork.around(before, after)
+    fork.in_child(fork.Turn.SIGNALS, in_fork)
 
 
 def _left_alone(number: int, frame: FrameType | None) -> None:
