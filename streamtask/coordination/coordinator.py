@@ -22,9 +22,10 @@ from typing import Any
 
 from ..clock import mono_s, wall_ms
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
+from ..redis import commands
 from ..redis.connection import Broker
 from ..redis.keys import QueueKeys, Shape, ShardKeys
-from ..redis.link import Link, pack
+from ..redis.link import Link
 from ..redis.links import Links
 from ..redis.misplaced import naming, number, of_one_key
 from ..redis.outage import Outage, Rarely
@@ -316,11 +317,11 @@ class Coordinator:
         }
         watches = [watch for watch in self._watches if watch.shape is not None]
         followed = self._asked()
-        commands = [(watch.keys.meta, watch.membership.pack_beat({} if watch.leaving else infos)) for watch in watches]
-        commands += [(watch.keys.meta, pack("HMGET", watch.keys.meta, "shards", "epoch")) for watch in followed]
-        commands += [(alive, contact.pack_beat(names[alive])) for alive, contact in self._contacts.items()]
-        commands += [(held.lease.key, held.lease.pack_renew()) for _, held in leases]
-        replies = iter(self.links.pipeline(commands))
+        calls = [(watch.keys.meta, watch.membership.pack_beat({} if watch.leaving else infos)) for watch in watches]
+        calls += [(watch.keys.meta, commands.fields(watch.keys.meta, "shards", "epoch")) for watch in followed]
+        calls += [(alive, contact.pack_beat(names[alive])) for alive, contact in self._contacts.items()]
+        calls += [(held.lease.key, held.lease.pack_renew()) for _, held in leases]
+        replies = iter(self.links.pipeline(calls))
         for watch, reply in zip(watches, replies, strict=False):
             if isinstance(reply, Exception):
                 self._rests(watch, reply)
@@ -400,7 +401,7 @@ class Coordinator:
         asked = sorted((pair for pair in told - self._ended - over if pair[1] not in ours), key=str)
         keys = [stream.consumers(self._group) for stream, _ in asked]
         scores = self.links.pipeline(
-            [(key, pack("ZSCORE", key, name)) for key, (_, name) in zip(keys, asked, strict=True)]
+            [(key, commands.score(key, name)) for key, (_, name) in zip(keys, asked, strict=True)]
         )
         for pair, score in zip(asked, scores, strict=True):
             if isinstance(score, Exception):
@@ -583,7 +584,7 @@ class Coordinator:
             watch.missed_ms.pop(shard, None)
         others = [shard for shard in shards if shard not in owners]
         keys = [watch.shard_keys(shard).lease(self._group) for shard in others]
-        records = self.links.pipeline([(key, pack("HMGET", key, "owner", "expires_at", "lease_ms")) for key in keys])
+        records = self.links.pipeline([(key, commands.fields(key, "owner", "expires_at", "lease_ms")) for key in keys])
         redis_now = membership.redis_now_ms()
         expiry: dict[int, int] = {}
         broken: set[int] = set()
@@ -718,7 +719,7 @@ class Coordinator:
                 self._news = self._broker.link(timeout_s=5.0)
                 self._news.connect()
                 self._selector.register(self._news, selectors.EVENT_READ, "news")
-            self._news.send(pack("SUBSCRIBE", *missing))
+            self._news.send(commands.subscribe(missing))
             while not self._subscribed.issuperset(missing):
                 self._take_one(self._news)
         for watch in self._watches:
@@ -769,7 +770,7 @@ class Coordinator:
     def _read_revoked(self, watch: QueueWatch) -> None:
         key = watch.keys.revoked
         try:
-            found = self.links.at(key).command("ZRANGEBYSCORE", key, wall_ms(), "+inf")
+            found = self.links.at(key).call(commands.scored(key, wall_ms(), "+inf"))
         except ReplyError as exc:
             self._say_refused(f"key={key}", exc)
             return

@@ -32,8 +32,8 @@ from typing import Any
 from ..backoff import delays
 from ..clock import mono_s, wall_ms
 from ..errors import ReplyError, StreamTaskError
+from ..redis import commands
 from ..redis.keys import QueueKeys, ShardKeys, expiring
-from ..redis.link import pack
 from ..redis.wire import Note
 from ..text import logger
 from ..version import installed
@@ -280,13 +280,13 @@ class KeeperProcess:
         what it had of a shared stream sees that there."""
         owned = [held for held in self._client.held.values() if not held.lease.shared]
         notes = [held.lease.keys.notes(self._group) for held in owned]
-        replies = self._coordinator.links.pipeline([(key, pack("HGETALL", key)) for key in notes])
+        replies = self._coordinator.links.pipeline([(key, commands.all_fields(key)) for key in notes])
         found = {}
         for held, flat in zip(owned, replies, strict=True):
             if isinstance(flat, Exception):
                 log.warning("crashes were not counted queue=%s shard=%s: %s", held.watch.name, held.shard, flat)
                 continue
-            marks = zip(flat[::2], flat[1::2], strict=True)
+            marks = commands.pairs(flat).items()
             started = [entry_id.decode() for entry_id, text in marks if Note.parse(text).mark == held.lease.token]
             found[held.number] = dict.fromkeys(started, True)
         return found

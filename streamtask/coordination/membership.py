@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..clock import wall_ms
+from ..redis import commands
 from ..redis.keys import QueueKeys
-from ..redis.link import Link, pack
+from ..redis.link import Link
 from ..redis.scripts import script
 
 
@@ -57,4 +58,4 @@ class Membership:
 
     def pack_announce(self, what: str) -> bytes:
         """Tells the group's other supervisors to look at once."""
-        return pack("PUBLISH", self.keys.channel(self.group), what)
+        return commands.publish(self.keys.channel(self.group), what)

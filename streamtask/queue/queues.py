@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from ..errors import ReplyError, ShardCountMismatch
+from ..redis import commands
 from ..redis.connection import Broker
 from ..redis.keys import SHARED, QueueKeys, Shape, ShardKeys, app_queues
 from ..redis.link import Link, Reply
@@ -85,12 +86,12 @@ class Queue:
         keys = [app_queues(self.namespace, self.app), self.keys.meta]
         keys += [key for one in shards for key in (one.state, one.stream, one.delayed, one.wake)]
         with closing(self.broker.link(self.keys.meta)) as link:
-            each = lambda commands: [self._on(key, link, packed) for key, packed in commands]  # noqa: E731
+            each = lambda calls: [self._on(key, link, packed) for key, packed in calls]  # noqa: E731
             return ReplyError(naming(exc, keys, each if self.broker.is_cluster else by(link)), exc.code)
 
     def see_groups(self, link: Link) -> list[str]:
         """The registered groups. The process remembers them."""
-        fields: list[bytes] = link.command("HKEYS", self.keys.meta)
+        fields: list[bytes] = link.call(commands.field_names(self.keys.meta))
         groups = [field[6:].decode() for field in fields if field.startswith(b"group:")]
         self._groups.update(groups)
         return groups

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import ConfigError, ReplyError, StreamTaskError
 from ..text import printable
+from . import commands
 from .keys import type_of
-from .link import Link, Reply, pack
+from .link import Link, Reply
 
 WRONGTYPE = "WRONGTYPE"
 
@@ -18,7 +19,7 @@ Ask = Callable[[Sequence[tuple[str, bytes]]], Sequence[Reply]]
 
 def by(link: Link) -> Ask:
     """Asks one server alone."""
-    return lambda commands: link.pipeline([packed for _, packed in commands])
+    return lambda calls: link.pipeline([packed for _, packed in calls])
 
 
 def of_one_key(error: object) -> bool:
@@ -40,7 +41,7 @@ def number(value: bytes | int | None, default: int, key: str, field: str) -> int
 def misplaced(keys: Iterable[str], ask: Ask) -> dict[str, str]:
     """Of the keys those that are there with another type, and what is to be said of each."""
     wanted = {key: kind for key in keys if (kind := type_of(key)) is not None}
-    found = ask([(key, pack("TYPE", key)) for key in wanted])
+    found = ask([(key, commands.kind(key)) for key in wanted])
     kinds = {key: kind.decode() for key, kind in zip(wanted, found, strict=True) if isinstance(kind, bytes)}
     return {
         key: f"{key} is a {kind}, and has to be a {wanted[key]}"

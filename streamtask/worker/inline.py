@@ -22,7 +22,7 @@ from ..errors import ConfigError, TaskError
 from ..queue.consumer import ShardConsumer
 from ..queue.delivery import Delivery, Outcome
 from ..queue.held import Held
-from ..redis import wire
+from ..redis import commands, wire
 from ..redis.keys import SHARED
 from ..redis.link import Link
 from ..text import counted
@@ -72,7 +72,7 @@ def _run_until_idle(
             return
         seen[:] = count, now
         for queue in settings.queues:
-            ids = link.command("ZRANGEBYSCORE", queue.keys.revoked, wall_ms(), "+inf")
+            ids = link.call(commands.scored(queue.keys.revoked, wall_ms(), "+inf"))
             revoked = {wire.id_bytes(one.decode()) for one in ids}
             for consumer in consumers:
                 if consumer.queue == queue.name:
