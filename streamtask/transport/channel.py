@@ -382,7 +382,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         session = self.session
-        session.take_orders()
+        session.receive_orders()
         self.poller.check_epoch()  # who only gets is told, too
         if queue not in self._got and queue not in self._no_ack:
             self._got.add(queue)
@@ -390,7 +390,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         if session.has_to_flush():
             session.flush()
         found = session.fetch(queue, 1)
-        if not found or not session.deliveries.may_be_shown(found[0][1]):
+        if not found or not session.may_be_shown(found[0][1]):
             # Without a loop that looks for it, something else than a message may have come.
             session.look_again(queue)
             return None
@@ -434,7 +434,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def put_off(self, delivery_tag: str, due: float) -> bool:
         """Stores a message anew, for a time of the epoch: this delivery has ended. False where it is due already."""
-        if not self.session.deliveries.put_off(delivery_tag, int(due * 1000)):
+        if not self.session.put_off(delivery_tag, int(due * 1000)):
             return False
         self.qos.ack(delivery_tag)
         self._written()

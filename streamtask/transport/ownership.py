@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from ..clock import mono_s
 from ..coordination.keeper import Keeper
 from ..coordination.lease import Lease
 from ..errors import StreamTaskError
+from ..queue.held import ConsumerSettings
+from ..redis.connection import Broker
 from ..text import logger
 from .consumed import Consumed
 from .consumer import StreamConsumer
+from .options import Options
 from .queues import GROUP
-
-if TYPE_CHECKING:
-    from .session import Session
+from .vhost import Touched
 
 log = logger("streamtask.transport")
 
@@ -37,11 +38,41 @@ class Read:
         self._ownership.reads(self._lease, None)
 
 
-class Ownership:
-    """See the module. The session's lock guards it. A process that consumes nothing has no keeper."""
+class Told(NamedTuple):
+    """What the keeper's orders ask of others."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    came: bool
+    """Shards have come: there is something to read."""
+    going: list[StreamConsumer]
+    """Shards are to go: what was handed out of them and has not begun goes with them."""
+
+
+class Ownership:
+    """See the module. ``consumed`` and ``touched`` are those of the process, by the names of queues; ``lost`` is told of a
+    stream of which all that was delivered is others' now, and why, or None where it comes back at once.
+
+    Who owns ``consumed`` guards this, too. A process that consumes nothing has no keeper.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        options: Options,
+        settings: ConsumerSettings,
+        incarnation: str,
+        consumed: Mapping[str, Consumed],
+        touched: Mapping[str, Touched],
+        lost: Callable[[StreamConsumer, str | None], None],
+    ) -> None:
+        self._broker = broker
+        self._options = options
+        self.settings = settings
+        self._incarnation = incarnation
+        self._consumed = consumed
+        self._touched = touched
+        self._tell_lost = lost
+        self._came = False
+        self._going: list[StreamConsumer] = []
         self._keeper: Keeper | None = None
         self._started = 0.0
         self._again_at: float | None = None
@@ -71,15 +102,15 @@ class Ownership:
 
     def keeper(self) -> Keeper:
         if self._keeper is None:
-            options = self._session.options
+            options = self._options
             self._started = mono_s()
             self._up = False
             self._keeper = Keeper(
-                self._session.broker,
+                self._broker,
                 namespace=options.namespace,
                 app=options.app,
                 group=GROUP,
-                incarnation=self._session.incarnation,
+                incarnation=self._incarnation,
                 lease_ms=options.lease_ms,
                 handover_timeout_s=options.handover_timeout_s,
                 last=max(self._numbers, default=0),
@@ -116,18 +147,18 @@ class Ownership:
 
     def _tell(self, consumed: Consumed, owned: Iterable[dict[str, Any]] = ()) -> None:
         name = consumed.queue.name
-        self.keeper().consume(name, self._session.options.shards, owned)
-        touched = self._session.vhost.touched.get(name)
+        self.keeper().consume(name, self._options.shards, owned)
+        touched = self._touched.get(name)
         self.keeper().touch(name, touched.expires_ms if touched else 0)
 
-    def receives(self, lease: Lease, entry_id: bytes) -> None:
-        """From now on the death of this process is counted of one message, by the keeper, until ``received``."""
+    def receives(self, lease: Lease | None, entry_id: bytes = b"") -> None:
+        """From now on the death of this process is counted of one message, by the keeper; None: it was received."""
         if self._keeper is not None:
-            self._keeper.memory.slot(0).begin(lease.token, [entry_id])
-
-    def received(self) -> None:
-        if self._keeper is not None:
-            self._keeper.memory.slot(0).clear()
+            slot = self._keeper.memory.slot(0)
+            if lease is None:
+                slot.clear()
+            else:
+                slot.begin(lease.token, [entry_id])
 
     def reads(self, lease: Lease, entry_id: bytes | None) -> None:
         """As ``receives``, of an entry that is read; None when it has been."""
@@ -150,10 +181,10 @@ class Ownership:
 
     # What the keeper tells
 
-    def take_orders(self) -> None:
-        """Does what the keeper says: shards come and go."""
+    def receive_orders(self) -> Told | None:
+        """Does what the keeper says: shards come and go. None where it has said nothing."""
         if self._keeper is None:
-            return
+            return None
         try:
             orders = self._keeper.orders()
         except StreamTaskError as exc:
@@ -161,16 +192,21 @@ class Ownership:
             self._keeper = None
             self._again_at = self._started + KEEPER_PAUSE_S
             self.restart_keeper()
-            return
+            return None
+        if not orders:
+            return None
         for order in orders:
             self._orders[order["op"]](order)
+        told = Told(self._came, self._going)
+        self._came, self._going = False, []
+        return told
 
     def restart_keeper(self) -> None:
         """Starts a keeper in the place of one that died, when it is time, and tells it all that it has to know."""
         if self._again_at is None or mono_s() < self._again_at:
             return
         self._again_at = None
-        for consumed in self._session.consumed.values():
+        for consumed in self._consumed.values():
             for consumer in consumed.streams.values():
                 self.keep(consumer.lease)
             if consumed.in_keeper:
@@ -178,9 +214,8 @@ class Ownership:
                 self._tell(consumed, [self._told[number] for number in numbers if number in self._told])
 
     def _own(self, order: dict[str, Any]) -> None:
-        session = self._session
         number, shard = int(order["number"]), int(order["shard"])
-        consumed = session.consumed.get(order["queue"])
+        consumed = self._consumed.get(order["queue"])
         if consumed is None or not consumed.users:
             self.keeper().released(number)
             return
@@ -193,22 +228,22 @@ class Ownership:
         self._told[number] = order
         names = consumed.queue.keys.shard(int(order["epoch"]), shard)
         token, by_expiry = int(order["token"]), bool(order["by_expiry"])
-        lease = Lease(names, GROUP, session.incarnation, session.options.lease_ms, False, token, 0.0, by_expiry)
+        lease = Lease(names, GROUP, self._incarnation, self._options.lease_ms, False, token, 0.0, by_expiry)
         held = consumed.shards.get(shard)
         if held is not None and held.lease.token == lease.token:
             held.closing = False  # told again by a new keeper
             held.number = number
             return
         if held is not None:
-            session.deliveries.forget(held)
-        consumer = StreamConsumer(lease, consumed.queue.name, shard, session.consumer_settings)
+            self._tell_lost(held, None)
+        consumer = StreamConsumer(lease, consumed.queue.name, shard, self.settings)
         consumer.number = number
         consumer.reading = Read(self, lease)
         consumer.needs_audit = True  # the pending entries come first
         consumer.taken_over = True
         consumed.shards[shard] = consumer
         consumed.rung = True
-        session.wake()
+        self._came = True
 
     def _release(self, order: dict[str, Any]) -> None:
         number = int(order["number"])
@@ -219,8 +254,7 @@ class Ownership:
         consumed, shard = found
         consumed.shards[shard].closing = True
         self.releasing.add(number)
-        self._session.deliveries.withdraw(consumed.shards[shard])
-        self.end_releases()
+        self._going.append(consumed.shards[shard])
 
     def _resume(self, order: dict[str, Any]) -> None:
         number = int(order["number"])
@@ -232,11 +266,11 @@ class Ownership:
 
     def _lost_shared(self, order: dict[str, Any]) -> None:
         """Unless the lease has been replaced meanwhile."""
-        for consumed in self._session.consumed.values():
+        for consumed in self._consumed.values():
             for consumer in consumed.streams.values():
                 lease = consumer.lease
                 if lease.keys.prefix == order["prefix"] and lease.token == order["token"]:
-                    self._session.lost_streams(f"the lease of {order['prefix']} ran out", consumer.queue)
+                    self._tell_lost(consumer, f"the lease of {order['prefix']} ran out")
                     return
 
     def end_releases(self) -> None:
@@ -262,5 +296,5 @@ class Ownership:
         found = self._numbers.pop(number, None)
         self.releasing.discard(number)
         if found is not None and found[1] in found[0].shards:
-            self._session.deliveries.forget(found[0].shards.pop(found[1]))
-            self._session.say_lost(f"shard {found[1]} of queue {found[0].queue.name!r} is another's")
+            consumer = found[0].shards.pop(found[1])
+            self._tell_lost(consumer, f"shard {found[1]} of queue {found[0].queue.name!r} is another's")

@@ -230,7 +230,7 @@ class Poller:
         deliveries = self.session.deliveries
         if self.session.epoch != self._epoch and (deliveries.reject(tag, requeue=True) or channel.acknowledges(queue)):
             self.check_epoch()
-        if not deliveries.may_be_shown(tag):
+        if not self.session.may_be_shown(tag):
             return False
         if queue not in channel.consumed_queues():
             # It was cancelled meanwhile.
@@ -294,7 +294,7 @@ class Poller:
         elif fd == self.listener.fileno():
             self.listener.receive()
         elif fd == self.session.ownership.fileno():
-            self.session.take_orders()
+            self.session.receive_orders()
         self._bells.take(fd)
 
     # kombu's event loop
@@ -413,7 +413,7 @@ class Poller:
         deadline = None if timeout is None else mono_s() + timeout
         fork.check()
         while True:
-            self.session.take_orders()
+            self.session.receive_orders()
             self._check()
             if self._deliver_fanout(1) or self.listener.confirmed():
                 if self.session.has_to_flush():

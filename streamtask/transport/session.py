@@ -21,6 +21,7 @@ from typing import Any
 from ..clock import mono_s
 from ..coordination.lease import join_shared, reap
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
+from ..queue.delivery import Batch
 from ..queue.held import ConsumerSettings
 from ..queue.producer import Producer
 from ..redis import keys
@@ -28,7 +29,7 @@ from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import Link
 from ..text import logger
-from . import fetching, taking
+from . import fetching, publish, taking
 from .connections import Connections
 from .consumed import Consumed
 from .consumer import StreamConsumer
@@ -65,9 +66,17 @@ class Session:
         what was delivered to its parent."""
         self.lock = threading.RLock()
         self.incarnation = uuid.uuid4().hex[:16]
-        self.ownership = Ownership(self)
         self.consumed: dict[str, Consumed] = {}
-        self.deliveries = Deliveries(self)
+        self.ownership = Ownership(
+            self.broker,
+            self.options,
+            self.consumer_settings,
+            self.incarnation,
+            self.consumed,
+            self.vhost.touched,
+            self._is_lost,
+        )
+        self.deliveries = Deliveries(self.lock, self.ownership.receives, self._mark)
         self.epoch = getattr(self, "epoch", 0) + 1
         """Grows when leases were lost: what was delivered before is others' now."""
         self.listened: set[str] = set()
@@ -326,20 +335,38 @@ class Session:
         consumed.rung = True
 
     def lost(self, consumer: StreamConsumer, why: str) -> None:
+        """A call was refused: a stream is another's."""
         if consumer.lease.shared:
             self.lost_streams(why, consumer.queue)
         else:
             self.ownership.lost(consumer)
+
+    def _is_lost(self, consumer: StreamConsumer, why: str | None) -> None:
+        """What the keeper tells of a stream; see ``Ownership``."""
+        if consumer.lease.shared:
+            self.lost_streams(why or "", consumer.queue)
+            return
+        self.deliveries.forget(consumer)
+        if why is not None:
+            self.say_lost(why)
 
     def say_lost(self, why: str) -> None:
         self.epoch += 1
         self.wake()
         log.error("messages that were delivered to this process are others' now: %s", why)
 
-    def take_orders(self) -> None:
+    def receive_orders(self) -> None:
         """Does what the keeper has told."""
         with self.lock:
-            self.ownership.take_orders()
+            told = self.ownership.receive_orders()
+            if told is None:
+                return
+            if told.going:
+                for consumer in told.going:
+                    self.deliveries.withdraw(consumer)
+                self.ownership.end_releases()
+            if told.came:
+                self.wake()
 
     # Taking messages
 
@@ -437,6 +464,82 @@ class Session:
                 if consumed is not None:
                     consumed.rang(bytes(key), entries[-1][0])
 
+    # What was handed out
+
+    def may_be_shown(self, tag: str) -> bool:
+        """Whether a message that was fetched may go to its consumer now: of a shard, if the keeper vouches for it, or if Redis
+        says that it is still this process'. If not, it goes back, or is another's. Raises ``StreamTaskError``
+        where Redis does not say."""
+        handed = self.deliveries.handed.get(tag)
+        if handed is None or handed.consumer.lease.shared:
+            return True  # such a one keeps no order, or it was taken for good
+        consumer = handed.consumer
+        if not consumer.closing:
+            if mono_s() < self.ownership.trusted_until(consumer):
+                return True
+            try:
+                if self.says_owned(consumer.lease.key, consumer.lease.token):
+                    return True
+            except BaseException:
+                self.deliveries.reject(tag, requeue=True)
+                raise
+            with self.lock:
+                self.lost(consumer, "")
+        self.deliveries.reject(tag, requeue=True)
+        return False
+
+    def trusted_until(self, tag: str) -> float:
+        """Until when (monotonic) a body of a shard may start though Redis can't be asked; takes no lock."""
+        handed = self.deliveries.handed.get(tag)
+        return 0.0 if handed is None else self.ownership.trusted_until(handed.consumer)
+
+    def start(self, tag: str, hold: bool, here: bool) -> bool:
+        """See ``Deliveries.start``."""
+        self.stand_in()  # bodies may follow each other in the thread that does so else
+        return self.deliveries.start(tag, hold, here)
+
+    def shutting_down(self) -> None:
+        """The process was told to end. May be called from any thread."""
+        self.deliveries.shutting_down()
+        try:
+            self.flush()
+        except StreamTaskError as exc:
+            log.info("bodies that run may be counted as crashes: %s", exc)
+
+    def put_off(self, tag: str, due_ms: int) -> bool:
+        """A message is to wait for a time of its own, which is not for its key to wait for: it is stored once more, among the
+        delayed ones, and this delivery has ended. False where it is due by Redis' clock, as it is for who was delivered when it
+        was due. Raises ``StreamTaskError``."""
+        with self.lock:
+            handed = self.deliveries.handed.get(tag)
+            if handed is None:
+                return False
+            consumer, delivery = handed.consumer, handed.batch.deliveries[0]
+            # A retry in the place of its entry has waited there.
+            if consumer.generation(delivery.entry_id) or due_ms <= consumer.redis_ms():
+                return False
+        publish.put_off(self, consumer.queue, consumer.shard, delivery, due_ms)
+        return self.deliveries.ack(tag) or True
+
+    def _mark(self, consumer: StreamConsumer, batch: Batch) -> bool:
+        """Writes down that the body of a message that comes again starts here: it may be what has ended the process before.
+        False if the message is another's."""
+        try:
+            self.flush()  # what ended before it must not be counted with it
+            with self.guarded():
+                try:
+                    consumer.mark(self.link(consumer), batch)
+                except LeaseLost as exc:
+                    self.lost(consumer, str(exc))
+                    return False
+                except ReplyError as exc:
+                    if not is_of_one_key(exc):
+                        raise
+                    self.rest(consumer, exc)
+        except StreamTaskError as exc:
+            log.info("the start of a body was not written down: %s", exc)
+        return True
+
     # What has ended
 
     def still_owned(self, delivery: dict[str, Any]) -> bool:
@@ -461,7 +564,7 @@ class Session:
     def flush(self) -> None:
         """Writes what has ended. Raises ``BrokerUnavailable``: then it is written later."""
         with self.lock, self.guarded():
-            self.ownership.take_orders()
+            self.receive_orders()
             for consumed in list(self.consumed.values()):
                 for consumer in list(consumed.consumers()):
                     if consumer.has_to_flush():

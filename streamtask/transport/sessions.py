@@ -51,14 +51,14 @@ def begin(tag: str, hold: bool, here: bool) -> bool:
     body runs in this very process, whose death is counted if it was delivered before."""
     if not _active or tag.startswith(HEARD):
         return True
-    return any(session.deliveries.start(tag, hold, here) for session in every())
+    return any(session.start(tag, hold, here) for session in every())
 
 
 def trusted_until(tag: str) -> float:
     """By its tag, until when (monotonic) the keeper vouches that a delivery's shard is the receiver's."""
     if not _active:
         return 0.0
-    return max((session.deliveries.trusted_until(tag) for session in every()), default=0.0)
+    return max((session.trusted_until(tag) for session in every()), default=0.0)
 
 
 def still_owned(delivery: dict[str, Any]) -> bool:
@@ -79,7 +79,7 @@ def shutting_down() -> None:
     """Says that this process was told to end: if it is killed then, that is no crash of what runs."""
     if _active:
         for session in every():
-            session.deliveries.shutting_down()
+            session.shutting_down()
 
 
 def _after_fork() -> None:

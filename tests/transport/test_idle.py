@@ -113,7 +113,7 @@ def test_a_shard_that_reads_no_further_wakes_nobody(kit: Kit) -> None:
     kit.queue(channel)
     inbox = Inbox(kit.channel(), "q", prefetch=3)
     session = inbox.channel.session
-    session.consumer_settings = dataclasses.replace(session.consumer_settings, max_waiting=20)
+    session.ownership.settings = dataclasses.replace(session.ownership.settings, max_waiting=20)
     headers = {"shard_key": "u1"}
     publish(channel, *range(150), headers=headers)
     inbox.take()

@@ -136,7 +136,8 @@ def test_a_shard_that_goes_leaves_no_start_mark(kit: Kit, monkeypatch: pytest.Mo
     assert int(mark()) == shard.lease.token
     inbox.channel.received(tag)
     monkeypatch.setattr(hooks, "not_begun", [lambda tags: tags])
-    with session.lock:
-        session.ownership._release({"number": shard.number})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.ownership.keeper(), "orders", lambda: [{"op": "release", "number": shard.number}])
+        session.receive_orders()
     wait_until(lambda: inbox.drain(0.1) or shards.get(shard.shard) is not shard)
     assert mark() == b"0"

@@ -83,7 +83,7 @@ class Streams(Broker):
 
     def identity(self, tag: str) -> str:
         """What is the same in each delivery of a message: its entry in its stream."""
-        handed = self.channel.session.deliveries[tag]
+        handed = self.channel.session.deliveries.handed[tag]
         place = (handed.consumer.keys.stream, handed.batch.deliveries[0].entry_id)
         return f"{uuid.uuid5(uuid.NAMESPACE_OID, repr(place)).hex} 0"
 
