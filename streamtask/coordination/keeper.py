@@ -208,8 +208,9 @@ class Keeper:
 
 def _travelling(broker: Broker) -> str:
     """A broker as text for a private socket: its URL may hold a password, its options an object of the user's."""
+    nodes = broker.cluster.nodes if broker.cluster else None
     try:
-        packed = pickle.dumps((broker.url, broker.timeout_s, broker.client_name, broker.options, broker.cluster_nodes))
+        packed = pickle.dumps((broker.url, broker.timeout_s, broker.client_name, broker.options, nodes))
     except Exception as exc:
         raise ConfigError(
             f"the options of the broker {broker.safe_url} can't be given to the process that keeps leases: {exc}. Use a "
@@ -222,7 +223,8 @@ def unpack_broker(text: str) -> Broker:
     """The other half of ``_travelling``."""
     url, timeout_s, client_name, options, nodes = pickle.loads(base64.b64decode(text))
     broker = Broker(url, timeout_s=timeout_s, client_name=client_name, options=options)
-    broker.cluster_nodes = nodes
+    if broker.cluster is not None:
+        broker.cluster.nodes = nodes
     return broker
 
 

@@ -11,66 +11,22 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 import redis
 import redis.asyncio
 from redis.sentinel import SentinelManagedSSLConnection as _SentinelTLS
 
 from .. import fork
-from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, StreamTaskError, UnsupportedServer
 from ..text import logger
+from .address import Address
+from .cluster import Cluster, node_of
 from .link import ERRORS, SMALL, Link, open_link, translate
 
 log = logger("streamtask.redis")
 
 MIN_VERSION = (6, 2)
 SENTINEL_OPTIONS = ("sentinel_kwargs", "min_other_sentinels")
-_cluster_nodes: dict[str, list[tuple[str, int]]] = {}
-"""The nodes of Clusters by URL, as this process saw them last: they answer when those that the URL names do not."""
-
-SLOTS_S = 0.1
-"""A Cluster is asked where its slots are at most so often, in seconds."""
-
-SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
-
-
-SHOWN_OPTIONS = frozenset({
-    "client_name", "db", "health_check_interval", "max_connections", "protocol", "retry_on_timeout", "socket_connect_timeout",
-    "socket_keepalive", "socket_timeout", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_keyfile",
-    "virtual_host",
-})  # fmt: skip
-"""What may stand in a URL's query and is no secret. All else is hidden: a password has many names."""
-
-
-SET_HERE = {"protocol": "2", "decode_responses": "false", "encoding": "utf-8", "encoding_errors": "strict"}
-"""Options of redis-py's connections that ours depend on."""
-
-
-def safe_url(url: str) -> str:
-    """The URL without its password and without secrets in its query, for logs and errors: the one place that hides them.
-
-    A password that should have been percent-encoded ends the host's part for a URL parser, so all before the last ``@``
-    counts as user and password.
-    """
-    head, separator, rest = url.partition("://")
-    if not separator:
-        return "(unreadable URL)" if re.search("[@?#]", url) else url
-    userinfo, at, rest = ("", "", rest) if rest.startswith("/") else rest.rpartition("@")
-    user = re.split(r"[:/?#@]", userinfo, maxsplit=1)[0] + ":" if ":" in userinfo else ""
-    place, mark, query = rest.partition("?")
-    place, hash_, _ = place.partition("#")
-    shown = "&".join(map(_safe_option, query.split("&")))
-    place += f"{hash_}***" if hash_ else ""
-    return f"{head}://{user if user != ':' else ''}***@{place}{mark}{shown}" if at else f"{head}://{place}{mark}{shown}"
-
-
-def _safe_option(pair: str) -> str:
-    name, equals, value = pair.partition("=")
-    if name in SHOWN_OPTIONS and re.fullmatch(r"[\w.:/%,+-]*", value):
-        return pair
-    return f"{name}=***" if equals else "***" * bool(name)
 
 
 class Broker:
@@ -89,9 +45,11 @@ class Broker:
         client_name: str = "streamtask",
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        self.address = Address.parse(url)
         self.url = url
+        self.scheme = self.address.scheme
+        self.safe_url = self.address.shown
         self.options = dict(options or {})
-        self.safe_url = safe_url(url)
         self.timeout_s = timeout_s
         self.client_name = client_name
         # Of what lies below, and held for no more than a look at it: to connect, or to write a log, may run other people's
@@ -100,62 +58,12 @@ class Broker:
         self._client: Any = None
         self._embedded: Any = None
         self._eviction_checked = False
-        self._slots_stale = False
-        self._slots_asked_at = float("-inf")
-        self._asking = threading.Lock()
-        scheme = url.partition("://")[0] if "://" in url else ""
-        if scheme not in SCHEMES:
-            raise ConfigError(
-                f"the broker URL {self.safe_url!r} has an unknown scheme: it must begin with one of "
-                + ", ".join(f"{name}://" for name in SCHEMES)
-            )
-        self.scheme = scheme
-        self._check()
+        self.cluster = Cluster(self.address) if self.scheme == "redis+cluster" else None
+        self.is_cluster = self.cluster is not None
         fork.in_child(fork.Turn.LOCKS, self._after_fork)
 
-    def _check(self) -> None:
-        if self.scheme == "memory":
-            return
-        try:
-            parts = urlsplit(self.url)
-            places = parts.netloc.rpartition("@")[2].split(",")
-            _ = [urlsplit(f"//{place}").port for place in places]
-        except ValueError:
-            # The parser's own words may repeat a piece of a password that was not percent-encoded.
-            raise ConfigError(
-                f"the broker URL {self.safe_url!r} can't be read: is its port a number up to 65535, and are special "
-                "characters in its password percent-encoded (/ as %2F, # as %23, ? as %3F, @ as %40)?"
-            ) from None
-        if (
-            parts.netloc
-            and "@" not in parts.netloc
-            and "@" in parts.path + parts.query.partition("=")[0] + parts.fragment
-        ):
-            raise ConfigError(
-                f"the broker URL {self.safe_url!r} has an @ after its host: special characters in a password must be "
-                "percent-encoded (/ as %2F, # as %23, ? as %3F, @ as %40)"
-            )
-        if self.scheme in ("redis", "rediss", "redis+cluster") and not parts.hostname:
-            raise ConfigError(f"the broker URL {self.safe_url!r} names no host, as in redis://localhost:6379/0")
-        for option, value in parse_qsl(parts.query):
-            if value.lower() != SET_HERE.get(option, value).lower():
-                raise ConfigError(
-                    f"the broker URL {self.safe_url!r} sets {option}, and streamtask needs {SET_HERE[option]!r} there: "
-                    "leave it out"
-                )
-        if self.scheme in ("redis", "rediss"):
-            path = parts.path.strip("/")
-            if path and not path.isdigit():
-                raise ConfigError(f"the database in the broker URL {self.safe_url!r} must be a number, as in .../0")
-        if self.scheme == "unix" and not (parts.path or parts.netloc):
-            raise ConfigError("the broker URL names no socket, as in unix:///run/redis/redis.sock?db=0")
-        if self.scheme == "redis+sentinel" and not self._sentinel_service():
-            raise ConfigError(
-                f"the broker URL {self.safe_url!r} names no service, as in redis+sentinel://host1,host2:26379/mymaster/0"
-            )
-
-    def _sentinel_service(self) -> str:
-        return urlsplit(self.url).path.strip("/").partition("/")[0]
+    def _after_fork(self) -> None:
+        self._lock = threading.RLock()  # another thread of the parent may have held it
 
     def _options(self, decode: bool = False) -> dict[str, Any]:
         from redis.backoff import NoBackoff
@@ -176,7 +84,19 @@ class Broker:
     def client(self) -> Any:
         """redis-py's client, which answers bytes. One per broker; safe to share between threads."""
         client = self._client or self._first_client()
-        return self._ask_for_slots(client) if self._slots_stale and self.is_cluster else client
+        if self.cluster is None:
+            return client
+        try:
+            return self.cluster.up_to_date(client, self._reopen)
+        except Exception as exc:
+            raise self._went_astray(exc) from exc
+
+    def _reopen(self, old: Any) -> Any:
+        client = self._open()
+        with self._lock:
+            self._client = client
+        old.close()
+        return client
 
     def _first_client(self) -> Any:
         try:
@@ -201,39 +121,12 @@ class Broker:
             client = redis.Redis.from_url(self._embedded_url(), **self._for_scheme(options))
             client.connection_pool.connection_class = Connection
             return client
-        if self.scheme == "redis+cluster":
+        if self.cluster is not None:
             options.pop("retry")
-            return self._open_cluster(options)
+            return self.cluster.open(options)
         if self.scheme == "redis+sentinel":
             return self._open_sentinel(options)
         return _checked(redis.Redis.from_url(self.url, **self._for_scheme(options)))
-
-    def _open_cluster(self, options: dict[str, Any]) -> Any:
-        from redis.cluster import ClusterNode, RedisCluster
-
-        parts = urlsplit(self.url)
-        userinfo, at, hosts = parts.netloc.rpartition("@")
-        first, *others = hosts.split(",")
-        nodes = [(place.hostname or "localhost", place.port or 6379) for place in (urlsplit(f"//{o}") for o in others)]
-        client = RedisCluster.from_url(
-            parts._replace(scheme="redis", netloc=f"{userinfo}{at}{first}").geturl(),
-            startup_nodes=[ClusterNode(host, port) for host, port in dict.fromkeys([*nodes, *self.cluster_nodes])],
-            **options,
-        )
-        self._remember_nodes(client)
-        return client
-
-    @property
-    def cluster_nodes(self) -> list[tuple[str, int]]:
-        """Host and port of each node of the Cluster, as this process saw them last."""
-        return _cluster_nodes.get(self.url, [])
-
-    @cluster_nodes.setter
-    def cluster_nodes(self, nodes: list[tuple[str, int]]) -> None:
-        _cluster_nodes[self.url] = nodes
-
-    def _remember_nodes(self, client: Any) -> None:
-        self.cluster_nodes = [(node.host, node.port) for node in client.get_nodes()]
 
     def _for_scheme(self, options: dict[str, Any]) -> dict[str, Any]:
         if self.scheme in ("unix", "embedded"):
@@ -244,35 +137,27 @@ class Broker:
     def _open_sentinel(self, options: dict[str, Any]) -> Any:
         from redis.sentinel import Sentinel
 
-        parts = urlsplit(self.url)
-        userinfo, _, hosts = parts.netloc.rpartition("@")
-        user, _, password = userinfo.partition(":")
-        nodes = []
-        for host in hosts.split(","):
-            name, _, port = host.partition(":")
-            nodes.append((name, int(port or 26379)))
-        query = dict(parse_qsl(parts.query))
+        address = self.address
         sentinel_options = {"socket_timeout": min(self.timeout_s, 2.0), **self.options.get("sentinel_kwargs", {})}
-        if "sentinel_password" in query:
-            sentinel_options["password"] = query["sentinel_password"]
-        service, _, db = parts.path.strip("/").partition("/")
+        if "sentinel_password" in address.query:
+            sentinel_options["password"] = address.query["sentinel_password"]
         sentinel = Sentinel(
-            nodes,
+            [(host, port or 26379) for host, port in address.nodes],
             min_other_sentinels=self.options.get("min_other_sentinels", 0),
             sentinel_kwargs=sentinel_options,
         )
         if "credential_provider" not in options:
-            options |= {"username": unquote(user) or None, "password": unquote(password) or None}
+            options |= {"username": address.username, "password": address.password}
         if any(name.startswith("ssl_") for name in options):
             options["connection_class"] = _SentinelTLS
             options.pop("ssl", None)
-        return sentinel.master_for(service, **options, db=int(db or 0))
+        return sentinel.master_for(address.service, **options, db=address.database)
 
     def _embedded_url(self) -> str:
         if self._embedded is None:
             from .embedded import join
 
-            joined = join(self.url.removeprefix("embedded://").partition("?")[0] or None)
+            joined = join(self.address.folder or None)
             with self._lock:
                 self._embedded, other = self._embedded or joined, self._embedded
             if other is not None:
@@ -280,50 +165,17 @@ class Broker:
         url: str = self._embedded.url
         return url
 
-    @property
-    def is_cluster(self) -> bool:
-        return self.scheme == "redis+cluster"
-
     def node(self, key: str) -> str:
         """Which server holds a key: '' but on a Cluster."""
-        if not self.is_cluster:
-            return ""
-        return self._node(key)[0]
+        return self._node(key)[0] if self.is_cluster else ""
 
     def _node(self, key: str) -> tuple[str, Any]:
         """A key's node on a Cluster: its name, and redis-py's client of it."""
         client = self.client()
         try:
-            node = client.get_node_from_key(key)
-            return node.name, client.get_redis_connection(node)
+            return node_of(client, key)
         except Exception as exc:
             raise self._went_astray(exc) from exc
-
-    def forget_slots(self) -> None:
-        """A Cluster is asked anew, at the next use, where its slots are. Links do this when they fail."""
-        self._slots_stale = True
-
-    def _ask_for_slots(self, client: Any) -> Any:
-        """One thread asks, which may take long; the others go on with what is known."""
-        if mono_s() - self._slots_asked_at < SLOTS_S or not self._asking.acquire(blocking=False):
-            return client
-        try:
-            self._slots_stale = False
-            try:
-                client.nodes_manager.initialize()
-                self._remember_nodes(client)
-            except Exception:
-                # None of the nodes that were known is there: the URL's name may stand for others by now.
-                old, client = client, self._open()
-                with self._lock:
-                    self._client = client
-                old.close()
-            return client
-        except Exception as exc:
-            raise self._went_astray(exc) from exc
-        finally:
-            self._slots_asked_at = mono_s()
-            self._asking.release()
 
     @contextmanager
     def wrapped(self) -> Iterator[None]:
@@ -335,16 +187,12 @@ class Broker:
 
     def _went_astray(self, exc: Exception) -> StreamTaskError:
         """An error of redis-py as one of ours; a Cluster is asked anew where its slots are."""
-        self.forget_slots()
+        if self.cluster is not None:
+            self.cluster.forget()
         if isinstance(exc, ERRORS):
             return translate(exc, self.safe_url)
         # redis-py 5 raises others, too, while another thread learns of the slots or loses a node.
         return BrokerUnavailable(f"the nodes of the Redis Cluster at {self.safe_url} are not known: {exc!r}")
-
-    def _after_fork(self) -> None:
-        """In the child: another thread of the parent may have held the locks."""
-        self._lock = threading.RLock()
-        self._asking = threading.Lock()
 
     def link(
         self, key: str = "", *, timeout_s: float | None = None, buffer_bytes: int = SMALL, anonymous: bool = False
@@ -359,7 +207,7 @@ class Broker:
                 timeout_s=timeout_s,
                 buffer_bytes=buffer_bytes,
                 memory=self.scheme == "memory",
-                astray=self.forget_slots if self.is_cluster else None,
+                astray=self.cluster.forget if self.cluster else None,
                 anonymous=anonymous,
             )
 

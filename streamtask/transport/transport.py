@@ -8,7 +8,7 @@ from typing import Any
 from kombu.transport import virtual
 
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError
-from ..redis.connection import safe_url
+from ..redis.address import safe_url
 from . import hooks
 from .channel import LET_GO_S, Channel
 from .options import broker_of, options_of, url_of

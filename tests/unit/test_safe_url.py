@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamtask.redis.connection import safe_url
+from streamtask.redis.address import safe_url
 
 SECRET = "hunter2"
 

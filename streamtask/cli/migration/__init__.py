@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...errors import BrokerUnavailable, ConfigError, StreamTaskError
-from ...redis.connection import safe_url
+from ...redis.address import safe_url
 from .broker import Broker, Outcome, lost_errors
 from .lists import OldRedis
 from .streams import Streams

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...clock import mono_s
 from ...errors import BrokerUnavailable, StreamTaskError
-from ...redis.connection import safe_url
+from ...redis.address import safe_url
 
 RETRY_S = 10.0
 
