@@ -22,9 +22,9 @@ from .imports import import_named, run_and_imported
 from .middleware import Dedupe, Middleware, Outgoing, overriding
 from .queue.aproducer import AsyncProducer
 from .queue.calls import Call, ProducerSettings
-from .queue.held import ConsumerSettings
 from .queue.producer import Producer, new_id, new_ids
 from .queue.queues import Queue
+from .queue.rules import ConsumerSettings
 from .queue.seen import dedupe_hash
 from .redis import wire
 from .redis.connection import Broker

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .clock import mono_s, wall_ms
 from .errors import BrokerOutOfMemory, BrokerUnavailable, ConfigError, DecodeError, ReplyError, StreamTaskError
-from .queue.held import OWNER
+from .queue.fence import OWNER
 from .redis import wire
 from .redis.connection import MIN_VERSION
 from .redis.keys import SHARED, QueueKeys, ShardKeys, app_queues, expiring, is_shared, lease_times

@@ -14,7 +14,8 @@ from .redis.wire import id_order
 from .text import ADDED
 
 if TYPE_CHECKING:
-    from .queue.delivery import Batch, Delivery
+    from .queue.backlog import Batch
+    from .queue.delivery import Delivery
     from .worker.ports import Place
 
 

@@ -74,7 +74,7 @@ class SharedMemory:
 
 
 class Read:
-    """See ``queue.held.Reading``."""
+    """See ``queue.arrivals.Reading``."""
 
     __slots__ = ("_lease", "_slot")
 

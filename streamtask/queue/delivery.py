@@ -1,15 +1,12 @@
-"""A message in the hands of its owner: how it was delivered, with which others it is handed out, and what becomes of it."""
+"""A message in the hands of its owner: how it was delivered, and what becomes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..redis.wire import Note
-
-if TYPE_CHECKING:
-    from .consumer import ShardConsumer
 
 
 class Delivery:
@@ -64,42 +61,6 @@ def entry_id_of(item: Delivery | Entry | bytes) -> bytes:
     return item[0] if type(item) is list else item.entry_id  # type: ignore[union-attr]
 
 
-class Batch:
-    """Deliveries handed out together, to be run one after the other.
-
-    ``collected`` of them are known to have ended; ``outcomes`` has (position, outcome) of those that did not end well,
-    ``reopened`` the keys that a sequential executor skips no longer; ``mixed``: not in the order of the stream.
-    """
-
-    __slots__ = (
-        "collected", "consumer", "end", "ids", "items", "mixed", "number", "outcomes", "reopened", "results", "seen", "slot",
-    )  # fmt: skip
-
-    def __init__(
-        self, consumer: ShardConsumer, number: int, items: Sequence[Delivery | Entry], reopened: list[Hashable]
-    ) -> None:
-        self.consumer = consumer
-        self.number = number
-        self.items = items
-        self.ids: list[bytes] = [item[0] if type(item) is list else item.entry_id for item in items]  # type: ignore[union-attr]
-        self.end = len(self.ids)  # from there on nothing begins any more
-        self.reopened = reopened
-        self.mixed = False
-        self.collected = 0
-        self.seen = 0  # outcomes that were dealt with
-        self.outcomes: list[tuple[int, Outcome]] = []
-        self.results: list[tuple[Delivery, Any]] = []
-        self.slot: Any = None  # where its executor writes down which one runs
-
-    def delivery(self, index: int) -> Delivery:
-        item = self.items[index]
-        return Delivery(*item) if type(item) is list else item  # type: ignore[return-value]
-
-    @property
-    def deliveries(self) -> list[Delivery]:
-        return deliveries_of(self.items)
-
-
 @dataclass(slots=True)
 class Outcome:
     """What becomes of a message that did not simply succeed.
@@ -114,8 +75,25 @@ class Outcome:
     reason: str = ""
     message: str = ""
     traceback: str | None = None
-    in_doubt: bool = False  # its dead letter may be stored: the reply was lost
 
 
 CLOSES = frozenset(("retry", "requeue", "again", "dead"))
 """Outcomes after which the message's key waits."""
+
+
+@dataclass(slots=True)
+class Dead:
+    """What is to go to the dead letters, or has gone there: a message, or the id of an entry that can't be read."""
+
+    item: Delivery | bytes
+    outcome: Outcome
+    in_doubt: bool = False
+    """Its dead letter may be stored: the reply was lost."""
+
+    @property
+    def entry_id(self) -> bytes:
+        return self.item if isinstance(self.item, bytes) else self.item.entry_id
+
+    @property
+    def delivery(self) -> Delivery | None:
+        return None if isinstance(self.item, bytes) else self.item

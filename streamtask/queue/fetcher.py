@@ -1,10 +1,9 @@
-"""Reads for the owners of shards: the connection that a worker process drains by, with one fetch for all of its shards on
-its way or blocked; and ``pack_fetch``, the call of a script for all else.
+"""The connection that a worker process drains its shards by, with one fetch for all of them on its way or blocked.
 
 A worker's fetch is one write: ``[XREAD] MULTI XREADGROUP... EXEC WATCH guards HMGET leases``. The WATCH of one guards the next,
 so the fence costs no round trip: if a shard's token has changed, EXEC reads nothing. A shard that is new here is guarded by
 one fetch and read by the next. A script costs Redis twice as much for each message (4 to 6 us against 1.5 to 2.5, with 100
-bytes, 200 at once), so it is for what is no part of a drain: what wakes tell of, a full Redis, kombu.
+bytes, 200 at once), so it is for what is no part of a drain: what wakes tell of, a full Redis, kombu (``arrivals.pack_fetch``).
 
 XREAD reads what wakes a shard's owner (a message that falls due, a lane that opens, entries on offer). One that blocks waits
 for messages, too, from the last delivered id, never from ``$``.
@@ -14,40 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, ReplyError, StreamTaskError
 from ..redis.connection import Broker
-from ..redis.link import LARGE, Link, pack
+from ..redis.link import LARGE, pack
 from ..redis.misplaced import WRONGTYPE, by, misplaced, of_one_key
-from ..redis.scripts import script
+from .consumer import ShardConsumer
 from .delivery import Entry
-
-if TYPE_CHECKING:
-    from .consumer import ShardConsumer
-    from .held import Held
 
 BLOCK_MS = 5000
 MULTI, EXEC = pack("MULTI"), pack("EXEC")
-
-
-def pack_fetch(streams: Sequence[Held], most: int, new: bool) -> bytes:
-    """The call that takes what there is in streams of one slot, ``most`` entries in all, the first stream's before others':
-    what is due, what is on offer, and what is ``new``."""
-    lease = streams[0].lease
-    keys = tuple(key for stream in streams for key in stream.fetch_keys)
-    args: list[str | int] = [
-        lease.token,
-        lease.incarnation,
-        lease.group,
-        streams[0].consumer_name,
-        most,
-        int(new),
-        streams[0].voided,
-    ]
-    for stream in streams[1:]:
-        args += [stream.lease.token, stream.voided]
-    return script("fetch").pack(keys, tuple(args))
 
 
 @dataclass(slots=True)
@@ -83,7 +59,7 @@ class Fetcher:
         if not self.link.connected:
             self.link.connect()
             self._client_id = int(self.link.command("CLIENT", "ID"))
-        parts = [MULTI, *(consumer.read_command() for consumer in chosen), EXEC, self._guard(owned)]
+        parts = [MULTI, *(consumer.arrivals.read_command() for consumer in chosen), EXEC, self._guard(owned)]
         if look:
             parts.insert(0, _look(owned, chosen, block))
         self.asked, self.blocked = chosen, look and block
@@ -93,11 +69,11 @@ class Fetcher:
     def _guard(self, owned: list[ShardConsumer]) -> bytes:
         """What to send to watch these shards and to learn who owns them; nearly always what was sent last."""
         if owned != self._guarding[0]:
-            watch = [pack("WATCH", *(consumer.lease.guard for consumer in owned))] if owned else []
-            self._guarding = (owned, b"".join([*watch, *(consumer.guard_command for consumer in owned)]))
+            watch = [pack("WATCH", *(consumer.fence.lease.guard for consumer in owned))] if owned else []
+            self._guarding = (owned, b"".join([*watch, *(consumer.fence.guard_command for consumer in owned)]))
         return self._guarding[1]
 
-    def take(self) -> Fetched:
+    def receive(self) -> Fetched:
         """The answer; waits for it. Raises ``BrokerUnavailable``, ``ReplyError``: what was read by then is pending."""
         if self.asked is None:
             # Nothing was asked: the server closed the connection.
@@ -114,8 +90,8 @@ class Fetcher:
         failed: ReplyError | None = None
         told: dict[bytes, bytes] = {}  # the first entry of each stream behind what was known
         if isinstance(woken, list):
-            told = {stream: entries[0][0] for stream, entries in woken}
-            fetched.woken = self._take_wakes(woken)
+            told = {name: entries[0][0] for name, entries in woken}
+            fetched.woken = self._see_wakes(woken)
         elif isinstance(woken, ReplyError) and woken.code == WRONGTYPE:
             failed = woken
         if watched:
@@ -125,8 +101,8 @@ class Fetcher:
             fetched.read = [(c, _entries(reply)) for c, reply in zip(asked, read, strict=True)]
             for consumer, entries in fetched.read:
                 # Another process was given it, and it would wake this one until it is acknowledged.
-                if not entries and (others := told.get(consumer.keys.stream.encode())) is not None:
-                    consumer.last_id = others.decode()
+                if not entries and (others := told.get(consumer.fence.keys.stream.encode())) is not None:
+                    consumer.arrivals.last_id = others.decode()
         elif any(isinstance(reply, BrokerOutOfMemory) for reply in queued):
             # Above maxmemory Redis before 8 refuses whatever is queued in a transaction; yet a full Redis must be drained.
             fetched.read = [(consumer, self._read_by_script(consumer)) for consumer in asked]
@@ -139,17 +115,17 @@ class Fetcher:
 
     def _find_broken(self, fetched: Fetched, looked_at: Sequence[ShardConsumer], exc: ReplyError) -> None:
         """One XREAD looks at what wakes all shards: which of them made it fail?"""
-        at_fault = misplaced([consumer.keys.wake for consumer in looked_at], by(self.link))
-        fetched.refused += [(consumer, exc) for consumer in looked_at if consumer.keys.wake in at_fault]
+        at_fault = misplaced([consumer.fence.keys.wake for consumer in looked_at], by(self.link))
+        fetched.refused += [(consumer, exc) for consumer in looked_at if consumer.fence.keys.wake in at_fault]
 
-    def _take_wakes(self, woken: list[Any]) -> list[ShardConsumer]:
-        streams = {consumer.keys.wake.encode(): consumer for consumer in self._looks_at}
+    def _see_wakes(self, woken: list[Any]) -> list[ShardConsumer]:
+        streams = {consumer.fence.keys.wake.encode(): consumer for consumer in self._looks_at}
         found = []
-        for stream, entries in woken:
-            consumer = streams.get(stream)
+        for name, entries in woken:
+            consumer = streams.get(name)
             if consumer is not None:
                 # What the entry says is not looked at: it may stand for others before it.
-                consumer.wake_id = entries[-1][0].decode()
+                consumer.arrivals.wake_id = entries[-1][0].decode()
                 found.append(consumer)
         return found
 
@@ -160,20 +136,20 @@ class Fetcher:
                 fetched.refused.append((consumer, answer))
             elif isinstance(answer, Exception):
                 raise answer
-            elif consumer.owns(answer):
+            elif consumer.fence.owns(answer):
                 self.guarded.append(consumer)
             else:
                 (fetched.unrecorded if answer[1] is None else fetched.lost).append(consumer)
 
     def _read_by_script(self, consumer: ShardConsumer) -> list[Entry] | StreamTaskError:
         try:
-            return consumer.fetch(self.link, consumer.asked)
+            return consumer.arrivals.fetch(consumer.arrivals.asked)
         except (LeaseLost, ReplyError) as exc:
             return exc
 
-    def unblock(self, link: Link) -> bool:
+    def unblock(self) -> bool:
         """Ends a blocked fetch, by another connection. True if its answer is on its way."""
-        return bool(link.command("CLIENT", "UNBLOCK", self._client_id) == 1)
+        return bool(self._looks_at[0].fence.link.command("CLIENT", "UNBLOCK", self._client_id) == 1)
 
     def drop(self) -> None:
         """Closes the connection: nothing is under way and nothing guarded any more."""
@@ -182,12 +158,12 @@ class Fetcher:
 
 
 def _look(owned: list[ShardConsumer], chosen: list[ShardConsumer], block: bool) -> bytes:
-    streams = [consumer.keys.wake for consumer in owned]
-    ids = [consumer.wake_id for consumer in owned]
+    streams = [consumer.fence.keys.wake for consumer in owned]
+    ids = [consumer.arrivals.wake_id for consumer in owned]
     if not block:
         return pack("XREAD", "COUNT", 1, "STREAMS", *streams, *ids)
-    streams += [consumer.keys.stream for consumer in chosen]
-    ids += [consumer.last_id for consumer in chosen]
+    streams += [consumer.fence.keys.stream for consumer in chosen]
+    ids += [consumer.arrivals.last_id for consumer in chosen]
     return pack("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *streams, *ids)
 
 

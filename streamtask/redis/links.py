@@ -51,6 +51,11 @@ class Links:
                 replies[position] = answer
         return replies
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection to any server."""
+        return any(link.connected for link in self._links.values())
+
     def close(self) -> None:
         """Closes them all; the next use connects anew, on a Cluster to where the slots are then."""
         for link in self._links.values():

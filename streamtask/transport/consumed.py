@@ -66,8 +66,9 @@ class Consumed:
         yield from (rest.until for rest in rests if rest)
         if self.next_due is not None and not self.shared_rest():
             yield self.next_due
-        times = [consumer.lanes.next_due() for consumer in self.consumers() if not consumer.rest]
-        times += [consumer.next_due for consumer in self.shards.values() if not consumer.rest and not consumer.closing]
+        times = [consumer.backlog.lanes.next_due() for consumer in self.consumers() if not consumer.rest]
+        shards = [consumer for consumer in self.shards.values() if not consumer.rest and not consumer.backlog.closing]
+        times += [consumer.arrivals.next_due for consumer in shards]
         yield from (at for at in times if at is not None)
 
     def bell(self) -> dict[bytes, str]:
@@ -79,10 +80,10 @@ class Consumed:
             keys = self.queue.shard_keys(shared(priority))
             found[keys.stream.encode()], found[keys.wake.encode()] = self.positions.get(keys.prefix, ("0-0", "0-0"))
         for consumer in self.shards.values():
-            if not consumer.closing and not consumer.rest:
+            if not consumer.backlog.closing and not consumer.rest:
                 if consumer.reads_on():
-                    found[consumer.keys.stream.encode()] = consumer.last_id
-                found[consumer.keys.wake.encode()] = consumer.wake_id
+                    found[consumer.keys.stream.encode()] = consumer.arrivals.last_id
+                found[consumer.keys.wake.encode()] = consumer.arrivals.wake_id
         return found
 
     def rang(self, key: bytes, last: bytes) -> None:
@@ -92,5 +93,5 @@ class Consumed:
             if consumer.keys.stream.encode() == key:
                 consumer.read_at = 0.0
             if consumer.keys.wake.encode() == key:
-                consumer.wake_id = last.decode()
+                consumer.arrivals.wake_id = last.decode()
                 consumer.woken = True

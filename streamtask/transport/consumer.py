@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-from ..clock import mono_s
+from ..coordination.lease import Lease
 from ..errors import ReplyError
-from ..queue.consumer import ShardConsumer
-from ..queue.delivery import Batch, Delivery, Entry, Outcome, entry_id_of
+from ..queue.arrivals import Arrivals
+from ..queue.backlog import Backlog, Batch
+from ..queue.claimer import Claimer
+from ..queue.decoder import Decoder
+from ..queue.delivery import Dead, Delivery, Entry, Outcome, entry_id_of
+from ..queue.fence import Fence, LinksByKey
+from ..queue.rules import ConsumerSettings
+from ..queue.settler import Settler
 from ..redis import wire
-from ..redis.link import Link
 from ..redis.scripts import script
 from ..redis.wire import Note, id_order
-from ..text import counted
 from .message import ORDERED, check
 from .resting import Rest
 
@@ -25,12 +29,24 @@ COLD_S = (0.005, 0.1)
 nothing at all to do waits for a bell, which rings for all of them."""
 
 
-class StreamConsumer(ShardConsumer):
-    """Of a shard, or of one shared stream."""
+class StreamConsumer:
+    """Of a shard, or of one shared stream. Its parts are those of ``queue.consumer.ShardConsumer``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._plain = False
+    def __init__(
+        self, lease: Lease, queue: str, shard: int | str, settings: ConsumerSettings, links: LinksByKey
+    ) -> None:
+        self.lease = lease
+        self.keys = lease.keys
+        self.queue = queue
+        self.shard = shard
+        self.fence = Fence(lease, queue, shard, links)
+        # What is handed out need not run: see ``mark``.
+        self.backlog = Backlog(lease, queue, shard, settings, marks=False, ran="it was received or its body ran")
+        pack = None if lease.shared else self._pack_settle
+        self.settler = Settler(self.backlog, self.fence, pack=pack, settled=self._settled)
+        self._decoder = Decoder(self.backlog, lease.group)
+        self.arrivals = Arrivals(self.backlog, self.fence, self._decode)
+        self.claimer = Claimer(self.backlog, self.fence, self.settler, self.arrivals)
         self.taken_over = False
         """Whether what is pending was another owner's."""
         self.woken = True
@@ -44,27 +60,26 @@ class StreamConsumer(ShardConsumer):
         self._replacements: dict[bytes, tuple[int, bytes]] = {}  # generation, envelope
         self._returned: list[bytes] = []  # to be put on offer (shared streams)
         self._unmarked: list[bytes] = []
-        self._replaced_key = self.keys.replaced(self.settings.group)
+        self._replaced_key = self.keys.replaced(lease.group)
 
-    def _needs_mark(self, delivery: Delivery) -> bool:
-        return False  # what is handed out need not run: see ``mark``
+    # What comes
 
     def generation(self, entry_id: bytes) -> int:
         return self._generations.get(entry_id, 0)
 
-    def _decode(self, entries: Any) -> list[Delivery | Entry]:
+    def _decode(self, entries: Sequence[Entry]) -> list[Delivery | Entry]:
         arrived: list[Delivery | Entry] = []
         for entry in entries:
             replacement = self._replacements.get(entry[0])
             if replacement is not None:
                 entry = [entry[0], [wire.MSGPACK, replacement[1]]]
-            for delivery in super()._decode([entry]):
-                # ``_plain`` is off, but super's short way knows only that no task is unordered.
+            for delivery in self._decoder([entry]):
                 item = Delivery(*delivery) if isinstance(delivery, list) else delivery
                 try:
                     check(item.args)
                 except Exception as exc:
-                    self._dead.append((item, [], Outcome("dead", reason="undecodable", message=str(exc))))
+                    outcome = Outcome("dead", reason="undecodable", message=str(exc))
+                    self.backlog.dead.append(Dead(item, outcome))
                     continue
                 if replacement is not None:
                     self._generations[item.entry_id] = replacement[0]
@@ -73,85 +88,97 @@ class StreamConsumer(ShardConsumer):
                 arrived.append(item)
         return arrived
 
-    def recover(self, link: Link, *, takeover: bool) -> int:
+    def recover(self, *, takeover: bool) -> int:
+        """See ``Claimer.recover``."""
         if not self.lease.shared:
-            flat = link.command("HGETALL", self._replaced_key)
+            flat = self.fence.link.command("HGETALL", self._replaced_key)
             for entry_id, text in zip(flat[::2], flat[1::2], strict=True):
                 generation, _, envelope = _parse(text)
                 if generation:
                     self._replacements[entry_id] = generation, envelope
         elif not takeover:
             # Before any of it is fetched again: then it would be on offer while it is worked on.
-            self.write_notes(link)
-            self._take_marks_back(link)
-            self.put_on_offer(link)
-        count = super().recover(link, takeover=takeover)
+            self.settler.write_notes()
+            self._take_marks_back()
+            self._put_on_offer()
+        count = self.claimer.recover(takeover=takeover, beside=self._returned)
         self._suspects_first()
         return count
 
-    def entry_ids(self) -> set[bytes]:
-        return super().entry_ids() | set(self._returned) | set(self._ended)
+    def receive(self, now_ms: int, found: Sequence[Any]) -> list[Entry]:
+        """Takes what ``lua/fetch.lua`` answers for this stream. Answers the new entries, which lie ready then."""
+        fresh = self.arrivals.receive(now_ms, found)
+        if found[4]:
+            self._suspects_first()
+        if fresh:
+            self.arrivals.absorb(fresh)
+        return fresh
+
+    # What goes out
+
+    def hand_out(self, limit: int) -> list[Batch]:
+        """Up to ``limit`` messages of different keys, each a batch of its own."""
+        backlog = self.backlog
+        if backlog.halted or backlog.closing:
+            return []
+        self.arrivals.load(backlog.lacking(limit, in_sequence=False))
+        return backlog.hand_free(backlog.choose_free(limit))
 
     # Ends of messages
 
     def end(self, batch: Batch) -> None:
         """A message was acknowledged. Its lane opens when Redis has answered."""
         delivery = batch.deliveries[0]
-        self.handed.pop(batch.number, None)
+        self.backlog.handed.pop(batch.number, None)
         self._ended[delivery.entry_id] = delivery
-        self._finish(delivery.entry_id)
+        self.backlog.finish(delivery.entry_id)
 
     def reject(self, batch: Batch, why: str = "", reason: str = "rejected") -> None:
         """A message goes to the dead letters."""
         note = batch.deliveries[0].note
-        if note is not None and note.crashes > self.settings.max_crashes:
-            said = f"{self.too_many_crashes(note)}: {why}" if why else self.too_many_crashes(note)
+        if note is not None and note.crashes > self.backlog.settings.max_crashes:
+            said = f"{self.backlog.too_many_crashes(note)}: {why}" if why else self.backlog.too_many_crashes(note)
             outcome = Outcome("dead", reason="crashed", message=said)
         else:
             outcome = Outcome("dead", reason=reason, message=why or "the consumer rejected it")
         batch.outcomes.append((0, outcome))
-        self.complete_free(batch)
-        self._closed.clear()  # which only batches need
+        self.backlog.complete_free(batch)
 
     def is_suspect(self, delivery: Delivery) -> bool:
         """Whether a message has been charged so often that it has to be told from those beside it."""
-        return delivery.note is not None and delivery.note.crashes >= max(1, self.settings.max_crashes - 1)
+        return delivery.note is not None and delivery.note.crashes >= max(1, self.backlog.settings.max_crashes - 1)
 
     def _suspects_first(self) -> None:
         """While nothing runs beside them it is known what they do. None overtakes a message of its key."""
         suspects: list[Delivery | Entry] = []
         others: list[Delivery | Entry] = []
         before: set[Hashable] = set()
-        for item in self.buffer:
+        for item in self.backlog.buffer:
             if isinstance(item, Delivery) and item.lane_key not in before and self.is_suspect(item):
                 suspects.append(item)
             else:
                 others.append(item)
                 before.add((Delivery(*item) if isinstance(item, list) else item).lane_key)
         if suspects:
-            self.buffer = deque([*suspects, *others])
-
-    def too_many_crashes(self, note: Note) -> str:
-        most = self.settings.max_crashes
-        return f"its process died {counted(note.crashes, 'time')} while it was received or its body ran (max_crashes is {most})"
+            self.backlog.buffer = deque([*suspects, *others])
 
     def charge(self, batch: Batch) -> bool:
         """A message took its process down: True if that was once too often, else the count is kept beside the entry."""
         delivery = batch.deliveries[0]
         note = delivery.note = delivery.note or Note()
         note.crashes += 1
-        if note.crashes > self.settings.max_crashes:
+        if note.crashes > self.backlog.settings.max_crashes:
             return True
-        self._notes.append((delivery.entry_id, note))
+        self.backlog.notes.append((delivery.entry_id, note))
         return False
 
-    def mark(self, link: Link, batch: Batch) -> None:
+    def mark(self, batch: Batch) -> None:
         """The body of a message starts in this process: whoever has it next, if this process dies, counts a crash. Raises
         ``BrokerUnavailable``, ``LeaseLost``."""
         delivery = batch.deliveries[0]
         note = delivery.note = delivery.note or Note()
         note.mark = self.lease.token
-        self._write_notes(link, [(delivery.entry_id, note)])
+        self.settler.write([(delivery.entry_id, note)])
 
     def unmark(self, batch: Batch) -> None:
         """The process was told to end, or what ran has ended: nothing is to be counted."""
@@ -165,41 +192,39 @@ class StreamConsumer(ShardConsumer):
         delivery = batch.deliveries[0]
         delivery.fresh = False
         self.unmark(batch)
-        self._closed.clear()
         if self.lease.shared:
-            self.handed.pop(batch.number, None)
-            self.lanes.finish(delivery.lane_key)
+            self.backlog.handed.pop(batch.number, None)
+            self.backlog.lanes.finish(delivery.lane_key)
             self._returned.append(delivery.entry_id)
             return
         batch.outcomes.append((0, Outcome("requeue")))
-        self.complete_free(batch)
+        self.backlog.complete_free(batch)
 
     def put_off(self, batch: Batch, wait_s: float) -> None:
         """A message is to be delivered again after a while, by this process; its key waits for it."""
         delivery = batch.deliveries[0]
-        self.handed.pop(batch.number, None)
-        self.lanes.close(delivery.lane_key, delivery, mono_s() + wait_s, self._numbers)
+        self.backlog.handed.pop(batch.number, None)
+        self.backlog.let_wait(delivery, wait_s)
 
     def give_back_all(self) -> None:
         """All that was read and not handed out goes back (shared streams)."""
-        for lane in list(self.lanes.lanes.values()):
+        for lane in list(self.backlog.lanes.lanes.values()):
             while lane.waiting:  # it was put off
-                self._returned.append(entry_id_of(self.lanes.pop(lane)))
+                self._returned.append(entry_id_of(self.backlog.lanes.pop(lane)))
             if not lane.running:
-                self.lanes.drop(lane)
-        for delivery in self.buffer:
-            self._returned.append(delivery[0] if isinstance(delivery, list) else delivery.entry_id)
-        self.buffer.clear()
+                self.backlog.lanes.drop(lane)
+        self._returned += map(entry_id_of, self.backlog.buffer)
+        self.backlog.buffer.clear()
 
-    def replaced(self, link: Link, batch: Batch) -> Delivery | None:
+    def replaced(self, batch: Batch) -> Delivery | None:
         """What is to be delivered in place of a message that comes again: a retry may have been stored before its process
         died. None if that is not due yet."""
         delivery = batch.deliveries[0]
-        text = link.command("HGET", self._replaced_key, delivery.entry_id)
+        text = self.fence.link.command("HGET", self._replaced_key, delivery.entry_id)
         if text is None or _parse(text)[0] <= self.generation(delivery.entry_id):
             return delivery
         following, due_ms = self._replace(delivery.entry_id, text)
-        wait_s = (due_ms - self.redis_ms()) / 1000
+        wait_s = (due_ms - self.backlog.redis_ms()) / 1000
         if wait_s <= 0:
             batch.items = [following]
             return following
@@ -225,76 +250,85 @@ class StreamConsumer(ShardConsumer):
         """Whether there is something to hand out or to look after."""
         if self.rest:
             return False
-        if self.needs_audit or self.has_to_recover() or self.has_work():
+        if self.fence.needs_audit or self.claimer.has_to_recover() or self.backlog.has_work():
             return True
-        due = self.lanes.next_due()
+        due = self.backlog.lanes.next_due()
         if due is not None and due <= now:
             return True
-        return self.next_due is not None and self.next_due <= now and not self.closing
+        due = self.arrivals.next_due
+        return due is not None and due <= now and not self.backlog.closing
 
     def reads_on(self) -> bool:
         """Whether new messages are read at all: else none of them is to wake anybody."""
-        return self.lanes.waiting < self.settings.max_waiting and self._pending_from is None
+        backlog = self.backlog
+        return backlog.lanes.waiting < backlog.settings.max_waiting and self.arrivals.pending_from is None
 
     def has_to_flush(self) -> bool:
         """Whether there is something to write, now."""
         return not self.rest and self.has_something_to_write()
 
     def has_something_to_write(self) -> bool:
-        return bool(self.finished or self.settling or self._returned or self._notes or self._unmarked or self._dead)
+        backlog = self.backlog
+        return bool(
+            backlog.finished
+            or self.settler.settling
+            or self._returned
+            or backlog.notes
+            or self._unmarked
+            or backlog.dead
+        )
 
-    def pack_settle(self, ids: Sequence[bytes]) -> bytes:
-        if self.lease.shared:
-            return super().pack_settle(ids)
-        token, incarnation, group = self._head
+    def idle(self) -> bool:
+        """Nothing is handed out and nothing is left to write of what has ended."""
+        backlog = self.backlog
+        return not (backlog.handed or backlog.finished or self.settler.settling or backlog.has_writes())
+
+    def _pack_settle(self, ids: Sequence[bytes]) -> bytes:
+        token, incarnation, group = self.fence.head
         args: list[str | bytes] = [str(token), incarnation, group]
         for entry_id in ids:
             args += [entry_id, str(self._generations.get(entry_id, 0))]
-        return script("settle_kept").pack_text((*self._settle_keys, self._replaced_key), args)
+        return script("settle_kept").pack_text((*self.settler.keys, self._replaced_key), args)
 
-    def end_settle(self, answer: Any) -> None:
-        settled = self.settling
-        super().end_settle(answer)
+    def _settled(self, ids: list[bytes], answer: Any) -> None:
+        """Redis has answered that these are finished, or what is to be delivered in their places."""
         kept = dict(zip(answer[::2], answer[1::2], strict=True)) if isinstance(answer, list) else {}
-        for entry_id in settled:
+        for entry_id in ids:
             delivery = self._ended.pop(entry_id, None)
             if delivery is None:
                 continue
             if entry_id in kept:
                 following, due_ms = self._replace(entry_id, kept[entry_id])
-                wait_s = max(0, due_ms - self.redis_ms()) / 1000
-                self.lanes.close(following.lane_key, following, mono_s() + wait_s, self._numbers)
+                wait_s = max(0, due_ms - self.backlog.redis_ms()) / 1000
+                self.backlog.let_wait(following, wait_s)
                 continue
             self._generations.pop(entry_id, None)
             self._replacements.pop(entry_id, None)
-            self.lanes.finish(delivery.lane_key)
+            self.backlog.lanes.finish(delivery.lane_key)
 
-    def put_on_offer(self, link: Link) -> None:
+    def _put_on_offer(self) -> None:
         """Sends what was given back to the entries that every consumer takes first."""
         if self._returned:
             self._returned.sort(key=id_order)
-            keys = [self.lease.key, self.keys.stream, self.keys.requeued(self.settings.group), self.keys.wake]
             for some in _slices(self._returned):
-                self._run(link, "requeue", keys, [*self._head, "", *some])
+                self.settler.requeue(some, "")
             self._returned = []
 
-    def _take_marks_back(self, link: Link) -> None:
+    def _take_marks_back(self) -> None:
         # Not with the rest of a note, beside which a retry may have been stored meanwhile.
         if self._unmarked:
-            keys = [self.lease.key, self.keys.notes(self.settings.group)]
+            keys = [self.lease.key, self.keys.notes(self.lease.group)]
             for some in _slices(self._unmarked):
-                self._run(link, "unmark", keys, [*self._head[:2], *some])
+                self.fence.run("unmark", keys, [*self.fence.head[:2], *some])
             self._unmarked = []
 
-    def flush(self, link: Link) -> None:
-        super().flush(link)  # the notes first: whoever takes the message next has to know of its crashes
-        self._take_marks_back(link)
-        self.put_on_offer(link)
-        self.settle(link)
-
-    def absorb_again(self, link: Link, entries: Iterable[tuple[bytes, list[bytes], bytes]]) -> None:
-        super().absorb_again(link, entries)
-        self._suspects_first()
+    def flush(self) -> None:
+        """Writes all that is to be written."""
+        self.settler.flush()  # the notes first: whoever takes the message next has to know of its crashes
+        self.settler.died.clear()  # kombu knows no results
+        self._take_marks_back()
+        self._put_on_offer()
+        self.settler.settle()
 
 
 def _slices(ids: list[bytes]) -> Iterator[list[bytes]]:

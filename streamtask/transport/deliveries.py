@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from ..coordination.lease import Lease
-from ..queue.delivery import Batch
+from ..queue.backlog import Batch
 from ..text import logger
 from . import hooks
 from .consumer import StreamConsumer

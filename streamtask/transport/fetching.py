@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..clock import mono_s
 from ..errors import LeaseLost, ReplyError
-from ..queue.delivery import Batch, Entry
-from ..queue.fetcher import pack_fetch
+from ..queue.arrivals import pack_fetch
+from ..queue.backlog import Batch
+from ..queue.delivery import Entry
 from ..redis.scripts import Code
 from .consumed import Consumed
 from .consumer import StreamConsumer
@@ -30,12 +31,12 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
     """Reads from Redis what there is into the consumers, and settles what has ended, in one round trip."""
     for consumer in [c for c in consumed.consumers() if not c.rest]:
         try:
-            if consumer.needs_audit:
-                consumer.recover(session.link(consumer), takeover=consumer.taken_over)
+            if consumer.fence.needs_audit:
+                consumer.recover(takeover=consumer.taken_over)
                 consumer.taken_over = False
                 consumer.read_at = 0.0
-            if consumer.has_to_recover():
-                consumer.recover_more(session.link(consumer))
+            if consumer.claimer.has_to_recover():
+                consumer.claimer.recover_more()
         except (LeaseLost, ReplyError) as exc:
             if isinstance(exc, ReplyError) and is_of_one_key(exc):
                 session.rest(consumer, exc)
@@ -47,23 +48,23 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
     consumed.rung = False
     consumed.look_at = now + LOOK_S
     streams = [] if consumed.shared_rest() else list(consumed.streams.values())
-    shards = [c for c in consumed.shards.values() if not c.closing and not c.rest]
-    told = [c for c in shards if c.woken or (c.next_due is not None and now >= c.next_due)]
-    readable = [c for c in shards if (now >= c.read_at or c in told) and c.has_room()]
+    shards = [c for c in consumed.shards.values() if not c.backlog.closing and not c.rest]
+    told = [c for c in shards if c.woken or (c.arrivals.next_due is not None and now >= c.arrivals.next_due)]
+    readable = [c for c in shards if (now >= c.read_at or c in told) and c.arrivals.has_room()]
     looked = readable + [c for c in told if c not in readable]
-    settling = [c for c in consumed.consumers() if c.finished and not c.settling and not c.rest]
-    calls = [(c.keys.stream, c.begin_settle()) for c in settling]
-    room = max(0, most - sum(len(c.buffer) for c in streams))
+    settling = [c for c in consumed.consumers() if c.backlog.finished and not c.settler.settling and not c.rest]
+    calls = [(c.keys.stream, c.settler.begin()) for c in settling]
+    room = max(0, most - sum(len(c.backlog.buffer) for c in streams))
     if streams:
-        calls.append((streams[0].keys.stream, pack_fetch(streams, room, True)))
-    calls += [(c.keys.stream, pack_fetch([c], SHARD_READ if c in readable else 0, True)) for c in looked]
+        calls.append((streams[0].keys.stream, pack_fetch([c.arrivals for c in streams], room, True)))
+    calls += [(c.keys.stream, pack_fetch([c.arrivals], SHARD_READ if c in readable else 0, True)) for c in looked]
     left = [*streams, *looked]  # whose replies are not taken yet
     try:
         try:
             replies = session.connections.links.pipeline(calls)
         except BaseException:
             for consumer in settling:
-                consumer.settle_lost()
+                consumer.settler.lost()
             raise
         for consumer, reply in zip(settling, replies, strict=False):
             _settled(session, consumer, reply)
@@ -78,7 +79,7 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
                 failed = failed or reply
                 continue
             else:
-                fresh = _take(session, consumer, reply)
+                fresh = _receive(consumer, reply)
                 if consumer in readable:
                     consumer.was_read(len(fresh) >= SHARD_READ, bool(fresh), now)
                 else:
@@ -87,33 +88,31 @@ def read(session: Session, consumed: Consumed, most: int) -> None:
         if failed:
             raise failed
         if streams:
-            _take_shared(session, consumed, streams, replies[len(settling)])
+            _receive_shared(session, consumed, streams, replies[len(settling)])
         left.clear()
     finally:
         for consumer in left:
-            consumer.connection_lost()  # entries may have come with them
+            consumer.claimer.connection_lost()  # entries may have come with them
 
 
-def _take(session: Session, consumer: StreamConsumer, reply: Any) -> list[Entry]:
+def _receive(consumer: StreamConsumer, reply: Any) -> list[Entry]:
     now_ms, found = reply
-    fresh = consumer.take_found(session.link(consumer), int(now_ms), found)
+    fresh = consumer.receive(int(now_ms), found)
     consumer.woken = False
-    if fresh:
-        consumer.absorb(session.link(consumer), fresh)
     return fresh
 
 
 def _settled(session: Session, consumer: StreamConsumer, reply: Any) -> None:
     if isinstance(reply, Exception):
-        consumer.settle_lost()
+        consumer.settler.lost()
         return
     try:
-        consumer.end_settle(reply)
+        consumer.settler.end(reply)
     except LeaseLost as exc:
         session.lost(consumer, str(exc))
 
 
-def _take_shared(session: Session, consumed: Consumed, streams: Sequence[StreamConsumer], reply: Any) -> None:
+def _receive_shared(session: Session, consumed: Consumed, streams: Sequence[StreamConsumer], reply: Any) -> None:
     if isinstance(reply, ReplyError) and is_of_one_key(reply):
         session.rest(streams[0], reply)
         return
@@ -125,17 +124,15 @@ def _take_shared(session: Session, consumed: Consumed, streams: Sequence[StreamC
     woken = False
     for consumer, found in zip(streams, parts, strict=True):
         woken |= consumed.moved(consumer.keys.prefix, *found[:2])
-        fresh = consumer.take_found(session.link(consumer), int(now_ms), found)
-        if fresh:
-            consumer.absorb(session.link(consumer), fresh)
-    if any(consumer.buffer for consumer in streams):
+        consumer.receive(int(now_ms), found)
+    if any(consumer.backlog.buffer for consumer in streams):
         consumed.rung = True
     if woken:
         # Something else than a message may have come: a stream of another priority.
         consumed.queue.recorded()
         if set(consumed.queue.priorities) != set(consumed.streams):
             session.join(consumed)
-    consumed.next_due = min((c.next_due for c in streams if c.next_due is not None), default=None)
+    consumed.next_due = min((c.arrivals.next_due for c in streams if c.arrivals.next_due is not None), default=None)
 
 
 def hand_out(session: Session, consumed: Consumed, most: int, out: list[tuple[dict[str, Any], str]]) -> None:
@@ -145,7 +142,7 @@ def hand_out(session: Session, consumed: Consumed, most: int, out: list[tuple[di
         groups.reverse()
     consumed.shards_first = not consumed.shards_first
     for consumer in (c for group in groups for c in group if not c.rest):
-        consumer.lanes.open_due(now)
+        consumer.backlog.lanes.open_due(now)
         try:
             _hand_out(session, consumed, consumer, most, out)
         except ReplyError as exc:
@@ -157,8 +154,8 @@ def hand_out(session: Session, consumed: Consumed, most: int, out: list[tuple[di
 def _hand_out(
     session: Session, consumed: Consumed, consumer: StreamConsumer, most: int, out: list[tuple[dict[str, Any], str]]
 ) -> None:
-    while len(out) < most and consumer.has_work():
-        batches = consumer.take_free(session.link(consumer), most - len(out))
+    while len(out) < most and consumer.backlog.has_work():
+        batches = consumer.hand_out(most - len(out))
         if not batches:
             break
         for position, batch in enumerate(batches):
@@ -177,7 +174,7 @@ def _handed(
 ) -> tuple[dict[str, Any], str] | None:
     delivery = batch.deliveries[0]
     if not delivery.fresh and not consumer.lease.shared:
-        following = consumer.replaced(session.link(consumer), batch)
+        following = consumer.replaced(batch)
         if following is None:
             return None
         delivery = following
@@ -186,7 +183,7 @@ def _handed(
     except Exception as exc:
         consumer.reject(batch, str(exc), "undecodable")
         return None
-    if expired(payload, delivery.entry_id, consumer.redis_ms()):
+    if expired(payload, delivery.entry_id, consumer.backlog.redis_ms()):
         consumer.end(batch)
         consumed.left_out += 1
         return None

@@ -9,7 +9,8 @@ from ..clock import mono_s
 from ..coordination.keeper import Keeper
 from ..coordination.lease import Lease
 from ..errors import StreamTaskError
-from ..queue.held import ConsumerSettings
+from ..queue.fence import LinksByKey
+from ..queue.rules import ConsumerSettings
 from ..redis.connection import Broker
 from ..text import logger
 from .consumed import Consumed
@@ -25,7 +26,7 @@ KEEPER_PAUSE_S = 1.0
 
 
 class Read:
-    """See ``queue.held.Reading``. The keeper may be replaced meanwhile."""
+    """See ``queue.arrivals.Reading``. The keeper may be replaced meanwhile."""
 
     def __init__(self, ownership: Ownership, lease: Lease) -> None:
         self._ownership = ownership
@@ -59,6 +60,7 @@ class Ownership:
         broker: Broker,
         options: Options,
         settings: ConsumerSettings,
+        links: LinksByKey,
         incarnation: str,
         consumed: Mapping[str, Consumed],
         touched: Mapping[str, Touched],
@@ -67,6 +69,7 @@ class Ownership:
         self._broker = broker
         self._options = options
         self.settings = settings
+        self._links = links
         self._incarnation = incarnation
         self._consumed = consumed
         self._touched = touched
@@ -172,7 +175,7 @@ class Ownership:
     def trusted_until(self, consumer: StreamConsumer) -> float:
         """Until when (monotonic) the keeper vouches for a shard, also one that is cut off or dead since. From any thread."""
         keeper = self._keeper
-        return 0.0 if keeper is None or consumer.number < 0 else keeper.trusted[consumer.number]
+        return 0.0 if keeper is None or consumer.backlog.number < 0 else keeper.trusted[consumer.backlog.number]
 
     def close(self) -> None:
         if self._keeper is not None:
@@ -231,15 +234,15 @@ class Ownership:
         lease = Lease(names, GROUP, self._incarnation, self._options.lease_ms, False, token, 0.0, by_expiry)
         held = consumed.shards.get(shard)
         if held is not None and held.lease.token == lease.token:
-            held.closing = False  # told again by a new keeper
-            held.number = number
+            held.backlog.closing = False  # told again by a new keeper
+            held.backlog.number = number
             return
         if held is not None:
             self._tell_lost(held, None)
-        consumer = StreamConsumer(lease, consumed.queue.name, shard, self.settings)
-        consumer.number = number
-        consumer.reading = Read(self, lease)
-        consumer.needs_audit = True  # the pending entries come first
+        consumer = StreamConsumer(lease, consumed.queue.name, shard, self.settings, self._links)
+        consumer.backlog.number = number
+        consumer.arrivals.reading = Read(self, lease)
+        consumer.fence.needs_audit = True  # the pending entries come first
         consumer.taken_over = True
         consumed.shards[shard] = consumer
         consumed.rung = True
@@ -252,7 +255,7 @@ class Ownership:
             self.keeper().released(number)
             return
         consumed, shard = found
-        consumed.shards[shard].closing = True
+        consumed.shards[shard].backlog.closing = True
         self.releasing.add(number)
         self._going.append(consumed.shards[shard])
 
@@ -261,7 +264,7 @@ class Ownership:
         self.releasing.discard(number)
         found = self._numbers.get(number)
         if found is not None and found[1] in found[0].shards:
-            found[0].shards[found[1]].closing = False
+            found[0].shards[found[1]].backlog.closing = False
             found[0].rung = True
 
     def _lost_shared(self, order: dict[str, Any]) -> None:
@@ -278,7 +281,7 @@ class Ownership:
         for number in list(self.releasing):
             consumed, shard = self._numbers[number]
             consumer = consumed.shards[shard]
-            if consumer.handed or not consumer.idle() or consumer.has_something_to_write():
+            if consumer.backlog.handed or not consumer.idle() or consumer.has_something_to_write():
                 continue
             self.releasing.discard(number)
             del self._numbers[number]

@@ -21,13 +21,12 @@ from typing import Any
 from ..clock import mono_s
 from ..coordination.lease import join_shared, reap
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
-from ..queue.delivery import Batch
-from ..queue.held import ConsumerSettings
+from ..queue.backlog import Batch
 from ..queue.producer import Producer
+from ..queue.rules import ConsumerSettings
 from ..redis import keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
-from ..redis.link import Link
 from ..text import logger
 from . import fetching, publish, taking
 from .connections import Connections
@@ -71,6 +70,7 @@ class Session:
             self.broker,
             self.options,
             self.consumer_settings,
+            self.connections.links,
             self.incarnation,
             self.consumed,
             self.vhost.touched,
@@ -90,10 +90,6 @@ class Session:
         self.ownership.close()
         self.begin()
         self.vhost.after_fork()
-
-    def link(self, consumer: StreamConsumer) -> Link:
-        """The link for a stream that this process consumes; under the lock."""
-        return self.connections.links.at(consumer.keys.stream)
 
     def look(self) -> None:
         """Looks whether Redis serves. Connections that are kept may be stale, which says nothing about the server: a new
@@ -191,12 +187,14 @@ class Session:
             if priority not in consumed.streams:
                 queue.open(shared(priority))
                 names = queue.shard_keys(shared(priority))
-                link = self.connections.links.at(names.stream)
+                links = self.connections.links
                 alive = queue.keys.alive(GROUP, names, cluster=self.broker.is_cluster)
-                lease = join_shared(link, names, GROUP, self.incarnation, self.options.lease_ms, alive=alive)
-                consumer = StreamConsumer(lease, queue.name, shared(priority), self.consumer_settings)
-                consumer.reading = Read(self.ownership, lease)
-                consumer.recover(link, takeover=False)
+                lease = join_shared(
+                    links.at(names.stream), names, GROUP, self.incarnation, self.options.lease_ms, alive=alive
+                )
+                consumer = StreamConsumer(lease, queue.name, shared(priority), self.consumer_settings, links)
+                consumer.arrivals.reading = Read(self.ownership, lease)
+                consumer.recover(takeover=False)
                 consumed.streams[priority] = consumer
         consumed.streams = dict(sorted(consumed.streams.items()))
         for consumer in consumed.streams.values():
@@ -214,7 +212,7 @@ class Session:
         except StreamTaskError as exc:
             log.info("a consumer could not be ended now: %s", exc)
             for consumer in consumed.streams.values():
-                if consumer.idle() and not consumer.handed:
+                if consumer.idle() and not consumer.backlog.handed:
                     self.ownership.forget(consumer.lease)  # which runs out
 
     def _end_idle(self, consumed: Consumed) -> None:
@@ -222,12 +220,12 @@ class Session:
         if consumed.in_keeper:
             self.ownership.leave(consumed)  # its channels were never closed
         for priority, consumer in list(consumed.streams.items()):
-            if consumer.handed or not consumer.idle() or consumer.has_to_flush():
+            if consumer.backlog.handed or not consumer.idle() or consumer.has_to_flush():
                 continue
             lease = consumer.lease
             self.ownership.forget(lease)
             del consumed.streams[priority]
-            link = self.link(consumer)
+            link = consumer.fence.link
             reap(link, lease.keys, GROUP, lease.incarnation, lease.lease_ms, gone=True, alive=lease.alive)
         if not consumed.streams and not consumed.shards:
             self.consumed.pop(consumed.queue.name, None)
@@ -279,7 +277,7 @@ class Session:
         for consumed in self.consumed.values():
             consumed.rung = True
             for consumer in consumed.consumers():
-                consumer.connection_lost()
+                consumer.claimer.connection_lost()
 
     def lost_streams(self, why: str, name: str) -> None:
         """The leases of a queue's shared streams ran out, or their records are gone: what was delivered is others'. Begins
@@ -300,11 +298,11 @@ class Session:
         tells."""
         asked = [c for one in self.consumed.values() if one.queue.name != name for c in one.streams.values()]
         try:
-            answers = self.connections.links.pipeline([(c.keys.stream, c.guard_command) for c in asked])
+            answers = self.connections.links.pipeline([(c.keys.stream, c.fence.guard_command) for c in asked])
         except StreamTaskError:
             return set()
         pairs = zip(asked, answers, strict=True)
-        return {c.queue for c, answer in pairs if not (isinstance(answer, Exception) or c.owns(answer))}
+        return {c.queue for c, answer in pairs if not (isinstance(answer, Exception) or c.fence.owns(answer))}
 
     def rest(self, consumer: StreamConsumer, exc: ReplyError) -> None:
         """Redis refuses something of one shard, or of a queue's shared streams."""
@@ -314,7 +312,7 @@ class Session:
         if consumer.lease.shared and consumed is not None and consumed.streams:
             resting = list(consumed.streams.values())
         for one in resting:
-            one.connection_lost()  # a part may have been done
+            one.claimer.connection_lost()  # a part may have been done
             one.rest.begin()
         named = (key for one in resting for key in (one.lease.key, *one.keys.all(GROUP)))
         consumer.rest.say(what, exc, named, self.connections.links.pipeline)
@@ -329,7 +327,7 @@ class Session:
         streams = (SHARED, *(shared(priority) for priority in queue.priorities[1:]))
         named = (queue.keys.meta, *(key for one in streams for key in queue.keys.shard(epoch, one).all(GROUP)))
         for one in consumed.consumers():
-            one.connection_lost()
+            one.claimer.connection_lost()
         consumed.rest.begin()
         consumed.rest.say(f"queue {queue.name}", exc, named, self.connections.links.pipeline)
         consumed.rung = True
@@ -474,7 +472,7 @@ class Session:
         if handed is None or handed.consumer.lease.shared:
             return True  # such a one keeps no order, or it was taken for good
         consumer = handed.consumer
-        if not consumer.closing:
+        if not consumer.backlog.closing:
             if mono_s() < self.ownership.trusted_until(consumer):
                 return True
             try:
@@ -516,7 +514,7 @@ class Session:
                 return False
             consumer, delivery = handed.consumer, handed.batch.deliveries[0]
             # A retry in the place of its entry has waited there.
-            if consumer.generation(delivery.entry_id) or due_ms <= consumer.redis_ms():
+            if consumer.generation(delivery.entry_id) or due_ms <= consumer.backlog.redis_ms():
                 return False
         publish.put_off(self, consumer.queue, consumer.shard, delivery, due_ms)
         return self.deliveries.ack(tag) or True
@@ -528,7 +526,7 @@ class Session:
             self.flush()  # what ended before it must not be counted with it
             with self.guarded():
                 try:
-                    consumer.mark(self.link(consumer), batch)
+                    consumer.mark(batch)
                 except LeaseLost as exc:
                     self.lost(consumer, str(exc))
                     return False
@@ -576,7 +574,7 @@ class Session:
 
     def _flush(self, consumed: Consumed, consumer: StreamConsumer) -> None:
         try:
-            consumer.flush(self.link(consumer))
+            consumer.flush()
         except (LeaseLost, ReplyError) as exc:
             if isinstance(exc, ReplyError) and is_of_one_key(exc):
                 self.rest(consumer, exc)
@@ -584,7 +582,7 @@ class Session:
             if isinstance(exc, ReplyError) and exc.code != "NOGROUP":
                 raise
             self.lost(consumer, str(exc))
-        if consumer.lanes.has_ready() or consumer.lanes.next_due() is not None:
+        if consumer.backlog.lanes.has_ready() or consumer.backlog.lanes.next_due() is not None:
             consumed.rung = True
 
     # Upkeep
@@ -636,7 +634,7 @@ class Session:
         while mono_s() < until:
             with self.lock:
                 if not any(
-                    not consumer.handed
+                    not consumer.backlog.handed
                     for consumed in self.consumed.values()
                     if not consumed.users
                     for consumer in consumed.shards.values()

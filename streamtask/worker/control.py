@@ -2,9 +2,9 @@
 
 Each turn: take what has arrived (orders of the supervisor, a fetch's reply, ended deliveries), hand out what can run,
 send the next fetch, then write (results, notes, dead letters, acknowledgements). Executors and the supervisor only post
-to it. Three connections: that of the ``Fetcher``, on which a fetch is always on its way or blocked, that of the ``Settler``,
-and one for everything else, whose answers are waited for. What wakes the owner of a shard is looked at every few milliseconds
-however busy the process is.
+to it. Three connections: that of the ``Fetcher``, on which a fetch is always on its way or blocked, that of the
+``Acknowledger``, and one for everything else, whose answers are waited for. What wakes the owner of a shard is looked at every
+few milliseconds however busy the process is.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from typing import Any, Protocol
 from ..clock import mono_s
 from ..coordination.shared import SharedMemory
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
+from ..queue.acknowledger import Acknowledger
+from ..queue.backlog import Backlog, Batch
 from ..queue.consumer import ShardConsumer
-from ..queue.delivery import Batch, Delivery, Entry, Outcome
+from ..queue.delivery import Entry
 from ..queue.fetcher import Fetcher
-from ..queue.held import Held
-from ..queue.settler import Settler
 from ..redis import wire
 from ..redis.link import Link
+from ..redis.links import Links
 from ..redis.misplaced import by, naming
 from ..redis.outage import Outage, Rarely
 from ..text import logger
 from .ending import end_process
 from .outbox import Outbox
 from .owned import Owned
-from .ports import Place, TaskRunner, WorkerSettings
+from .ports import TaskRunner, WorkerSettings, results_of
 
 log = logger("streamtask.worker")
 
@@ -58,8 +59,8 @@ class Executor(Protocol):
     def submit(self, batch: Batch) -> None: ...
     def cut(self, batch: Batch) -> int | None: ...
     def position(self, batch: Batch) -> int: ...
-    def withdraw(self, consumer: ShardConsumer) -> None: ...
-    def forget(self, consumer: ShardConsumer) -> None: ...
+    def withdraw(self, backlog: Backlog) -> None: ...
+    def forget(self, backlog: Backlog) -> None: ...
 
 
 class Supervisor(Protocol):
@@ -68,10 +69,6 @@ class Supervisor(Protocol):
     def fileno(self) -> int: ...
     def receive(self) -> Iterator[dict[str, Any]]: ...
     def send(self, op: str, **fields: Any) -> None: ...
-
-
-def _place_of(consumer: Held) -> Place:
-    return Place(consumer.queue, consumer.shard, consumer.lease.token, lambda deadline: None, False)
 
 
 class Control:
@@ -96,9 +93,9 @@ class Control:
         # Of ``ack_batch``; with ack="each" one, or one for each executor.
         self._half = max(settings.consumer.ack_batch // 2, settings.concurrency)
         broker = settings.broker
-        self._link = broker.link()
+        self._links = Links(broker, broker.timeout_s)
         self._fetcher = Fetcher(broker)
-        self._settler = Settler(broker)
+        self._acknowledger = Acknowledger(broker)
         self._outbox = Outbox(settings.result_broker)
         self._down_until = 0.0
         self._outage = Outage(log, 0.02, 1.0)
@@ -132,7 +129,7 @@ class Control:
     def forked(self) -> None:
         """In a child that a body has forked: nothing more starts there."""
         for owned in self._owned.values():
-            owned.consumer.halted = True
+            owned.consumer.backlog.halted = True
 
     def tell_ended(self) -> None:
         """Called by executors after they have put a batch into ``ended``."""
@@ -189,22 +186,23 @@ class Control:
             self._look_at = None
         for owned in self._owned.values():
             consumer = owned.consumer
+            backlog, arrivals = consumer.backlog, consumer.arrivals
             if owned.quiet_until > now:
                 wake = min(wake, owned.quiet_until)
                 continue
-            if consumer.finished and not consumer.settling:  # whose answer wakes the loop
-                wake = min(wake, max(consumer.finished_since + self._settings.ack_interval_s, self._outbox.again_at))
-            if consumer.halted and not consumer.closing:
+            if backlog.finished and not consumer.settler.settling:  # whose answer wakes the loop
+                wake = min(wake, max(backlog.finished_since + self._settings.ack_interval_s, self._outbox.again_at))
+            if backlog.halted and not backlog.closing:
                 wake = min(wake, now + 0.02)
-            if consumer.next_due is not None and not consumer.closing:
-                wake = min(wake, consumer.next_due)
-            if consumer.room is not None and not consumer.closing:
-                if consumer.on_offer and consumer.has_room():
+            if arrivals.next_due is not None and not backlog.closing:
+                wake = min(wake, arrivals.next_due)
+            if arrivals.room is not None and not backlog.closing:
+                if arrivals.on_offer and arrivals.has_room():
                     wake = now
-                elif self._busy() and (consumer.waits() or self._left_in_batch(consumer)):
+                elif self._busy() and (backlog.waits() or self._left_in_batch(consumer)):
                     wake = min(wake, max(self._moved_at + AHEAD_S, now + 0.005))  # to be offered again
             wake = min(wake, owned.next_audit)
-            due = consumer.lanes.next_due()
+            due = backlog.lanes.next_due()
             if due is not None:
                 wake = min(wake, due)
         if self._fetcher.asked is None and self._cold_at > now:
@@ -223,7 +221,7 @@ class Control:
         """Runs a step; an outage makes the loop wait and find out afterwards what was lost."""
         try:
             step()
-            if self._outage and self._link.connected:
+            if self._outage and self._links.connected:
                 self._outage.over(self._settings.broker.safe_url)
         except (BrokerUnavailable, ReplyError) as exc:
             # Also an answer that is of no one shard, and not known to pass: nothing that runs is the worse for it.
@@ -234,15 +232,15 @@ class Control:
             self._down_until = mono_s() + 0.2
 
     def _lost_connection(self, exc: StreamTaskError) -> None:
-        self._link.close()
+        self._links.close()
         for fd in self._sockets:
             self._poll.unregister(fd)
         self._sockets.clear()
-        self._settler.drop()
+        self._acknowledger.drop()
         self._fetcher.drop()
         # Of every shard: Redis may be another one now, or the same without its last second.
         for owned in self._owned.values():
-            owned.consumer.connection_lost()
+            owned.consumer.claimer.connection_lost()
         self._down_until = mono_s() + self._outage.met(exc)
 
     def _listen(self, link: Link, take: Callable[[], None]) -> None:
@@ -275,15 +273,12 @@ class Control:
         home = self._queues[queue]
         keys = home.keys.shard(epoch, shard)
         lease = Lease(keys, group, incarnation, self._settings.lease_ms, shared, token, 0.0, by_expiry)
-        consumer = ShardConsumer(lease, queue, shard, self._settings.consumer)
-        consumer.on_revoked = self._store_revoked  # type: ignore[method-assign]
-        consumer.on_dead = self._store_dead  # type: ignore[method-assign]
-        consumer.revoked = self._revoked_ids[queue]
-        consumer.before_mark = self._settle_first  # type: ignore[method-assign]
-        consumer.number = number
+        consumer = ShardConsumer(lease, queue, shard, self._settings.consumer, self._links)
+        consumer.backlog.revoked = self._revoked_ids[queue]
+        consumer.backlog.number = number
         if shared:
-            consumer.room = 0
-        consumer.reading = self._memory.reading(number)
+            consumer.arrivals.room = 0
+        consumer.arrivals.reading = self._memory.reading(number)
         owned = Owned(number, consumer, home, mono_s() + self._settings.audit_s)
         self._owned[number] = owned
         if shared:
@@ -294,15 +289,15 @@ class Control:
     def _release(self, *, number: int) -> None:
         owned = self._owned.get(number)
         if owned is not None:
-            owned.consumer.closing = True
-            owned.consumer.halted = True
+            owned.consumer.backlog.closing = True
+            owned.consumer.backlog.halted = True
             assert self.executor is not None
-            self.executor.withdraw(owned.consumer)
+            self.executor.withdraw(owned.consumer.backlog)
 
     def _resume(self, *, number: int) -> None:
         owned = self._owned.get(number)
         if owned is not None and not self._stopping:
-            owned.consumer.closing = False
+            owned.consumer.backlog.closing = False
 
     def _stop(self) -> None:
         self._stopping = True
@@ -318,30 +313,32 @@ class Control:
         known.difference_update(map(wire.id_bytes, over))
 
     def _forget(self, owned: Owned) -> None:
+        self._store_results(owned.consumer)
         self._owned.pop(owned.number, None)
         if owned in self._shared:
             self._shared.remove(owned)
         if owned in self._turn_order:
             self._turn_order.remove(owned)
         if self.executor is not None:
-            self.executor.forget(owned.consumer)
+            self.executor.forget(owned.consumer.backlog)
 
     def _lost(self, owned: Owned) -> None:
         """Another process owns the shard: everything of it is dropped, and the supervisor ends this process."""
         log.error(
             "lost the lease queue=%s shard=%s token=%d",
             owned.queue.name,
-            owned.consumer.shard,
-            owned.consumer.lease.token,
+            owned.consumer.fence.shard,
+            owned.consumer.fence.lease.token,
         )
-        owned.consumer.halted = True
+        owned.consumer.backlog.halted = True
         self._forget(owned)
         self._supervisor.send("lost", number=owned.number)
 
     def _suspect(self, owned: Owned) -> None:
         """A call was refused: is the lease another's, or is its record gone (a flush), to be written anew by the keeper?"""
-        answer = self._link.call(owned.consumer.guard_command)
-        if owned.consumer.owns(answer):
+        fence = owned.consumer.fence
+        answer = fence.link.call(fence.guard_command)
+        if fence.owns(answer):
             return
         if answer[1] is None:
             owned.quiet_until = mono_s() + 0.1
@@ -355,15 +352,19 @@ class Control:
         if fetcher.asked is not None and not fetcher.blocked:
             return
         now = mono_s()
-        ready = [o for o in self._owned.values() if not o.takeover and o.quiet_until <= now and not o.consumer.closing]
+        ready = [
+            o
+            for o in self._owned.values()
+            if not o.takeover and o.quiet_until <= now and not o.consumer.backlog.closing
+        ]
         chosen, look, block = self._to_read(ready, now)
         if fetcher.asked is not None:
             # It waits for something. Is that still what is to be waited for?
             asked = {self._of(consumer) for consumer in fetcher.asked}
             if asked.issuperset(chosen) and not any(o is None or self._is_over(o, now) for o in asked):
                 return
-            if fetcher.unblock(self._link):
-                self._take_fetch()
+            if fetcher.unblock():
+                self._receive_fetch()
                 self._send_fetch()
             else:
                 self._look_at = mono_s() + 0.001  # not blocked yet, or not any more
@@ -379,37 +380,39 @@ class Control:
         if look and not block:
             self._cold_at = now + self._cold_s
         fetcher.send([o.consumer for o in ready], [o.consumer for o in chosen], look=look, block=block)
-        self._listen(fetcher.link, self._take_fetch)
+        self._listen(fetcher.link, self._receive_fetch)
 
-    def _of(self, consumer: Held) -> Owned | None:
-        owned = self._owned.get(consumer.number)
+    def _of(self, consumer: ShardConsumer) -> Owned | None:
+        owned = self._owned.get(consumer.backlog.number)
         return owned if owned is not None and owned.consumer is consumer else None
 
     def _is_over(self, owned: Owned, now: float) -> bool:
         """Whether a shard is not to be waited for any more: given back, others' to read, or to be audited with no fetch under
         way."""
-        return owned.consumer.closing or owned.consumer.room == 0 or owned.audit_due(now)
+        return owned.consumer.backlog.closing or owned.consumer.arrivals.room == 0 or owned.audit_due(now)
 
     def _to_read(self, ready: list[Owned], now: float) -> tuple[list[Owned], bool, bool]:
         """The shards to read next, whether to look at what wakes any, and whether to wait until something comes.
 
         Of those that have more, only as many as are run soon: what has to lie in memory until its turn comes has left the
         CPU's cache by then. The others, and all wakes, are looked at from time to time meanwhile."""
-        with_room = [o for o in ready if o.consumer.has_room() and not o.audit_due(now) and not o.offers_first()]
+        with_room = [
+            o for o in ready if o.consumer.arrivals.has_room() and not o.audit_due(now) and not o.offers_first()
+        ]
         if len(with_room) == len(ready) and not any(o.full for o in ready):
             return with_room, bool(ready), True
         fetch_count = self._settings.consumer.fetch_count
-        held = sum(len(o.consumer.buffer) for o in ready if not o.consumer.halted)
+        held = sum(len(o.consumer.backlog.buffer) for o in ready if not o.consumer.backlog.halted)
         room = max(0 if held else 1, READ_AHEAD - held // fetch_count)
         hot = sorted((o for o in with_room if o.full), key=lambda o: o.read_at)[:room]
         if now < self._cold_at:
             return hot, False, False
         return hot + [o for o in with_room if not o.full], True, not hot and self._cold_s >= COLD_FETCH_S[1]
 
-    def _take_fetch(self) -> None:
+    def _receive_fetch(self) -> None:
         asked = self._fetcher.asked or ()
         try:
-            fetched = self._fetcher.take()
+            fetched = self._fetcher.receive()
             for consumer in fetched.woken:
                 if (owned := self._of(consumer)) is not None:
                     owned.woken = True
@@ -417,7 +420,7 @@ class Control:
                 if (owned := self._of(consumer)) is not None:
                     owned.quiet_until = mono_s() + 0.1
             for consumer in fetched.lost:
-                if (owned := self._of(consumer)) is not None and not consumer.closing:
+                if (owned := self._of(consumer)) is not None and not consumer.backlog.closing:
                     self._lost(owned)
             for consumer, exc in fetched.refused:
                 if (owned := self._of(consumer)) is not None:
@@ -425,7 +428,7 @@ class Control:
             self._absorb(fetched.read)
         except StreamTaskError:
             for consumer in asked:
-                consumer.needs_audit = True  # what came beside the error is pending, and not here
+                consumer.fence.needs_audit = True  # what came beside the error is pending, and not here
             raise
         if asked and not fetched.read:
             # Refused: a guard has changed. They are to be read all the same.
@@ -451,24 +454,24 @@ class Control:
         self._cold_s = COLD_FETCH_S[0] if anything else min(COLD_FETCH_S[1], self._cold_s * 2)
 
     def _take_entries(self, owned: Owned, entries: list[Entry]) -> None:
-        owned.full = len(entries) >= owned.consumer.asked
+        owned.full = len(entries) >= owned.consumer.arrivals.asked
         if entries:
             try:
-                owned.consumer.absorb(self._link, entries)
+                owned.consumer.arrivals.absorb(entries)
             except LeaseLost:
-                owned.consumer.needs_audit = True
+                owned.consumer.fence.needs_audit = True
                 self._suspect(owned)
 
     def _stream_gone(self, owned: Owned) -> None:
         log.critical(
             "data loss: the stream or its group is gone (a flush, an eviction, or somebody deleted it); messages that were "
             "not read are lost; the group is made anew queue=%s shard=%s",
-            owned.queue.name, owned.consumer.shard,
+            owned.queue.name, owned.consumer.fence.shard,
         )  # fmt: skip
         owned.queue.forget()
         owned.queue.declare((self._settings.consumer.group,))
-        owned.consumer.last_id = "0-0"
-        owned.consumer.wake_id = "0-0"
+        owned.consumer.arrivals.last_id = "0-0"
+        owned.consumer.arrivals.wake_id = "0-0"
         owned.full = True
 
     # Working
@@ -489,9 +492,9 @@ class Control:
                 self._outbox.add(batch.results)
                 batch.results = []
             if self._parallel:
-                batch.consumer.complete_free(batch)
+                batch.backlog.complete_free(batch)
             else:
-                batch.consumer.complete(batch)
+                batch.backlog.complete(batch)
         if not executor.out:
             self._progress_at = None
         elif not self._parallel:
@@ -502,7 +505,7 @@ class Control:
                     results, batch.results = batch.results, []
                     self._outbox.add(results)
                 ended = position - batch.collected
-                batch.consumer.collect(batch, position)
+                batch.backlog.collect(batch, position)
                 self._progress_at = mono_s() + self._settings.ack_interval_s
             elif self._progress_at is not None and mono_s() >= self._progress_at:
                 self._progress_at = None  # a long body: its end wakes this thread
@@ -552,48 +555,50 @@ class Control:
             except ReplyError as why:
                 exc = why
         if owned.refusals.worth_saying(exc.code):
-            text = naming(exc, owned.consumer.keys.all(self._settings.consumer.group), by(self._link))
-            log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, owned.consumer.shard, text)
+            fence = owned.consumer.fence
+            text = naming(exc, fence.keys.all(fence.group), by(fence.link))
+            log.error("Redis refused a call queue=%s shard=%s: %s", owned.queue.name, fence.shard, text)
         owned.quiet_until = mono_s() + 1.0
 
     def _prepare(self, owned: Owned) -> None:
         """What must be done before a shard's messages can run."""
         consumer, now = owned.consumer, mono_s()
+        backlog, arrivals = consumer.backlog, consumer.arrivals
         if owned.quiet_until > now:
             return
         if owned.audit_due(now):
             if consumer in (self._fetcher.asked or ()):
                 return  # what its reply brings is pending already; the next fetch leaves this shard out
             self._audit(owned)
-        if consumer.has_to_recover():
-            consumer.recover_more(self._link)
-        due = consumer.next_due is not None and now >= consumer.next_due
-        if not consumer.closing and (owned.woken or due or (consumer.on_offer and consumer.has_room())):
+        if consumer.claimer.has_to_recover():
+            consumer.claimer.recover_more()
+        due = arrivals.next_due is not None and now >= arrivals.next_due
+        if not backlog.closing and (owned.woken or due or (arrivals.on_offer and arrivals.has_room())):
             self._settle_first()
-            consumer.next_due = now + 0.5  # unless the answer says
-            consumer.look(self._link)
+            arrivals.next_due = now + 0.5  # unless the answer says
+            arrivals.look()
             owned.woken = False
-        consumer.lanes.open_due(now)
+        backlog.lanes.open_due(now)
         # A batch in sequence has to come back first, with what it did not start. Side by side each message closes its lane.
-        back = consumer.halted and not consumer.closing and (self._parallel or not consumer.handed)
+        back = backlog.halted and not backlog.closing and (self._parallel or not backlog.handed)
         if back and self._memory.trusted[owned.number] > now:
-            consumer.halted = False
+            backlog.halted = False
 
     def _audit(self, owned: Owned) -> None:
         """Takes what is pending and not here, and looks at all that a wake may have told of: at a takeover, when a connection
         broke, and once in a while. What only the last finds was overlooked before, and is a fault of this program."""
         consumer = owned.consumer
-        in_passing = not owned.takeover and not consumer.needs_audit
-        left = consumer.overlooked(self._link) if in_passing and not owned.woken else 0
+        in_passing = not owned.takeover and not consumer.fence.needs_audit
+        left = consumer.claimer.overlooked() if in_passing and not owned.woken else 0
         self._settle_first()
-        found = consumer.recover(self._link, takeover=owned.takeover)
+        found = consumer.claimer.recover(takeover=owned.takeover)
         if in_passing and (found or left):
             log.warning(
                 "found by the audit: %d pending entries that were not held, %d on offer that were not taken queue=%s shard=%s",
-                found, left, owned.queue.name, consumer.shard,
+                found, left, owned.queue.name, consumer.fence.shard,
             )  # fmt: skip
         if in_passing and not owned.queue.broker.is_cluster:  # there it is another server's to say
-            owned.queue.see_groups(self._link)
+            owned.queue.see_groups(consumer.fence.link)
         owned.takeover = False
         owned.woken = True
         owned.next_audit = mono_s() + self._settings.audit_s
@@ -617,7 +622,7 @@ class Control:
             if room <= 0:
                 break
             consumer = owned.consumer
-            if owned.takeover or owned.quiet_until > mono_s() or not consumer.has_work():
+            if owned.takeover or owned.quiet_until > mono_s() or not consumer.backlog.has_work():
                 continue
             if self._memory.trusted[owned.number] <= mono_s():
                 continue
@@ -628,10 +633,10 @@ class Control:
                 if self._parallel:
                     share = max(1, room // 2) if len(self._turn_order) > 1 else room
                     at_once = self._settings.concurrency - len(executor.out)
-                    batches = consumer.take_free(self._link, min(share, limit), at_once=at_once)
+                    batches = consumer.hand_out_free(min(share, limit), at_once=at_once, before_mark=self._settle_first)
                 else:
                     # A start mark is written for what starts now, not for what waits behind another batch.
-                    batch = consumer.take(self._link, limit, may_mark=not executor.out)
+                    batch = consumer.hand_out(limit, may_mark=not executor.out, before_mark=self._settle_first)
                     batches = [batch] if batch else []
             except LeaseLost:
                 self._suspect(owned)
@@ -655,7 +660,7 @@ class Control:
                 self._turn_order.append(owned)
         if not served or len(executor.out[0].ids) > FEW:
             return False
-        return not any(o.full or o.consumer.has_work() or o.consumer.has_to_write() for o in self._turn_order)
+        return not any(o.full or o.consumer.backlog.has_work() or o.consumer.has_to_write() for o in self._turn_order)
 
     # Shared streams: others could run it, too
 
@@ -668,7 +673,7 @@ class Control:
         assert self.executor is not None
         if self._parallel:
             return False
-        return any(b.consumer is consumer and len(b.ids) - b.collected > 1 for b in self.executor.out)
+        return any(b.backlog is consumer.backlog and len(b.ids) - b.collected > 1 for b in self.executor.out)
 
     def _make_room(self) -> None:
         """Says of each shared stream how much of it to read: what begins at once, and so much as will have begun after
@@ -684,8 +689,8 @@ class Control:
         left = free + ahead - max(0, handed - concurrency)
         for owned in self._shared:
             consumer = owned.consumer
-            room = left - len(consumer.buffer)
-            consumer.room = min(self._settings.consumer.fetch_count, room) if room > ahead // 2 else 0
+            room = left - len(consumer.backlog.buffer)
+            consumer.arrivals.room = min(self._settings.consumer.fetch_count, room) if room > ahead // 2 else 0
 
     def _read_in_turn(self) -> None:
         """Where messages of shards wait, a free executor has one of them again before the next fetch is answered, and a
@@ -695,19 +700,19 @@ class Control:
             consumer = owned.consumer
             if owned.read_at + AHEAD_S > now or owned.takeover or owned.quiet_until > now:
                 continue
-            if consumer.buffer or not consumer.has_room() or consumer in (self._fetcher.asked or ()):
+            if consumer.backlog.buffer or not consumer.arrivals.has_room() or consumer in (self._fetcher.asked or ()):
                 continue
-            if not any(o.consumer.has_work() for o in self._turn_order if o not in self._shared):
+            if not any(o.consumer.backlog.has_work() for o in self._turn_order if o not in self._shared):
                 return  # the next fetch reads it
             owned.read_at = now
             try:
-                consumer.asked = consumer.read_count()
-                self._take_entries(owned, consumer.fetch(self._link, consumer.asked))
+                consumer.arrivals.asked = consumer.arrivals.read_count()
+                self._take_entries(owned, consumer.arrivals.fetch(consumer.arrivals.asked))
             except LeaseLost:
-                consumer.needs_audit = True
+                consumer.fence.needs_audit = True
                 self._suspect(owned)
             except ReplyError as exc:
-                consumer.needs_audit = True
+                consumer.fence.needs_audit = True
                 self._refused(owned, exc)
 
     def _offer_again(self) -> None:
@@ -718,36 +723,38 @@ class Control:
         assert executor is not None
         for owned in list(self._shared):
             consumer = owned.consumer
-            if consumer.closing or owned.takeover or owned.quiet_until > mono_s():
+            if consumer.backlog.closing or owned.takeover or owned.quiet_until > mono_s():
                 continue
             if self._parallel:
-                executor.withdraw(consumer)
+                executor.withdraw(consumer.backlog)
                 self._collect()
-            elif (batch := executor.out[0]).consumer is consumer and (end := executor.cut(batch)) is not None:
-                consumer.take_back(batch, end)
-            if consumer.waits():
+            elif (batch := executor.out[0]).backlog is consumer.backlog and (end := executor.cut(batch)) is not None:
+                consumer.backlog.cut_off(batch, end)
+            if consumer.backlog.waits():
                 try:
-                    count = consumer.offer_again(self._link)
+                    count = consumer.offer_again()
                     log.debug("offered again messages=%d queue=%s", count, owned.queue.name)
                 except LeaseLost:
-                    consumer.needs_audit = True  # they are pending, and not here
+                    consumer.fence.needs_audit = True  # they are pending, and not here
                     self._suspect(owned)
                 except ReplyError as exc:
-                    consumer.needs_audit = True
+                    consumer.fence.needs_audit = True
                     self._refused(owned, exc)
 
     def _settle_first(self) -> None:
         """Before something that may take this process down: what has ended is on its way to be acknowledged, or each new death
         would run it again, or charge it."""
+        for owned in self._owned.values():
+            self._store_results(owned.consumer)
         if not self._outbox.send():
             return
         for owned in list(self._owned.values()):
             consumer = owned.consumer
-            while consumer.settling and consumer.finished:
-                self._take_settled()
-            if consumer.finished and owned.quiet_until <= mono_s():
-                self._settler.send(consumer)
-                self._listen(self._settler.link, self._take_settled)
+            while consumer.settler.settling and consumer.backlog.finished:
+                self._receive_settled()
+            if consumer.backlog.finished and owned.quiet_until <= mono_s():
+                self._acknowledger.send(consumer)
+                self._listen(self._acknowledger.link, self._receive_settled)
 
     # Writing
 
@@ -759,7 +766,7 @@ class Control:
         out: int = sum(len(batch.ids) - batch.collected for batch in executor.out)
         room = self._half - out - self._ended()
         if room <= self._half // 2:
-            for owned in [o for o in self._owned.values() if o.consumer.finished]:
+            for owned in [o for o in self._owned.values() if o.consumer.backlog.finished]:
                 self._write_guarded(owned, settle=True)
             room = self._half - out - self._ended()
         return room
@@ -767,45 +774,50 @@ class Control:
     def _ended(self) -> int:
         # A shard whose acknowledgements are refused holds up no other.
         now = mono_s()
-        return sum(len(o.consumer.finished) for o in self._owned.values() if o.quiet_until <= now)
+        return sum(len(o.consumer.backlog.finished) for o in self._owned.values() if o.quiet_until <= now)
 
     def _room_of(self, consumer: ShardConsumer) -> int:
         """As ``_room``, of a shard: what is on its way may be refused, and with ``ack="each"`` a message waits for the
         acknowledgement of the one before the last."""
-        ended = len(consumer.finished)
+        ended = len(consumer.backlog.finished)
         if ended >= max(1, self._settings.consumer.ack_batch // 2):
             return 0
-        out = sum(len(batch.ids) - batch.collected for batch in consumer.handed.values())
-        return 2 * self._half - out - ended - len(consumer.settling)
+        out = sum(len(batch.ids) - batch.collected for batch in consumer.backlog.handed.values())
+        return 2 * self._half - out - ended - len(consumer.settler.settling)
 
     def _write(self, owned: Owned, settle: bool) -> None:
         consumer = owned.consumer
         if owned.quiet_until > mono_s() or owned.takeover:
-            if consumer.closing and owned.takeover:
+            if consumer.backlog.closing and owned.takeover:
                 self._handed_over(owned)
             return
+        self._store_results(consumer)
         stored = self._outbox.send()
-        if stored and consumer.has_writes():
-            while consumer.settling:
-                self._take_settled()
-            consumer.flush(self._link)
+        backlog, settler = consumer.backlog, consumer.settler
+        if stored and backlog.has_writes():
+            while settler.settling:
+                self._receive_settled()
+            try:
+                settler.flush()
+            finally:
+                self._store_results(consumer)
             self._look_at = mono_s()  # a lane may be open now
-        if stored and consumer.finished and not consumer.settling and (settle or self._settle_now(consumer)):
-            self._settler.send(consumer)
-            self._listen(self._settler.link, self._take_settled)
-        if consumer.closing and consumer.idle() and consumer not in (self._fetcher.asked or ()):
+        if stored and backlog.finished and not settler.settling and (settle or self._settle_now(backlog)):
+            self._acknowledger.send(consumer)
+            self._listen(self._acknowledger.link, self._receive_settled)
+        if backlog.closing and consumer.idle() and consumer not in (self._fetcher.asked or ()):
             self._handed_over(owned)
 
-    def _settle_now(self, consumer: ShardConsumer) -> bool:
-        if len(consumer.finished) >= self._half or consumer.closing:
+    def _settle_now(self, backlog: Backlog) -> bool:
+        if len(backlog.finished) >= self._half or backlog.closing:
             return True
         executor = self.executor
         if executor is not None and not executor.out:
             return True  # nothing runs that could be acknowledged with it
-        return mono_s() >= consumer.finished_since + self._settings.ack_interval_s
+        return mono_s() >= backlog.finished_since + self._settings.ack_interval_s
 
-    def _take_settled(self) -> None:
-        for consumer, exc in self._settler.take(self._link):
+    def _receive_settled(self) -> None:
+        for consumer, exc in self._acknowledger.receive():
             owned = self._of(consumer)
             if owned is not None and isinstance(exc, LeaseLost):
                 self._suspect(owned)
@@ -818,16 +830,11 @@ class Control:
 
     # Results
 
-    def _store_revoked(self, consumer: Held, delivery: Delivery) -> None:
-        result = self._runner.revoked(delivery, _place_of(consumer))
-        if result is not None:
-            self._outbox.add([(delivery, result)])
-
-    def _store_dead(self, consumer: Held, delivery: Delivery, outcome: Outcome) -> None:
-        result = self._runner.dead(delivery, _place_of(consumer), outcome)
-        if result is not None:
-            self._outbox.add([(delivery, result)])
+    def _store_results(self, consumer: ShardConsumer) -> None:
+        """Of what was revoked, before it is acknowledged, and of what lies among the dead letters now."""
+        for one in results_of(consumer, self._runner):
+            self._outbox.add([one])
 
     def idle(self) -> bool:
         """Whether nothing is buffered, running or unwritten; for the supervisor's display."""
-        return all(o.consumer.idle() and not o.consumer.buffer for o in self._owned.values())
+        return all(o.consumer.idle() and not o.consumer.backlog.buffer for o in self._owned.values())

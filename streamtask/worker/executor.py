@@ -23,8 +23,8 @@ from typing import Any
 
 from ..clock import mono_s
 from ..coordination.shared import SharedMemory, Slot
-from ..queue.consumer import ShardConsumer
-from ..queue.delivery import CLOSES, Batch, Delivery, Outcome
+from ..queue.backlog import Backlog, Batch
+from ..queue.delivery import CLOSES, Delivery, Outcome
 from ..text import logger
 from .ending import end_process, start_thread
 from .ports import Ended, Place, TaskRunner, goes_on
@@ -114,7 +114,7 @@ class SequentialExecutor:
         self._slot = memory.slot(0)
         self.between = between
         self._next: Batch | None = None
-        self._failed: dict[ShardConsumer, set[Hashable]] = {}
+        self._failed: dict[Backlog, set[Hashable]] = {}
         self._coroutines: Coroutines | None = None
         self._interruptible = interruptible
         self._fresh_context = copy_context().copy
@@ -163,11 +163,11 @@ class SequentialExecutor:
         cells[1] = end
         return end
 
-    def withdraw(self, consumer: ShardConsumer) -> None:
+    def withdraw(self, backlog: Backlog) -> None:
         """Nothing waits here: a batch that runs gives back what it has not started between two bodies."""
 
-    def forget(self, consumer: ShardConsumer) -> None:
-        self._failed.pop(consumer, None)
+    def forget(self, backlog: Backlog) -> None:
+        self._failed.pop(backlog, None)
 
     def close(self) -> None:
         """Ends the event loop, if there was one."""
@@ -177,13 +177,13 @@ class SequentialExecutor:
             self._coroutines = None
 
     def run_batch(self, batch: Batch) -> None:
-        consumer, items, slot = batch.consumer, batch.items, self._slot
-        lease = consumer.number
-        failed = self._failed.setdefault(consumer, set())
+        backlog, items, slot = batch.backlog, batch.items, self._slot
+        lease = backlog.number
+        failed = self._failed.setdefault(backlog, set())
         if failed:
             failed.difference_update(batch.reopened)
         in_main_thread = threading.current_thread() is threading.main_thread()
-        place = Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, in_main_thread)
+        place = Place(backlog.queue, backlog.shard, backlog.lease.token, slot.set_deadline, in_main_thread)
         trusted, cells, runner, mono = self._memory.trusted, slot.cells, self._runner, mono_s
         plain, here, outcomes, fresh = runner.plain, runner.here, batch.outcomes, self._fresh_context
         slot.begin(lease, batch.ids)
@@ -194,8 +194,8 @@ class SequentialExecutor:
         index = 0
         for index, item in enumerate(items):
             now = mono()
-            if now >= trusted[lease] or consumer.halted:
-                consumer.halted = True
+            if now >= trusted[lease] or backlog.halted:
+                backlog.halted = True
                 outcomes.extend((i, UNSTARTED) for i in range(index, len(items)))
                 break
             if now >= signal_at and index:
@@ -207,7 +207,7 @@ class SequentialExecutor:
                 outcomes.extend((i, UNSTARTED) for i in range(index, len(items)))
                 break
             outcome: Outcome | None = None
-            if type(item) is list and not failed and not consumer.revoked:
+            if type(item) is list and not failed and not backlog.revoked:
                 task, _, _, args, kwargs, _ = item[1]
                 body = plain.get(task)
                 if body is not None:
@@ -225,7 +225,7 @@ class SequentialExecutor:
                 delivery = batch.delivery(index)
                 if failed and delivery.lane in failed and delivery.lane is not None:
                     outcome = SKIPPED
-                elif delivery.id in consumer.revoked:
+                elif delivery.id in backlog.revoked:
                     outcome = REVOKED
                 else:
                     outcome = self._run(batch, delivery, place)
@@ -315,7 +315,7 @@ class ParallelExecutor:
         """A batch is one message here."""
         return None
 
-    def withdraw(self, consumer: ShardConsumer) -> None:
+    def withdraw(self, backlog: Backlog) -> None:
         """Gives back what waits for a thread: the hand-over of its shard must not wait for bodies of others."""
         waiting = []
         try:
@@ -324,13 +324,13 @@ class ParallelExecutor:
         except Empty:
             pass
         for batch in waiting:
-            if batch is not None and batch.consumer is consumer:
+            if batch is not None and batch.backlog is backlog:
                 batch.outcomes.append((0, UNSTARTED))
                 self.ended.append(batch)
             else:
                 self._inbox.put(batch)
 
-    def forget(self, consumer: ShardConsumer) -> None:
+    def forget(self, backlog: Backlog) -> None:
         pass
 
     def close(self) -> None:
@@ -386,13 +386,13 @@ class ParallelExecutor:
 
     def _begin(self, batch: Batch, slot: Slot) -> Place | None:
         """Writes down that the body starts; None if the lease is not to be trusted any more."""
-        consumer = batch.consumer
-        lease = consumer.number
-        if consumer.halted or mono_s() >= self._memory.trusted[lease]:
-            consumer.halted = True
+        backlog = batch.backlog
+        lease = backlog.number
+        if backlog.halted or mono_s() >= self._memory.trusted[lease]:
+            backlog.halted = True
             return None
         slot.begin(lease, [batch.delivery(0).entry_id])
-        return Place(consumer.queue, consumer.shard, consumer.lease.token, slot.set_deadline, False)
+        return Place(backlog.queue, backlog.shard, backlog.lease.token, slot.set_deadline, False)
 
     def _end(self, batch: Batch, slot: Slot, outcome: Outcome | None) -> None:
         if self._forked:

@@ -21,13 +21,13 @@ from ..coordination.shared import SharedMemory, create_file
 from ..errors import ConfigError, TaskError
 from ..queue.consumer import ShardConsumer
 from ..queue.delivery import Delivery, Outcome
-from ..queue.held import Held
 from ..redis import commands, wire
 from ..redis.keys import SHARED
 from ..redis.link import Link
+from ..redis.links import Links
 from ..text import counted
 from .executor import SequentialExecutor
-from .ports import Place, TaskRunner, WorkerSettings
+from .ports import TaskRunner, WorkerSettings, results_of
 
 LOOK_S = 0.05
 """How often to look for what other programs have revoked; what this app revokes is known at once."""
@@ -60,9 +60,9 @@ def _run_until_idle(
     finally:
         os.close(memory_fd)
     memory.trusted[0] = float("inf")
-    link = settings.broker.link()
+    links = Links(settings.broker, settings.broker.timeout_s)
     results = settings.result_broker.link() if settings.result_broker else None
-    consumers = _own_all(settings, link, int(timeout_s * 1000) + 60_000)
+    consumers = _own_all(settings, links, int(timeout_s * 1000) + 60_000)
 
     seen: list[float] = [-1, 0.0]  # how often this app had revoked something at the last look, and when that was
 
@@ -72,32 +72,24 @@ def _run_until_idle(
             return
         seen[:] = count, now
         for queue in settings.queues:
-            ids = link.call(commands.scored(queue.keys.revoked, wall_ms(), "+inf"))
+            ids = links.at(queue.keys.revoked).call(commands.scored(queue.keys.revoked, wall_ms(), "+inf"))
             revoked = {wire.id_bytes(one.decode()) for one in ids}
             for consumer in consumers:
-                if consumer.queue == queue.name:
-                    consumer.revoked = revoked
+                if consumer.fence.queue == queue.name:
+                    consumer.backlog.revoked = revoked
 
     executor = SequentialExecutor(runner, memory, read_revoked, interruptible=True)
     executor.signal_after_s = 0.0  # between any two bodies: the first may revoke the second
     dead: list[tuple[Delivery, Outcome]] = []
 
-    def on_dead(consumer: Held, delivery: Delivery, outcome: Outcome) -> None:
-        dead.append((delivery, outcome))
-        place = Place(consumer.queue, consumer.shard, consumer.lease.token, _no_limit, False)
-        stored = runner.dead(delivery, place, outcome)
-        if stored is not None and results is not None:
-            results.call(stored)
-
-    def on_revoked(consumer: Held, delivery: Delivery) -> None:
-        stored = runner.revoked(delivery, Place(consumer.queue, consumer.shard, consumer.lease.token, _no_limit, False))
-        if stored is not None and results is not None:
-            results.call(stored)
+    def store_results(consumer: ShardConsumer) -> None:
+        dead.extend(consumer.settler.died)
+        for _, packed in results_of(consumer, runner):
+            if results is not None:
+                results.call(packed)
 
     for consumer in consumers:
-        consumer.on_dead = on_dead  # type: ignore[method-assign]
-        consumer.on_revoked = on_revoked  # type: ignore[method-assign]
-        consumer.recover(link, takeover=True)
+        consumer.claimer.recover(takeover=True)
     deadline = mono_s() + timeout_s
     done = 0
     try:
@@ -105,7 +97,7 @@ def _run_until_idle(
             ran = 0
             for consumer in consumers:
                 read_revoked()
-                started, well = _turn(consumer, link, results, executor)
+                started, well = _turn(consumer, results, executor, store_results)
                 ran += started
                 done += well
             if dead and fail_fast:
@@ -115,7 +107,7 @@ def _run_until_idle(
                     f"{outcome.reason}: {outcome.message}",
                     traceback=outcome.traceback,
                 )
-            if ran == 0 and not any(consumer.has_work() for consumer in consumers):
+            if ran == 0 and not any(consumer.backlog.has_work() for consumer in consumers):
                 wait = _next_due(consumers)
                 if wait is None or wait > deadline:
                     return done
@@ -124,14 +116,14 @@ def _run_until_idle(
                 raise TaskError(f"not idle after {timeout_s:g} s: {counted(done, 'message')} ran")
     finally:
         for consumer in consumers:
-            _give_back(consumer, link, settings)
+            _give_back(consumer, settings)
         executor.close()
-        link.close()
+        links.close()
         if results is not None:
             results.close()
 
 
-def _own_all(settings: WorkerSettings, link: Link, lease_ms: int) -> list[ShardConsumer]:
+def _own_all(settings: WorkerSettings, links: Links, lease_ms: int) -> list[ShardConsumer]:
     incarnation = "inline" + uuid.uuid4().hex[:10]
     group = settings.consumer.group
     consumers = []
@@ -139,6 +131,7 @@ def _own_all(settings: WorkerSettings, link: Link, lease_ms: int) -> list[ShardC
         queue.declare((group,))
         for shard in queue.all_shards():
             keys = queue.shard_keys(shard)
+            link = links.at(keys.stream)
             lease: Lease | Refused
             if shard == SHARED:
                 alive = queue.keys.alive(group, keys, cluster=settings.broker.is_cluster)
@@ -149,50 +142,59 @@ def _own_all(settings: WorkerSettings, link: Link, lease_ms: int) -> list[ShardC
                 raise ConfigError(
                     f"shard {shard} of queue {queue.name!r} belongs to a worker process: stop the workers, or let them run it"
                 )
-            consumer = ShardConsumer(lease, queue.name, shard, settings.consumer)
-            consumer.number = 0
+            consumer = ShardConsumer(lease, queue.name, shard, settings.consumer, links)
+            consumer.backlog.number = 0
             consumers.append(consumer)
     return consumers
 
 
-def _turn(consumer: ShardConsumer, link: Link, results: Link | None, executor: SequentialExecutor) -> tuple[int, int]:
+def _turn(
+    consumer: ShardConsumer,
+    results: Link | None,
+    executor: SequentialExecutor,
+    store_results: Callable[[ShardConsumer], None],
+) -> tuple[int, int]:
     """Reads, runs and settles once; answers how many bodies ran, and how many of them ended well."""
-    if consumer.has_to_recover():
-        consumer.recover_more(link)
-    entries = consumer.fetch(link, consumer.settings.fetch_count if consumer.has_room() else 0)
+    backlog, arrivals, claimer = consumer.backlog, consumer.arrivals, consumer.claimer
+
+    def write() -> None:
+        store_results(consumer)  # what is acknowledged has its result
+        try:
+            consumer.settler.flush()
+        finally:
+            store_results(consumer)
+        consumer.settler.settle()
+
+    if claimer.has_to_recover():
+        claimer.recover_more()
+    entries = arrivals.fetch(arrivals.read_count() if arrivals.has_room() else 0)
     if entries:
-        consumer.absorb(link, entries)
-    consumer.reread_notes(link)
-    consumer.lanes.open_due(mono_s())
+        arrivals.absorb(entries)
+    arrivals.reread_notes()
+    backlog.lanes.open_due(mono_s())
     ran = well = 0
-    while (batch := consumer.take(link, consumer.settings.ack_batch)) is not None:
+    while (batch := consumer.hand_out(backlog.settings.ack_batch)) is not None:
         executor.run_batch(batch)
         executor.ended.clear()
-        consumer.complete(batch)
+        backlog.complete(batch)
         ran += len(batch.ids) - sum(1 for _, o in batch.outcomes if o.kind in ("skipped", "unstarted"))
         well += len(batch.ids) - len(batch.outcomes)
         if results is not None:
             for _, packed in batch.results:
                 results.call(packed)
-        consumer.flush(link)
-        consumer.settle(link)
-    consumer.flush(link)
-    consumer.settle(link)
+        write()
+    write()
     return ran, well
 
 
 def _next_due(consumers: list[ShardConsumer]) -> float | None:
-    times = [t for c in consumers for t in (c.next_due, c.lanes.next_due()) if t is not None]
+    times = [t for c in consumers for t in (c.arrivals.next_due, c.backlog.lanes.next_due()) if t is not None]
     return min(times) if times else None
 
 
-def _give_back(consumer: ShardConsumer, link: Link, settings: WorkerSettings) -> None:
-    lease = consumer.lease
+def _give_back(consumer: ShardConsumer, settings: WorkerSettings) -> None:
+    lease, link = consumer.fence.lease, consumer.fence.link
     if lease.shared:
         reap(link, lease.keys, lease.group, lease.incarnation, settings.lease_ms, gone=True, alive=lease.alive)
     else:
         lease.release(link)
-
-
-def _no_limit(deadline: float) -> None:
-    """A body's ``time_limit``: there is no supervisor that could end this process."""

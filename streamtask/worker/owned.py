@@ -27,20 +27,21 @@ class Owned:
         self.woken = True  # something else than a message has come, and was not looked at yet
 
     def audit_due(self, now: float) -> bool:
-        return self.takeover or self.consumer.needs_audit or now >= self.next_audit
+        return self.takeover or self.consumer.fence.needs_audit or now >= self.next_audit
 
     def offers_first(self) -> bool:
         """Whether there are messages on offer, to be taken before new ones are read."""
-        return self.consumer.room is not None and self.consumer.on_offer
+        return self.consumer.arrivals.room is not None and self.consumer.arrivals.on_offer
 
     def has_to_prepare(self, now: float) -> bool:
         consumer = self.consumer
+        backlog, arrivals = consumer.backlog, consumer.arrivals
         return (
             self.audit_due(now)
             or self.woken
-            or consumer.has_to_recover()
-            or consumer.halted
-            or bool(consumer.lanes.lanes)
-            or (consumer.next_due is not None and now >= consumer.next_due)
-            or (consumer.on_offer and consumer.has_room())
+            or consumer.claimer.has_to_recover()
+            or backlog.halted
+            or bool(backlog.lanes.lanes)
+            or (arrivals.next_due is not None and now >= arrivals.next_due)
+            or (arrivals.on_offer and arrivals.has_room())
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from types import AsyncGeneratorType, GeneratorType
 from typing import Any, Protocol
 
+from ..queue.consumer import ShardConsumer
 from ..queue.delivery import Delivery, Outcome
-from ..queue.held import ConsumerSettings
 from ..queue.queues import Queue
+from ..queue.rules import ConsumerSettings
 from ..redis.connection import Broker
 
 
@@ -69,6 +70,23 @@ class TaskRunner(Protocol):
 
     def process_started(self) -> None:
         """Called in each worker process before its first message."""
+
+
+def results_of(consumer: ShardConsumer, runner: TaskRunner) -> Iterator[tuple[Delivery, bytes]]:
+    """The packed commands that store the results of what has ended and did not run: the revoked, and the dead letters. Each is
+    shown once."""
+    backlog, settler = consumer.backlog, consumer.settler
+    if not (backlog.left_out or settler.died):
+        return
+    place = Place(backlog.queue, backlog.shard, backlog.lease.token, lambda deadline: None, False)
+    while backlog.left_out:
+        delivery = backlog.left_out.pop(0)
+        if (result := runner.revoked(delivery, place)) is not None:
+            yield delivery, result
+    while settler.died:
+        delivery, outcome = settler.died.pop(0)
+        if (result := runner.dead(delivery, place, outcome)) is not None:
+            yield delivery, result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,11 +31,12 @@ from streamtask.cli.status import ranges, status
 from streamtask.coordination import lease as leases
 from streamtask.queue.consumer import ShardConsumer
 from streamtask.queue.delivery import Outcome
-from streamtask.queue.held import ConsumerSettings
+from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.text import harmless, printable
 from tests.fix_redis import RedisServer
 from tests.helpers import ROOT, popen, spawn, wait_until
+from tests.one_link import OneLink
 
 APP = """
 import os
@@ -95,14 +96,14 @@ def seeded(redis_server: RedisServer) -> StreamTask:
     link = app.broker.link()
     lease = leases.acquire(link, queue.shard_keys(1), "workers", "1" * 32, 60_000)
     assert isinstance(lease, leases.Lease)
-    consumer = ShardConsumer(lease, "default", 1, ConsumerSettings())
-    consumer.absorb(link, link.call(consumer.read_command())[0][1])
-    batch = consumer.take(link, 1)
+    consumer = ShardConsumer(lease, "default", 1, ConsumerSettings(), OneLink(link))
+    consumer.arrivals.absorb(link.call(consumer.arrivals.read_command())[0][1])
+    batch = consumer.hand_out(1)
     assert batch is not None
     message = "ValueError: \x1b[31mno [bold]device[/bold]"
     batch.outcomes.append((0, Outcome("dead", reason="failed", message=message, traceback="Traceback:\n  here")))
-    consumer.complete(batch)
-    consumer.flush(link)
+    consumer.backlog.complete(batch)
+    consumer.settler.flush()
     for i in range(3):
         push.delay(user, text=f"text {i}")
     push.apply_async((user,), countdown=1000)

@@ -17,9 +17,10 @@ from streamtask.coordination.membership import Membership
 from streamtask.inspector import Inspector
 from streamtask.queue.consumer import ShardConsumer
 from streamtask.queue.delivery import Outcome
-from streamtask.queue.held import ConsumerSettings
+from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis.link import Link
 from tests.fix_redis import RedisServer, chosen_binaries
+from tests.one_link import OneLink
 
 ONE, TWO = "1" * 32, "2" * 32
 
@@ -53,7 +54,7 @@ class Rig:
         self.queue.declare((group,))
         lease = leases.acquire(self.link, self.queue.shard_keys(shard), group, incarnation, lease_ms)
         assert isinstance(lease, leases.Lease)
-        consumer = ShardConsumer(lease, "default", shard, ConsumerSettings(group=group, **settings))
+        consumer = ShardConsumer(lease, "default", shard, ConsumerSettings(group=group, **settings), OneLink(self.link))
         self.read(consumer)
         return consumer
 
@@ -63,29 +64,29 @@ class Rig:
         keys = self.queue.shard_keys("shared")
         alive = self.queue.keys.alive("workers", keys, cluster=False)
         lease = leases.join_shared(self.link, keys, "workers", incarnation, lease_ms, alive=alive)
-        consumer = ShardConsumer(lease, "default", "shared", ConsumerSettings())
+        consumer = ShardConsumer(lease, "default", "shared", ConsumerSettings(), OneLink(self.link))
         self.read(consumer)
         return consumer
 
     def read(self, consumer: ShardConsumer) -> None:
-        reply = self.link.call(consumer.read_command())
+        reply = self.link.call(consumer.arrivals.read_command())
         if reply:
-            consumer.absorb(self.link, reply[0][1])
+            consumer.arrivals.absorb(reply[0][1])
 
     def finish(self, consumer: ShardConsumer, count: int) -> None:
-        batch = consumer.take(self.link, count)
+        batch = consumer.hand_out(count)
         assert batch is not None
-        consumer.complete(batch)
-        consumer.settle(self.link)
+        consumer.backlog.complete(batch)
+        consumer.settler.settle()
 
     def kill(self, consumer: ShardConsumer, count: int = 1, message: str = "ValueError: no") -> None:
         """Lets the next messages die."""
         for _ in range(count):
-            batch = consumer.take(self.link, 1)
+            batch = consumer.hand_out(1)
             assert batch is not None
             batch.outcomes.append((0, Outcome("dead", reason="failed", message=message, traceback="Traceback ...")))
-            consumer.complete(batch)
-            consumer.flush(self.link)
+            consumer.backlog.complete(batch)
+            consumer.settler.flush()
 
     def beat(self, *incarnations: str, lease_ms: int = 60_000, group: str = "workers") -> None:
         Membership(self.queue.keys, group, lease_ms).beat(
@@ -141,7 +142,7 @@ def test_a_row_of_each_shard_says_what_is_there(redis_server_all: RedisServer, m
     assert row["shards"][1] == {
         "shard": 1,
         "owner": ONE,
-        "token": consumer.lease.token,
+        "token": consumer.fence.lease.token,
         "lag": 4,
         "pending": 3,
         "delayed": 2,
@@ -287,7 +288,7 @@ def test_consumers_of_dead_processes_are_stale(rig: Rig) -> None:
     rig.join(TWO, lease_ms=20)
     rig.join(ONE)
     rig.own(0)
-    rig.own(1).lease.release(rig.link)
+    rig.own(1).fence.lease.release(rig.link)
     rig.beat(ONE)
     time.sleep(0.03)
     rows = {(row["shard"], row["consumer"]): row for row in rig.inspector.consumers("default")}
@@ -339,7 +340,7 @@ def test_a_dead_letter_is_shown_whole(redis_server_all: RedisServer, make_rig: C
 def test_an_entry_that_is_no_message_shows_its_fields(rig: Rig, redis_server: RedisServer) -> None:
     rig.queue.declare(("workers",))
     redis_server.client().xadd(rig.queue.shard_keys(0).stream, {"held": "x", "bin": b"\xff"})
-    rig.own(0).flush(rig.link)
+    rig.own(0).settler.flush()
     (row,) = rig.inspector.dead_letters("default")
     assert (row["reason"], row["task"], row["args"], row["held"]) == ("undecodable", None, None, False)
     assert row["fields"] == {"held": "x", "bin": "\\xff"}
@@ -400,7 +401,7 @@ def test_replay_of_one_some_and_all(
     assert rig.inspector.replay("default", task="push") == 8
     assert rig.inspector.count_dead() == {"default": 0}
     rig.read(consumer)
-    batch = consumer.take(rig.link, 100)
+    batch = consumer.hand_out(100)
     assert batch is not None
     assert [delivery.args[1] for delivery in batch.deliveries] == texts
     assert all(delivery.replayed for delivery in batch.deliveries)
@@ -417,14 +418,14 @@ def test_a_replay_is_for_the_group_whose_dead_letter_it_is(redis_server_all: Red
     assert rig.inspector.replay("default") == 1
 
     rig.read(sink)
-    assert sink.take(rig.link, 10) is None
-    sink.settle(rig.link)
+    assert sink.hand_out(10) is None
+    sink.settler.settle()
     rig.read(consumer)
-    batch = consumer.take(rig.link, 10)
+    batch = consumer.hand_out(10)
     assert batch is not None
     assert [delivery.replayed for delivery in batch.deliveries] == [True]
-    consumer.complete(batch)
-    consumer.settle(rig.link)
+    consumer.backlog.complete(batch)
+    consumer.settler.settle()
     assert rig.shard(0)["length"] == 0
 
 
@@ -454,13 +455,13 @@ def test_a_held_lane_opens_at_replay_and_at_drop(rig: Rig) -> None:
     (row,) = rig.inspector.dead_letters("default")
     assert row["held"]
     assert rig.shard(0)["pending"] == 2
-    assert consumer.take(rig.link, 10) is None
+    assert consumer.hand_out(10) is None
     assert rig.inspector.replay("default", [row["id"]]) == 1
-    consumer.reread_notes(rig.link)
+    consumer.arrivals.reread_notes()
     rig.kill(consumer)
     assert rig.inspector.drop("default") == 1
-    consumer.reread_notes(rig.link)
-    batch = consumer.take(rig.link, 10)
+    consumer.arrivals.reread_notes()
+    batch = consumer.hand_out(10)
     assert batch is not None
     assert [delivery.args[1] for delivery in batch.deliveries] == ["text 1"]
 

@@ -17,7 +17,7 @@ from tests.queue.test_takeover import GROUP, KEYS, Rig
 
 def audited(rig, consumer):
     try:
-        consumer.recover(rig.link, takeover=False)
+        consumer.claimer.recover(takeover=False)
     except BrokerUnavailable:
         return False
     return True
@@ -27,7 +27,7 @@ def audited(rig, consumer):
 def test_a_new_entry_has_no_id_of_one_that_is_held(own_server_all, shard):
     rig = Rig(own_server_all, shard)
     consumer = rig.owner()
-    consumer.recover(rig.link, takeover=True)
+    consumer.claimer.recover(takeover=True)
     rig.send(1, KEYS[:1])
     assert rig.fetch(consumer) == 1
     assert rig.run(consumer, 10, False) == 1
@@ -38,21 +38,21 @@ def test_a_new_entry_has_no_id_of_one_that_is_held(own_server_all, shard):
     entry = {"m": wire.encode("t", KEYS[0], new_id(), [1], {})}
     rig.client.xadd(rig.keys.stream, entry, id=held)
     assert rig.fetch(consumer) == 1
-    batch = consumer.take(rig.link, 10)
+    batch = consumer.hand_out(10)
     assert batch is not None
     assert batch.ids == [held.encode()]
 
     own_server_all.lose_since(stays)
     assert rig.client.xlen(rig.keys.stream) == 0, "Redis has lost the entry that is held"
-    consumer.connection_lost()
+    consumer.claimer.connection_lost()
     wait_until(lambda: audited(rig, consumer), 20)
 
     with pytest.raises(redis.ResponseError, match="equal or smaller"):
         rig.client.xadd(rig.keys.stream, {"m": b"taken for the one that is held"}, id=held)
     rig.send(1, KEYS[:1])
-    consumer.complete(batch)
-    consumer.flush(rig.link)
-    consumer.settle(rig.link)
+    consumer.backlog.complete(batch)
+    consumer.settler.flush()
+    consumer.settler.settle()
     assert rig.client.xlen(rig.keys.stream) == 1, "the end of one that was held removes no other"
     assert rig.fetch(consumer) == 1
     assert rig.run(consumer, 10, False) == 1

@@ -22,14 +22,14 @@ def lose(rig, consumer, mark, share=1.0):
     rig.link.close()
     rig.server.lose_since(mark, share)
     rig.client = rig.server.client()
-    consumer.connection_lost()
-    consumer.settle_lost()
-    consumer.recover(rig.link, takeover=False)
+    consumer.claimer.connection_lost()
+    consumer.settler.lost()
+    consumer.claimer.recover(takeover=False)
 
 
 def run_all(rig, consumer, parallel, fail=()):
     for _ in range(200):
-        consumer.lanes.open_due(float("inf"))
+        consumer.backlog.lanes.open_due(float("inf"))
         ran = rig.run(consumer, 7, parallel, fail)
         if not rig.fetch(consumer) and not ran:
             return
@@ -46,15 +46,15 @@ def test_nothing_that_was_acknowledged_or_is_held_runs_again(rig, parallel, shar
     for _ in range(4):
         rig.run(consumer, 7, parallel)
         rig.fetch(consumer)
-    held = consumer.take(rig.link, 7)  # runs, half of it has ended, and none of that is settled
-    consumer.collect(held, 4)
-    consumer.settle(rig.link)
+    held = consumer.hand_out(7)  # runs, half of it has ended, and none of that is settled
+    consumer.backlog.collect(held, 4)
+    consumer.settler.settle()
     for delivery in held.deliveries:
         rig.started[delivery.key].append(delivery.args[0])
 
     lose(rig, consumer, mark, share)
 
-    consumer.complete(held)
+    consumer.backlog.complete(held)
     rig.send(10)
     run_all(rig, consumer, parallel)
     assert rig.started == {key: list(range(rig.sent[key])) for key in KEYS}
@@ -84,11 +84,11 @@ def test_a_second_attempt_is_not_forgotten_either(rig):
     rig.fetch(consumer)
     rig.run(consumer, 1, False, fail={(b"a", 0)})
     mark = rig.server.written()
-    consumer.lanes.open_due(float("inf"))
-    batch = consumer.take(rig.link, 1)
+    consumer.backlog.lanes.open_due(float("inf"))
+    batch = consumer.hand_out(1)
     batch.outcomes.append((0, Outcome("retry")))
-    consumer.complete(batch)
-    consumer.flush(rig.link)
+    consumer.backlog.complete(batch)
+    consumer.settler.flush()
     ((entry_id, note),) = rig.client.hgetall(rig.keys.notes("workers")).items()
     assert note.startswith(b"2 ")
 
@@ -104,7 +104,7 @@ def test_by_a_slower_clock_an_id_may_be_a_new_messages(rig):
     mark = rig.server.written()
     rig.fetch(consumer)
     rig.run(consumer, 7, False)
-    consumer.clock_ms += 10_000
+    consumer.backlog.clock_ms += 10_000
 
     lose(rig, consumer, mark)
 
@@ -120,17 +120,17 @@ def test_what_runs_again_runs_before_later_ones_of_its_key(rig):
     rig.fetch(consumer)
     mark = rig.server.written()
     rig.run(consumer, 10, True)
-    batches = consumer.take_free(rig.link, 100)  # one of each key; the rest waits in lanes
+    batches = consumer.hand_out_free(100)  # one of each key; the rest waits in lanes
     assert len(batches) == len(KEYS)
-    assert consumer.lanes.waiting > 0
+    assert consumer.backlog.lanes.waiting > 0
 
-    consumer._sent.clear()
+    consumer.settler.sent.clear()
     lose(rig, consumer, mark)
 
     for batch in batches:
         (delivery,) = batch.deliveries
         rig.started[delivery.key].append(delivery.args[0])
-        consumer.complete_free(batch)
+        consumer.backlog.complete_free(batch)
     run_all(rig, consumer, True)
     for key in KEYS:
         after = rig.started[key][2:]
@@ -151,10 +151,10 @@ def test_a_takeover_reads_what_is_pending_and_not_what_lies_between(rig):
     rig.client.config_resetstat()
     before = rig.client.info("stats")["total_net_output_bytes"]
     size = 200
-    consumer.recover(rig.link, takeover=True)
+    consumer.claimer.recover(takeover=True)
     shipped = rig.client.info("stats")["total_net_output_bytes"] - before
 
-    assert [item.entry_id for item in consumer.buffer] == kept
+    assert [item.entry_id for item in consumer.backlog.buffer] == kept
     assert shipped < (3 * len(kept)) * size + 20_000, "some hundred entries, and not two thousand"
 
 
@@ -163,25 +163,25 @@ def test_what_a_lost_reply_brought_does_not_overtake_what_is_here(rig, parallel)
     """Its key has a lane, whose next message was read before and has not got there yet."""
     consumer = rig.owner()
     rig.send(4, KEYS[:1])
-    consumer.absorb(rig.link, consumer.fetch(rig.link, 2))
+    consumer.arrivals.absorb(consumer.arrivals.fetch(2))
     order = []
     if parallel:
-        (batch,) = consumer.take_free(rig.link, 1)  # 0 runs
+        (batch,) = consumer.hand_out_free(1)  # 0 runs
         order.append(0)
     else:
-        batch = consumer.take(rig.link, 1)
+        batch = consumer.hand_out(1)
         batch.outcomes.append((0, Outcome("retry")))
-        consumer.complete(batch)
-        consumer.flush(rig.link)
-    consumer.fetch(rig.link, 2)  # the reply with 2 and 3 is lost
-    consumer.connection_lost()
-    assert consumer.recover(rig.link, takeover=False) == 2
+        consumer.backlog.complete(batch)
+        consumer.settler.flush()
+    consumer.arrivals.fetch(2)  # the reply with 2 and 3 is lost
+    consumer.claimer.connection_lost()
+    assert consumer.claimer.recover(takeover=False) == 2
     if parallel:
-        consumer.complete_free(batch)
-    consumer.lanes.open_due(float("inf"))
+        consumer.backlog.complete_free(batch)
+    consumer.backlog.lanes.open_due(float("inf"))
     while len(order) < 4:
-        batches = consumer.take_free(rig.link, 4) if parallel else [consumer.take(rig.link, 1)]
+        batches = consumer.hand_out_free(4) if parallel else [consumer.hand_out(1)]
         for batch in batches:
             order += [delivery.args[0] for delivery in batch.deliveries]
-            (consumer.complete_free if parallel else consumer.complete)(batch)
+            (consumer.backlog.complete_free if parallel else consumer.backlog.complete)(batch)
     assert order == [0, 1, 2, 3]

@@ -13,14 +13,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from streamtask.coordination.lease import Lease, Refused, acquire
 from streamtask.errors import LeaseLost
+from streamtask.queue.backlog import Batch
 from streamtask.queue.calls import Call, ProducerSettings
 from streamtask.queue.consumer import ShardConsumer
-from streamtask.queue.delivery import Batch, Outcome
-from streamtask.queue.held import ConsumerSettings
+from streamtask.queue.delivery import Dead, Outcome
 from streamtask.queue.producer import Producer, new_id
 from streamtask.queue.queues import Queue
+from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
+from tests.one_link import OneLink
 
 KEYS = [b"a", b"b", b"c"]
 GROUP = "workers"
@@ -99,8 +101,10 @@ class ShardMachine(RuleBasedStateMachine):
         self.tokens.append(lease.token)
         if self.current is not None:
             self.late.append(self.current)
-        consumer = ShardConsumer(lease, "q", 0, ConsumerSettings(group=GROUP, fetch_count=5, max_crashes=1000))
-        consumer.recover(self.link, takeover=True)
+        consumer = ShardConsumer(
+            lease, "q", 0, ConsumerSettings(group=GROUP, fetch_count=5, max_crashes=1000), OneLink(self.link)
+        )
+        consumer.claimer.recover(takeover=True)
         self.current = Owner(lease, consumer)
 
     @rule()
@@ -112,38 +116,38 @@ class ShardMachine(RuleBasedStateMachine):
 
     def fetch_raw(self, owner: Owner) -> list | None:
         try:
-            return owner.consumer.fetch(self.link, 5)
+            return owner.consumer.arrivals.fetch(5)
         except LeaseLost:
             return None
 
     @rule()
     def fetch(self) -> None:
         owner = self.current
-        if owner is not None and owner.consumer.has_room():
+        if owner is not None and owner.consumer.arrivals.has_room():
             entries = self.fetch_raw(owner)
             assert entries is not None
             if entries:
-                owner.consumer.absorb(self.link, entries)
+                owner.consumer.arrivals.absorb(entries)
 
     @rule()
     def fetch_with_lost_reply(self) -> None:
         owner = self.current
-        if owner is not None and owner.consumer.has_room():
+        if owner is not None and owner.consumer.arrivals.has_room():
             self.fetch_raw(owner)
-            owner.consumer.needs_audit = True
+            owner.consumer.fence.needs_audit = True
 
     @rule()
     def audit(self) -> None:
         if self.current is not None:
-            self.current.consumer.recover(self.link, takeover=False)
+            self.current.consumer.claimer.recover(takeover=False)
 
     # Running
 
     @rule(limit=st.integers(1, 4))
     def hand_out(self, limit: int) -> None:
         owner = self.current
-        if owner is not None and not owner.consumer.needs_audit and len(owner.batches) < 2:
-            batch = owner.consumer.take(self.link, limit)
+        if owner is not None and not owner.consumer.fence.needs_audit and len(owner.batches) < 2:
+            batch = owner.consumer.hand_out(limit)
             if batch is not None:
                 owner.batches.append(batch)
 
@@ -159,8 +163,8 @@ class ShardMachine(RuleBasedStateMachine):
         batch = owner.batches.pop(0)
         owner.failed.difference_update(batch.reopened)
         for index, delivery in enumerate(batch.deliveries):
-            if owner.consumer.halted or index >= stop:
-                owner.consumer.halted = True
+            if owner.consumer.backlog.halted or index >= stop:
+                owner.consumer.backlog.halted = True
                 batch.outcomes.append((index, Outcome("unstarted")))
                 continue
             if delivery.lane in owner.failed:
@@ -174,9 +178,9 @@ class ShardMachine(RuleBasedStateMachine):
             if fate != "ok":
                 batch.outcomes.append((index, Outcome(fate)))
                 owner.failed.add(delivery.lane)
-        owner.consumer.complete(batch)
-        if not owner.consumer.handed:
-            owner.consumer.halted = False
+        owner.consumer.backlog.complete(batch)
+        if not owner.consumer.backlog.handed:
+            owner.consumer.backlog.halted = False
 
     def start(self, delivery, token: int) -> None:
         key, number = delivery.key, delivery.args[0]
@@ -198,21 +202,21 @@ class ShardMachine(RuleBasedStateMachine):
     @rule()
     def open_lanes(self) -> None:
         if self.current is not None:
-            self.current.consumer.flush(self.link)
-            self.current.consumer.lanes.open_due(float("inf"))
+            self.current.consumer.settler.flush()
+            self.current.consumer.backlog.lanes.open_due(float("inf"))
 
     @rule(lost=st.booleans())
     def settle(self, lost: bool) -> None:
         owner = self.current
         if owner is None:
             return
-        ids = list(owner.consumer.finished)
+        ids = list(owner.consumer.backlog.finished)
         if lost and ids:
             # The call is applied, its answer is not heard: it is sent again.
-            self.link.call(owner.consumer.pack_settle(ids))
+            self.link.call(owner.consumer.settler.pack_settle(ids))
             self.note_acked(ids)
-        owner.consumer.flush(self.link)
-        owner.consumer.settle(self.link)
+        owner.consumer.settler.flush()
+        owner.consumer.settler.settle()
         self.note_acked(ids)
 
     def note_acked(self, ids: list[bytes]) -> None:
@@ -263,10 +267,10 @@ class ShardMachine(RuleBasedStateMachine):
         assert self.fetch_raw(owner) is None
         consumer = owner.consumer
         for step in (
-            lambda: consumer._owned(self.link.call(consumer.pack_settle(pending or [b"1-1"]))),
-            lambda: consumer._write_notes(self.link, [(e, _note()) for e in pending or [b"1-1"]]),
-            lambda: consumer._dead_letter(self.link, (pending or [b"1-1"])[0], Outcome("dead", reason="x")),
-            lambda: consumer.fetch(self.link, 0),
+            lambda: consumer.fence.checked(self.link.call(consumer.settler.pack_settle(pending or [b"1-1"]))),
+            lambda: consumer.settler.write([(e, _note()) for e in pending or [b"1-1"]]),
+            lambda: consumer.settler.bury(Dead((pending or [b"1-1"])[0], Outcome("dead", reason="x"))),
+            lambda: consumer.arrivals.fetch(0),
             lambda: owner.lease.renewed(self.link.call(owner.lease.pack_renew()), 0.0),
         ):
             with pytest.raises(LeaseLost):
@@ -292,10 +296,14 @@ class ShardMachine(RuleBasedStateMachine):
             self.open_lanes()
             self.fetch()
             self.hand_out(4)
-            if not self.current.batches and not self.current.consumer.buffer and not len(self.current.consumer.lanes):
+            if (
+                not self.current.batches
+                and not self.current.consumer.backlog.buffer
+                and not len(self.current.consumer.backlog.lanes)
+            ):
                 if not self.fetch_raw(self.current):
                     break
-                self.current.consumer.recover(self.link, takeover=False)
+                self.current.consumer.claimer.recover(takeover=False)
                 continue
             while self.current.batches:
                 self.run(["ok"] * 4, 8)

@@ -11,12 +11,13 @@ from streamtask.errors import BrokerUnavailable
 from streamtask.queue.calls import ProducerSettings
 from streamtask.queue.consumer import ShardConsumer
 from streamtask.queue.delivery import Outcome
-from streamtask.queue.held import ConsumerSettings
 from streamtask.queue.producer import Producer, new_id
 from streamtask.queue.queues import Queue
+from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED
+from tests.one_link import OneLink
 
 GROUP = "workers"
 KEYS = [b"a", b"b", b"c", b"d", b"e"]
@@ -32,6 +33,7 @@ class Rig:
         self.shard = shard
         self.keys = self.queue.shard_keys(shard)
         self.link = self.broker.link()
+        self.links = OneLink(self.link)
         self.producer = Producer(ProducerSettings())
         self.sent = dict.fromkeys(KEYS, 0)
         self.started = {key: [] for key in KEYS}
@@ -50,12 +52,12 @@ class Rig:
             self.client.delete(self.keys.lease(GROUP))
             lease = acquire(self.link, self.keys, GROUP, name, 60_000)
         assert isinstance(lease, Lease)
-        return ShardConsumer(lease, "q", self.shard, ConsumerSettings(group=GROUP, fetch_count=50, **more))
+        return ShardConsumer(lease, "q", self.shard, ConsumerSettings(group=GROUP, fetch_count=50, **more), self.links)
 
     def fetch(self, consumer):
-        entries = consumer.fetch(self.link, 50)
+        entries = consumer.arrivals.fetch(50)
         if entries:
-            consumer.absorb(self.link, entries)
+            consumer.arrivals.absorb(entries)
         return len(entries)
 
     def pending(self):
@@ -64,9 +66,9 @@ class Rig:
     def run(self, consumer, limit, parallel, fail=()):
         """Hands out once, runs it, and settles."""
         if parallel:
-            batches = consumer.take_free(self.link, limit)
+            batches = consumer.hand_out_free(limit)
         else:
-            batch = consumer.take(self.link, limit)
+            batch = consumer.hand_out(limit)
             batches = [batch] if batch else []
         for batch in batches:
             closed = set()
@@ -80,9 +82,9 @@ class Rig:
                 else:
                     self.started[delivery.key].append(number)
         for batch in batches:
-            (consumer.complete_free if parallel else consumer.complete)(batch)
-        consumer.flush(self.link)
-        consumer.settle(self.link)
+            (consumer.backlog.complete_free if parallel else consumer.backlog.complete)(batch)
+        consumer.settler.flush()
+        consumer.settler.settle()
         return sum(len(batch.ids) for batch in batches)
 
     def close(self):
@@ -102,20 +104,20 @@ def drain(rig, consumer, limit, parallel, fail=()):
     """As the control loop: what is pending first, then what is new."""
     most = 0
     for turn in range(3000):
-        if consumer.has_to_recover():
-            consumer.recover_more(rig.link)
-        most = max(most, consumer.lanes.waiting + len(consumer.buffer))
+        if consumer.claimer.has_to_recover():
+            consumer.claimer.recover_more()
+        most = max(most, consumer.backlog.lanes.waiting + len(consumer.backlog.buffer))
         if turn % 7 == 3:
-            consumer.recover(rig.link, takeover=False)  # a connection broke: an audit
+            consumer.claimer.recover(takeover=False)  # a connection broke: an audit
         if turn % 4 == 1:
             rig.send(1)
-        consumer.lanes.open_due(float("inf"))
+        consumer.backlog.lanes.open_due(float("inf"))
         ran = rig.run(consumer, limit, parallel, fail)
-        read = rig.fetch(consumer) if consumer.has_room() else 0
+        read = rig.fetch(consumer) if consumer.arrivals.has_room() else 0
         if turn > 200 and not ran and not read and not rig.pending():
             return most
         if turn > 200:
-            consumer.lanes.open_due(float("inf"))
+            consumer.backlog.lanes.open_due(float("inf"))
             if not rig.client.xlen(rig.keys.stream):
                 return most
     raise AssertionError("does not end")
@@ -131,9 +133,9 @@ def test_what_is_pending_runs_before_what_is_new_however_much_it_is(rig, limit, 
     rig.send(40)
 
     consumer = rig.owner(max_waiting=20)
-    consumer.recover(rig.link, takeover=True)
-    assert consumer.lanes.waiting + len(consumer.buffer) == 20
-    assert not consumer.has_room()
+    consumer.claimer.recover(takeover=True)
+    assert consumer.backlog.lanes.waiting + len(consumer.backlog.buffer) == 20
+    assert not consumer.arrivals.has_room()
     most = drain(rig, consumer, limit, parallel, fail={(b"a", 2), (b"b", 30), (b"c", 45)})
 
     assert rig.started == {key: list(range(rig.sent[key])) for key in KEYS}
@@ -150,9 +152,9 @@ def test_it_goes_on_with_bare_ids_and_with_what_a_former_owner_wrote_down(rig):
     failing = {(key, 10) for key in KEYS}
     for _ in range(9):
         rig.run(former, 10, False, failing)
-    assert len(former.lanes) == 5
+    assert len(former.backlog.lanes) == 5
     consumer = rig.owner(max_waiting=10)
-    consumer.recover(rig.link, takeover=True)
+    consumer.claimer.recover(takeover=True)
 
     drain(rig, consumer, 4, False, failing)
 
@@ -165,9 +167,9 @@ def test_a_lost_connection_in_the_middle_leaves_nothing_out(rig):
     while rig.fetch(former):
         pass
     consumer = rig.owner(max_waiting=30)
-    consumer.recover(rig.link, takeover=True)
+    consumer.claimer.recover(takeover=True)
     rig.run(consumer, 30, False)
-    assert consumer.has_to_recover()
+    assert consumer.claimer.has_to_recover()
 
     class Cut:
         """Breaks after the ids of a page have been told."""
@@ -178,10 +180,12 @@ def test_a_lost_connection_in_the_middle_leaves_nothing_out(rig):
         def pipeline(self, packed):
             raise BrokerUnavailable("cut")
 
+    rig.links.link = Cut()
     with pytest.raises(BrokerUnavailable):
-        consumer.recover_more(Cut())
-    consumer.connection_lost()
-    consumer.recover(rig.link, takeover=False)
+        consumer.claimer.recover_more()
+    rig.links.link = rig.link
+    consumer.claimer.connection_lost()
+    consumer.claimer.recover(takeover=False)
 
     drain(rig, consumer, 30, False)
 
@@ -193,9 +197,9 @@ def test_a_shared_stream_goes_on_as_well(redis_server_all):
     rig.send(120)
     consumer = rig.owner(max_waiting=20)
     for _ in range(3):
-        rig.client.xreadgroup(GROUP, consumer.consumer_name, {rig.keys.stream: ">"}, count=40)
-    consumer.recover(rig.link, takeover=True)
-    assert not consumer.has_room()
+        rig.client.xreadgroup(GROUP, consumer.fence.consumer_name, {rig.keys.stream: ">"}, count=40)
+    consumer.claimer.recover(takeover=True)
+    assert not consumer.arrivals.has_room()
 
     drain(rig, consumer, 10, True)
 

@@ -17,8 +17,8 @@ from streamtask.coordination.lease import OVERRAN, Contact, Lease, Refused, acqu
 from streamtask.coordination.membership import Membership
 from streamtask.errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, QueueFull, ReplyError
 from streamtask.queue.consumer import ShardConsumer
-from streamtask.queue.held import ConsumerSettings
 from streamtask.queue.queues import Queue
+from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import lease_times
@@ -28,6 +28,7 @@ from streamtask.results import ResultStore
 from streamtask.transport.consumer import StreamConsumer
 from tests import static
 from tests.helpers import wait_until
+from tests.one_link import OneLink
 
 LUA = Path(streamtask.redis.__file__).parent / "lua"
 NAMES = sorted(path.stem for path in LUA.glob("*.lua"))
@@ -1257,10 +1258,10 @@ def given_back(shard, much):
     lease = join_shared(shard.link, shard.keys, GROUP, "c", 60_000)
     ids = fill(shard, much)
     shard.client.delete(shard.keys.requeued(GROUP))
-    consumer = StreamConsumer(lease, "q", "shared", ConsumerSettings(group=GROUP))
+    consumer = StreamConsumer(lease, "q", "shared", ConsumerSettings(group=GROUP), OneLink(shard.link))
     consumer._returned = [one.encode() for one in ids]
     consumer._unmarked = [one.encode() for one in ids]
-    consumer.flush(shard.link)
+    consumer.flush()
     assert shard.client.zcard(shard.keys.requeued(GROUP)) == much
 
 
@@ -1789,11 +1790,11 @@ def test_a_due_time_that_was_left_over_is_no_hindrance(shard):
 def test_an_owner_moves_no_more_than_it_was_asked_to_and_knows_that_more_is_due(shard):
     due = overdue(shard, 700)
     lease = shard.acquire("a")
-    consumer = ShardConsumer(lease, "q", 0, ConsumerSettings(group=GROUP))
+    consumer = ShardConsumer(lease, "q", 0, ConsumerSettings(group=GROUP), OneLink(shard.link))
     for count in (500, 700):
-        consumer.look(shard.link)
+        consumer.arrivals.look()
         assert bodies(shard) == due[:count]
-        assert (consumer.next_due is not None and consumer.next_due <= mono_s()) == (count < 700)
+        assert (consumer.arrivals.next_due is not None and consumer.arrivals.next_due <= mono_s()) == (count < 700)
 
 
 def test_a_retry_whose_entry_is_finished_goes_behind_what_is_due(shard):

@@ -500,7 +500,7 @@ def test_redis_comes_back_empty_while_a_keyed_body_runs(kit: Kit, make_kit: Any)
     message = inbox.take()[0]
     session = inbox.channel.session
     session.deliveries.start(message.delivery_tag, True, False)
-    (shard,) = (shard for shard in session.consumed["q"].shards.values() if shard.handed)
+    (shard,) = (shard for shard in session.consumed["q"].shards.values() if shard.backlog.handed)
     kit.client().flushall()
     wait_until(lambda: kit.client().exists(shard.lease.key))  # its keeper goes on
     session.look()  # a new connection

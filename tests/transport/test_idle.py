@@ -117,7 +117,7 @@ def test_a_shard_that_reads_no_further_wakes_nobody(kit: Kit) -> None:
     headers = {"shard_key": "u1"}
     publish(channel, *range(150), headers=headers)
     inbox.take()
-    (shard,) = (shard for shard in session.consumed["q"].shards.values() if shard.handed)
+    (shard,) = (shard for shard in session.consumed["q"].shards.values() if shard.backlog.handed)
 
     def commands() -> int:
         before = kit.client().info("stats")["total_commands_processed"]
@@ -126,7 +126,7 @@ def test_a_shard_that_reads_no_further_wakes_nobody(kit: Kit) -> None:
 
     wait_until(lambda: not (inbox.drain(0.1) or shard.reads_on()))
     assert commands() < 200
-    shard.closing = True
-    session.ownership.releasing.add(shard.number)
-    shard.next_due = time.monotonic()
+    shard.backlog.closing = True
+    session.ownership.releasing.add(shard.backlog.number)
+    shard.arrivals.next_due = time.monotonic()
     assert commands() < 200

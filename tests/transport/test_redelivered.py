@@ -126,7 +126,7 @@ def test_a_shard_that_goes_leaves_no_start_mark(kit: Kit, monkeypatch: pytest.Mo
     (message,) = inbox.take()
     session, tag = inbox.channel.session, message.delivery_tag
     shards = session.consumed["q"].shards
-    (shard,) = (shard for shard in shards.values() if shard.handed)
+    (shard,) = (shard for shard in shards.values() if shard.backlog.handed)
 
     def mark() -> bytes:
         (note,) = kit.client().hvals(shard.keys.notes("workers"))
@@ -137,7 +137,7 @@ def test_a_shard_that_goes_leaves_no_start_mark(kit: Kit, monkeypatch: pytest.Mo
     inbox.channel.received(tag)
     monkeypatch.setattr(hooks, "not_begun", [lambda tags: tags])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session.ownership.keeper(), "orders", lambda: [{"op": "release", "number": shard.number}])
+        patch.setattr(session.ownership.keeper(), "orders", lambda: [{"op": "release", "number": shard.backlog.number}])
         session.receive_orders()
     wait_until(lambda: inbox.drain(0.1) or shards.get(shard.shard) is not shard)
     assert mark() == b"0"

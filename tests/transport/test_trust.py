@@ -196,7 +196,7 @@ def test_what_waits_of_other_shards_comes_again(make_kit: Any, redis_server: Red
     wait_until(lambda: inbox.drain(0.1) and len(connection.transport.poller._waiting) > 10)
     with session.lock:
         consumed = session.consumed["q"]
-        session.lost(next(c for c in consumed.shards.values() if c.handed), "")
+        session.lost(next(c for c in consumed.shards.values() if c.backlog.handed), "")
     with pytest.raises(connection.connection_errors):
         inbox.drain()
     connection.collect()
@@ -222,11 +222,11 @@ def test_what_waits_of_a_shard_that_is_handed_over_goes_with_it(rig: Rig) -> Non
     inbox.take(1)
     (consumer,) = rig.session.consumed["q"].shards.values()
     with rig.session.lock:
-        consumer.closing = True
+        consumer.backlog.closing = True
     assert not inbox.drain(0.3)
     assert len(inbox.messages) == 1
-    assert len(consumer.handed) == 1
+    assert len(consumer.backlog.handed) == 1
     with rig.session.lock:
-        consumer.closing = False
+        consumer.backlog.closing = False
         rig.session.consumed["q"].rung = True
     assert [message.payload for message in inbox.take(29)] == list(range(1, 30))

@@ -11,9 +11,9 @@ import pytest
 
 from streamtask.clock import mono_s
 from streamtask.coordination.shared import SharedMemory, create_file
-from streamtask.queue.delivery import Batch
-from streamtask.queue.held import ConsumerSettings
+from streamtask.queue.backlog import Batch
 from streamtask.queue.queues import Queue
+from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED
 from streamtask.worker.control import Control
@@ -65,19 +65,19 @@ def test_after_a_cut_no_more_is_read_ahead_than_the_long_body_lets_begin(control
 
     def body():
         control._moved_at = mono_s() - 1.0  # since then it runs
-        consumer.take_back(batch, executor.cut(batch))
+        consumer.backlog.cut_off(batch, executor.cut(batch))
 
     executor = SequentialExecutor(SimpleNamespace(plain={"t": body}, here=here), control._memory)
     control.executor = executor
     control._memory.trusted[5] = float("inf")
     control._pace_s = 1e-4
-    batch = Batch(consumer, 1, [[b"%d-0" % n, ["t", None, b"", [], {}, None]] for n in range(30)], [])
-    consumer.handed[1] = batch
+    batch = Batch(consumer.backlog, 1, [[b"%d-0" % n, ["t", None, b"", [], {}, None]] for n in range(30)], [])
+    consumer.backlog.handed[1] = batch
     executor.submit(batch)
     executor.run_batch(executor.next())
     control._collect()
-    assert len(consumer.buffer) == 29
+    assert len(consumer.backlog.buffer) == 29
     assert control._pace_s >= 1.0
-    consumer.buffer.clear()  # offered again
+    consumer.backlog.buffer.clear()  # offered again
     control._make_room()
-    assert consumer.room == 1
+    assert consumer.arrivals.room == 1

@@ -14,9 +14,9 @@ import pytest
 from streamtask import StreamTask
 from streamtask.coordination.lease import Lease
 from streamtask.coordination.shared import SharedMemory, create_file
-from streamtask.queue.consumer import ShardConsumer
-from streamtask.queue.delivery import Batch, Delivery
-from streamtask.queue.held import ConsumerSettings
+from streamtask.queue.backlog import Backlog, Batch
+from streamtask.queue.delivery import Delivery
+from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis.keys import SHARED, QueueKeys
 from streamtask.worker.executor import Coroutines, SequentialExecutor
 from streamtask.worker.ports import Place
@@ -31,18 +31,18 @@ def rig(body):
     os.close(fd)
     memory.trusted[0] = float("inf")
     keys = QueueKeys("streamtask", "a", "q").shard(0, SHARED)
-    consumer = ShardConsumer(Lease(keys, "g", "i", 1000, True, 1, 0.0), "q", SHARED, ConsumerSettings())
-    consumer.number = 0
+    backlog = Backlog(Lease(keys, "g", "i", 1000, True, 1, 0.0), "q", SHARED, ConsumerSettings())
+    backlog.number = 0
 
     def batch(count):
-        return Batch(consumer, 1, [[b"%d-0" % n, ["t", None, b"", [n], {}, None]] for n in range(count)], [])
+        return Batch(backlog, 1, [[b"%d-0" % n, ["t", None, b"", [n], {}, None]] for n in range(count)], [])
 
-    return SequentialExecutor(runner, memory), memory, consumer, batch
+    return SequentialExecutor(runner, memory), memory, backlog, batch
 
 
 def test_each_message_of_a_batch_that_is_cut_short_runs_or_is_left():
     ran: list[int] = []
-    executor, _, consumer, make = rig(ran.append)
+    executor, _, backlog, make = rig(ran.append)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     cuts, chance = [], random.Random(7)
@@ -59,9 +59,9 @@ def test_each_message_of_a_batch_that_is_cut_short_runs_or_is_left():
                 end = executor.cut(batch)
             if end is not None:
                 left = batch.ids[end:]
-                consumer.take_back(batch, end)
-                assert [delivery.entry_id for delivery in consumer.buffer] == left
-                consumer.buffer.clear()
+                backlog.cut_off(batch, end)
+                assert [delivery.entry_id for delivery in backlog.buffer] == left
+                backlog.buffer.clear()
             thread.join()
             assert executor.ended.pop() is batch
             unstarted = [index for index, outcome in batch.outcomes if outcome.kind == "unstarted"]

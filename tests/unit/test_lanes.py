@@ -13,11 +13,12 @@ from streamtask.coordination.lease import Lease
 from streamtask.queue import lanes as lanes_module
 from streamtask.queue.consumer import ShardConsumer
 from streamtask.queue.delivery import Delivery, Outcome
-from streamtask.queue.held import ConsumerSettings
 from streamtask.queue.lanes import KEEP_BODIES, LaneSet, put_in_place
+from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.keys import QueueKeys
 from streamtask.redis.wire import Note, id_order
+from tests.one_link import OneLink
 
 
 def message(ms, seq=0, key=b"k"):
@@ -304,47 +305,47 @@ class Stream:
         return found
 
 
-def owner_of_a_lane(followers, **more):
+def owner_of_a_lane(followers, link, **more):
     keys = QueueKeys("streamtask", "app", "q").shard(0, 0)
     lease = Lease(keys, "workers", "incarnation", 5000, False, 7, 0.0, False)
-    consumer = ShardConsumer(lease, "q", 0, ConsumerSettings(**more))
-    lane = consumer.lanes.close(b"k", None, None)
+    consumer = ShardConsumer(lease, "q", 0, ConsumerSettings(**more), OneLink(link))
+    lane = consumer.backlog.lanes.close(b"k", None, None)
     lane.waiting = Counted(b"%d-0" % n for n in range(1000, 1000 + followers))
-    consumer.lanes.waiting = followers
-    consumer.lanes.open(lane)
+    consumer.backlog.lanes.waiting = followers
+    consumer.backlog.lanes.open(lane)
     return consumer, lane
 
 
 def drain_side_by_side(followers):
-    consumer, lane = owner_of_a_lane(followers)
     link, ran = Stream(), []
+    consumer, lane = owner_of_a_lane(followers, link)
     for _ in range(320):
-        batches = consumer.take_free(link, 4)
+        batches = consumer.hand_out_free(4)
         assert len(batches) == 1, "one of a key at a time"
         ran.append(batches[0].deliveries[0].args[0])
-        consumer.complete_free(batches[0])
+        consumer.backlog.complete_free(batches[0])
     assert ran == list(range(1000, 1320))
     return lane.waiting.touched, link.round_trips
 
 
 def drain_in_sequence(followers):
-    consumer, lane = owner_of_a_lane(followers)
     link, ran = Stream(), []
+    consumer, lane = owner_of_a_lane(followers, link)
     while len(ran) < 800:
-        batch = consumer.take(link, 200)
+        batch = consumer.hand_out(200)
         ran += [delivery.args[0] for delivery in batch.deliveries]
-        consumer.complete(batch)
+        consumer.backlog.complete(batch)
     assert ran == list(range(1000, 1800))
     return lane.waiting.touched, link.round_trips
 
 
 def fail_a_head(followers):
     """At concurrency 1 what lies behind it in its batch is skipped, and goes back as well."""
-    consumer, lane = owner_of_a_lane(followers)
     link = Stream()
-    batch = consumer.take(link, 200)
+    consumer, lane = owner_of_a_lane(followers, link)
+    batch = consumer.hand_out(200)
     batch.outcomes = [(0, Outcome("retry", delay_s=0.0)), *((n, Outcome("skipped")) for n in range(1, 200))]
-    consumer.complete(batch)
+    consumer.backlog.complete(batch)
     assert [entry_id(lane.waiting.popleft()) for _ in range(300)] == [b"%d-0" % n for n in range(1000, 1300)]
     return lane.waiting.touched, link.round_trips
 
@@ -397,9 +398,9 @@ def test_many_open_lanes_are_not_walked_for_each_message():
 
 def test_what_is_read_again_was_another_owners_where_it_was_pending_at_the_takeover():
     """Its body gets a start mark, also where only its id was kept."""
-    consumer, _ = owner_of_a_lane(1000)
-    consumer._others_to = (1003, 0)
+    consumer, _ = owner_of_a_lane(1000, Stream())
+    consumer.backlog.others_to = (1003, 0)
 
-    batch = consumer.take(Stream(), 10)
+    batch = consumer.hand_out(10)
 
     assert [delivery.fresh for delivery in batch.deliveries] == [False] * 4 + [True] * 6

@@ -294,7 +294,7 @@ def test_what_is_given_back_time_and_again_keeps_nobody_out(redis_server, site, 
     """Its neighbours run, even if it comes at once; and it comes ever more rarely."""
     site = site(
         redis_server,
-        ("" if pauses else "from streamtask.queue import consumer\nconsumer.PAUSE_S = 0.0")
+        ("" if pauses else "from streamtask.queue import backlog\nbacklog.PAUSE_S = 0.0")
         + """
 app = make_app()
 

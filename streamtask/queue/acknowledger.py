@@ -1,0 +1,61 @@
+"""The connection on which a worker process acknowledges: a call for each of its shards may be on its way, and its answer is
+taken when it comes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from ..errors import BrokerUnavailable, LeaseLost, ReplyError, StreamTaskError
+from ..redis.connection import Broker
+from ..redis.scripts import script
+from .consumer import ShardConsumer
+
+
+class Acknowledger:
+    """See the module. Used by one thread."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.link = broker.link()
+        self._where = broker.safe_url
+        self._asked: deque[ShardConsumer] = deque()  # whose calls are on their way, in order
+
+    def send(self, consumer: ShardConsumer) -> None:
+        """Sends the call that settles the first of what a shard has finished; none of its calls is on its way."""
+        packed = consumer.settler.begin()
+        self._asked.append(consumer)
+        self.link.send(packed)
+
+    def receive(self) -> Iterator[tuple[ShardConsumer, LeaseLost | ReplyError]]:
+        """Takes the answers that have come; waits for one. Shows what was refused: that is sent again. Raises
+        ``BrokerUnavailable``."""
+        if not self._asked:
+            raise BrokerUnavailable(f"Redis at {self._where} closed the connection")
+        while self._asked:
+            answer = self.link.read_quietly()
+            consumer = self._asked.popleft()
+            settler = consumer.settler
+            try:
+                if not isinstance(answer, StreamTaskError):
+                    settler.end(answer)
+                elif isinstance(answer, ReplyError) and answer.code == "NOSCRIPT":
+                    settler.lost()
+                    consumer.fence.link.call(script("settle").pack_load())
+                else:
+                    raise answer
+            except (LeaseLost, ReplyError) as exc:
+                settler.lost()
+                yield consumer, exc
+            except StreamTaskError:
+                settler.lost()
+                raise
+            if not self.link.buffered():
+                return
+
+    def drop(self) -> None:
+        """Closes the connection. What was not answered is sent again, before anything later."""
+        self.link.close()
+        for consumer in self._asked:
+            consumer.settler.lost()
+        self._asked.clear()
