@@ -29,7 +29,6 @@ from .queue.seen import dedupe_hash
 from .redis import wire
 from .redis.connection import Broker
 from .redis.keys import SHARED
-from .redis.link import pack
 from .results import NO_BACKEND, AsyncResult, ResultStore
 from .runner import Runner
 from .settings import Seconds, Settings
@@ -65,6 +64,10 @@ APP_RULES: Mapping[str, Rule] = {
     "backend": optional(either(FLAG, Rule("a URL, as redis://localhost:6379/1", TEXT.take))),
     "middleware": Rule("a list of middlewares, made already, as in [Dedupe()]", _middlewares),
 }
+
+
+REVOKED_MS = 86_400_000
+"""For how long a task id stays revoked: a message that waits longer runs, as revoking was never promised to be for ever."""
 
 
 class StreamTask:
@@ -499,12 +502,7 @@ class StreamTask:
             self._revocations += 1
             link = self.producer.take_link(self.broker.node(key), queue, key)
             try:
-                # Kept for a day: a message that waits longer runs, as revoking was never promised to be for ever.
-                now = wall_ms()
-                link.call(pack("ZADD", key, now + 86_400_000, task_id))
-                link.call(pack("ZREMRANGEBYSCORE", key, "-inf", now))
-                link.call(pack("PEXPIRE", key, 86_400_000))
-                link.call(pack("PUBLISH", queue.keys.channel(self.settings.group), "revoked"))
+                link.run("revoke", [key], [task_id, REVOKED_MS, queue.keys.channel(self.settings.group)])
             finally:
                 self._revocations += 1  # whoever looked meanwhile looks again
                 link.close()

@@ -1345,6 +1345,28 @@ def test_the_last_id_is_lifted_whatever_its_size(shard, lower, higher):
     assert shard.client.xinfo_stream(shard.keys.stream)["last-generated-id"].decode() == higher
 
 
+def test_what_was_revoked_long_ago_is_forgotten(shard):
+    key, channel = "n:revoked", "n:events"
+    heard = shard.client.pubsub(ignore_subscribe_messages=True)
+    heard.subscribe(channel)
+    wait_until(lambda: shard.client.pubsub_numsub(channel)[0][1] == 1)
+
+    assert shard.link.run("revoke", [key], ["one", 20, channel]) == 1
+    wait_until(lambda: not shard.client.exists(key))  # nothing stays of a queue where nothing is revoked any more
+    shard.client.zadd(key, {"old": 1})
+    assert shard.link.run("revoke", [key], ["two", 60_000, channel]) == 1
+    assert shard.link.run("revoke", [key], ["two", 60_000, channel]) == 0
+    assert shard.client.zrange(key, 0, -1) == [b"two"]
+    assert 0 < shard.client.pttl(key) <= 60_000
+    wait_until(
+        lambda: (
+            heard.get_message(timeout=0.1)
+            == {"type": "message", "pattern": None, "channel": b"n:events", "data": b"revoked"}
+        )
+    )
+    heard.close()
+
+
 def test_a_result_is_replaced_by_its_own_message_alone(shard):
     """What is no string there is nobody's result."""
     store = ResultStore(shard.broker, "n", "a", 60)
