@@ -18,9 +18,9 @@ from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, InDoubt, ReplyError, StreamTaskError
 from ..redis.link import pack
 from ..text import logger
-from . import publish
 from .fanout import channel as fanout_channel
 from .message import HEARD, PRODUCE_ID, decode_body, encode
+from .publish import PublishBatch, keep_id
 from .resting import is_of_one_key
 from .session import Session
 from .vhost import FANOUT
@@ -259,7 +259,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         try:
             result = super().basic_publish(message, exchange, routing_key, **kwargs)
         except BaseException as exc:
-            publish.keep_id(message)
+            keep_id(message)
             if isinstance(exc, InDoubt):
                 raise OperationalError(str(exc)) from exc  # which kombu does not try again
             raise
@@ -282,20 +282,20 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         if ttl is not None:
             message["properties"]["expiration"] = str(min(ttl, int(message["properties"].get("expiration") or ttl)))
         self.session.keep(queue)
-        batch: publish.PublishBatch | None = kwargs.get("_publish_batch")
+        batch: PublishBatch | None = kwargs.get("_publish_batch")
         if batch is not None:
-            batch.add(self.session, queue, message)
+            batch.add(queue, message)
         else:
-            publish.put(self.session, queue, message)
+            self.session.publisher.put(queue, message)
 
     def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **kwargs: Any) -> None:
-        name = fanout_channel(self.session, exchange, routing_key)
+        name = fanout_channel(self.session.options, exchange, routing_key)
         packed = pack("PUBLISH", name, encode(message, None))
         self.session.connections.once_more(lambda link: link.call(packed))
 
-    def create_publish_batch(self, max_size: int) -> publish.PublishBatch:
+    def create_publish_batch(self, max_size: int) -> PublishBatch:
         """For kombu's ``Producer.batch``."""
-        return publish.PublishBatch(self, max_size)
+        return PublishBatch(self.session.publisher, self, max_size)
 
     # Consuming
 

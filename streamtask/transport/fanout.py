@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable
 from ..queue.delivery import Delivery
 from ..redis import keys, wire
+from ..redis.connection import Broker
 from ..redis.link import Link, pack
 from ..text import logger
+from .connections import Connections
 from .message import HEARD, check, decode
-from .session import Session
+from .options import Options
 
 log = logger("streamtask.transport")
 
 PING_S = 25.0
 
 
-def channels(session: Session, exchange: str, routing_key: str) -> list[str]:
+def channels(options: Options, exchange: str, routing_key: str) -> list[str]:
     """The patterns to subscribe to for a binding. A binding without a routing key hears everything, and what has none is heard
     by all: Celery sends that to a ``Broadcast`` queue that its routes name together with its exchange."""
-    options = session.options
     plain = _escape(keys.fanout(options.namespace, options.app, options.db, exchange))
     if not options.fanout_patterns:
         return [plain]
@@ -31,9 +33,8 @@ def channels(session: Session, exchange: str, routing_key: str) -> list[str]:
     return [plain, f"{plain}/{routing_key.replace('#', '*')}"]
 
 
-def channel(session: Session, exchange: str, routing_key: str) -> str:
+def channel(options: Options, exchange: str, routing_key: str) -> str:
     """The channel that a message is published to."""
-    options = session.options
     return keys.fanout(
         options.namespace, options.app, options.db, exchange, routing_key if options.fanout_patterns else ""
     )
@@ -48,8 +49,11 @@ def _escape(text: str) -> str:
 class Listener:
     """The subscriptions of one kombu connection. Used by the thread that drains it."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, broker: Broker, options: Options, connections: Connections, new_tag: Callable[[], str]) -> None:
+        self._broker = broker
+        self._options = options
+        self._connections = connections
+        self._new_tag = new_tag
         self._opened: Link | None = None  # most connections listen to nothing
         self._confirmed = False
         self._queues: dict[bytes, set[str]] = {}  # by pattern
@@ -63,7 +67,7 @@ class Listener:
     @property
     def _link(self) -> Link:
         if self._opened is None:
-            self._opened = self._session.broker.link()
+            self._opened = self._broker.link()
         return self._opened
 
     @property
@@ -72,13 +76,13 @@ class Listener:
 
     def subscribe(self, queue: str, exchange: str, routing_key: str) -> None:
         """Returns when Redis has answered: what is published from then on is heard."""
-        wanted = [pattern.encode() for pattern in channels(self._session, exchange, routing_key)]
+        wanted = [pattern.encode() for pattern in channels(self._options, exchange, routing_key)]
         new = [pattern for pattern in wanted if pattern not in self._queues]
         for pattern in wanted:
             self._queues.setdefault(pattern, set()).add(queue)
         if new:
             self._link.send(pack("PSUBSCRIBE", *new))
-            with self._session.connections.at_start():
+            with self._connections.at_start():
                 self._await(b"psubscribe", len(new))
             self._confirmed = True
 
@@ -100,9 +104,9 @@ class Listener:
             if reply[0] == kind:
                 count -= 1
             else:
-                self._take(reply)
+                self._received(reply)
 
-    def _take(self, reply: Any) -> None:
+    def _received(self, reply: Any) -> None:
         self._heard_at, self._pinged = mono_s(), False
         if reply[0] == b"pmessage":
             for queue in self._queues.get(reply[1], ()):
@@ -110,9 +114,9 @@ class Listener:
 
     def receive(self) -> None:
         """Reads what has come; to be called when the socket is readable."""
-        self._take(self._link.read())
+        self._received(self._link.read())
         while self._link.buffered():
-            self._take(self._link.read())
+            self._received(self._link.read())
 
     def pop(self) -> tuple[str, dict[str, Any]] | None:
         """The next message, with the queue that it is for."""
@@ -125,7 +129,7 @@ class Listener:
             except Exception as exc:
                 log.warning("junk on a fanout exchange of queue %s: %s", queue, exc)
                 continue
-            payload["properties"]["delivery_tag"] = HEARD + self._session.new_tag()
+            payload["properties"]["delivery_tag"] = HEARD + self._new_tag()
             return queue, payload
         return None
 
@@ -144,12 +148,12 @@ class Listener:
             self._heard_at = mono_s()
             self._link.send(pack("PING"))
             return False
-        return self._pinged and quiet_s > self._session.broker.timeout_s
+        return self._pinged and quiet_s > self._broker.timeout_s
 
     def fail(self) -> None:
         """The other end is gone. Raises ``BrokerUnavailable``."""
         self._link.close()
-        raise BrokerUnavailable(f"Redis at {self._session.broker.safe_url} does not answer on its pub/sub connection")
+        raise BrokerUnavailable(f"Redis at {self._broker.safe_url} does not answer on its pub/sub connection")
 
     def close(self) -> None:
         self._queues = {}

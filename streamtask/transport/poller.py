@@ -77,13 +77,14 @@ class Poller:
 
     def _begin(self) -> None:
         """Waits for nothing yet: at first, and in a forked child, whose parent goes on with its sockets."""
-        self.listener = Listener(self.session)
+        session = self.session
+        self.listener = Listener(session.broker, session.options, session.connections, session.new_tag)
         self.loop: Any = None
         self._inherited = False  # its channels have consumers that the session does not know of
         self._thread = 0
         self._bells = Bells(self.session, self._dropped)
         self._waiting: deque[Fetched] = deque()  # for ``drain``, which delivers one a call
-        self._epoch = self.session.epoch
+        self._epoch = session.epoch
         self._checked_at = mono_s()
         self._turn = 0
         self._fds: dict[int, object] = {}

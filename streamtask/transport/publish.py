@@ -6,23 +6,22 @@ from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import StreamTaskError
 from ..queue.calls import Call, Target
 from ..queue.delivery import Delivery
+from ..queue.producer import Producer
 from ..redis import wire
 from ..redis.keys import SHARED
 from ..redis.scripts import Code, script
 from . import hooks
 from .message import PRODUCE_ID, REPLACES, SENT, due_ms, encode, key_of
+from .options import Options
 from .queues import GROUP, shared
+from .vhost import VHost
 
 INF = float("inf")
-
-if TYPE_CHECKING:
-    from .channel import Channel
-    from .session import Session
 
 
 @dataclass(slots=True)
@@ -63,32 +62,74 @@ class Retry(KeyedCall):
         return True if answer == Code.STORED_ALREADY else Call.outcome(self, answer)
 
 
-def _call(session: Session, queue_name: str, message: dict[str, Any]) -> Call:
-    """The produce call of one message for one queue."""
-    for hook in hooks.before_publish:
-        hook(message)
-    headers, properties = message["headers"], message["properties"]
-    key = key_of(headers)
-    queue = session.vhost.queue(queue_name)
-    if key is not None:
-        shard: int | str = queue.shard_for(key)
-        due = due_ms(headers, 0.0)
-    else:
-        steps = session.options.priority_steps
-        priority = _priority(properties.get("priority"))
-        shard = shared(steps[bisect(steps, priority) - 1]) if priority else SHARED
-        due = due_ms(headers, session.options.eta_hold_s)
-    queue.open(shard)
-    page, number, *since = properties[PRODUCE_ID].split(" ")
-    replaces = headers.get(REPLACES)
-    call = Call(queue, shard, encode(message, key), due_ms=due, produce_id=(page, int(number)))
-    if key is not None:
-        again = isinstance(replaces, dict) and replaces.get("queue") == queue_name
-        kind = partial(Retry, replaces=replaces) if again else KeyedCall
-        call = kind(queue, shard, call.envelope, due_ms=due, produce_id=call.produce_id, key=key)
-    if since:
-        call.repeated, call.sent_at = True, float(since[0])
-    return call
+PUT_OFF_S = 1.0
+"""How long putting off waits for Redis: it is tried again."""
+
+
+class Publisher:
+    """Stores messages in queues that the virtual host knows."""
+
+    def __init__(self, producer: Producer, vhost: VHost, options: Options, *, is_cluster: bool) -> None:
+        self.producer = producer
+        self._vhost = vhost
+        self._options = options
+        self._is_cluster = is_cluster
+
+    def put(self, queue_name: str, message: dict[str, Any]) -> None:
+        """Stores one message. Raises ``BrokerUnavailable``, ``QueueFull``."""
+        call = self.call_of(queue_name, message)
+        try:
+            self.producer.send(call)
+        finally:
+            since = call.sent_at or call.tried_at or (INF if call.repeated else None)
+            if since is not None and SENT not in message:
+                message[SENT] = (*(call.produce_id or ()), since)
+
+    def call_of(self, queue_name: str, message: dict[str, Any]) -> Call:
+        """The produce call of one message for one queue."""
+        for hook in hooks.before_publish:
+            hook(message)
+        headers, properties = message["headers"], message["properties"]
+        key = key_of(headers)
+        queue = self._vhost.queue(queue_name)
+        if key is not None:
+            shard: int | str = queue.shard_for(key)
+            due = due_ms(headers, 0.0)
+        else:
+            steps = self._options.priority_steps
+            priority = _priority(properties.get("priority"))
+            shard = shared(steps[bisect(steps, priority) - 1]) if priority else SHARED
+            due = due_ms(headers, self._options.eta_hold_s)
+        queue.open(shard)
+        page, number, *since = properties[PRODUCE_ID].split(" ")
+        replaces = headers.get(REPLACES)
+        call = Call(queue, shard, encode(message, key), due_ms=due, produce_id=(page, int(number)))
+        if key is not None:
+            again = isinstance(replaces, dict) and replaces.get("queue") == queue_name
+            kind = partial(Retry, replaces=replaces) if again else KeyedCall
+            call = kind(queue, shard, call.envelope, due_ms=due, produce_id=call.produce_id, key=key)
+        if since:
+            call.repeated, call.sent_at = True, float(since[0])
+        return call
+
+    def put_off(self, queue_name: str, shard: int | str, delivery: Delivery, due_ms: int) -> None:
+        """Stores a message that was delivered once more, to be delivered when it is due. Who repeats that adds none. Raises
+        ``StreamTaskError``."""
+        envelope = wire.encode(delivery.task, delivery.key, delivery.id, delivery.args, delivery.kwargs)
+        produce_id = f"o{delivery.entry_id.decode()}", 0
+        kind = KeyedCall if delivery.key is not None else Call
+        more = {} if delivery.key is None else {"key": delivery.key}
+        queue = self._vhost.queue(queue_name)
+        call = kind(queue, shard, envelope, due_ms=due_ms, produce_id=produce_id, repeated=True, sent_at=INF, **more)
+        self.producer.send(call, PUT_OFF_S)
+
+    def send_all(self, calls: list[Call]) -> None:
+        """Stores messages in their order; those of one server in one write."""
+        if self._is_cluster:
+            for call in calls:
+                self.producer.send(call)
+        else:
+            self.producer.send_together(calls)
 
 
 def _priority(stated: Any) -> int:
@@ -97,43 +138,6 @@ def _priority(stated: Any) -> int:
         return max(0, int(stated or 0))
     except (TypeError, ValueError, OverflowError):
         return 0
-
-
-def put(session: Session, queue_name: str, message: dict[str, Any]) -> None:
-    """Stores one message. Raises ``BrokerUnavailable``, ``QueueFull``."""
-    call = _call(session, queue_name, message)
-    try:
-        session.producer.send(call)
-    finally:
-        since = call.sent_at or call.tried_at or (INF if call.repeated else None)
-        if since is not None and SENT not in message:
-            message[SENT] = (*(call.produce_id or ()), since)
-
-
-PUT_OFF_S = 1.0
-"""How long that waits for Redis: it is tried again."""
-
-
-def put_off(session: Session, queue_name: str, shard: int | str, delivery: Delivery, due_ms: int) -> None:
-    """Stores a message that was delivered once more, to be delivered when it is due. Who repeats that adds none. Raises
-    ``StreamTaskError``."""
-    envelope = wire.encode(delivery.task, delivery.key, delivery.id, delivery.args, delivery.kwargs)
-    produce_id = f"o{delivery.entry_id.decode()}", 0
-    call = KeyedCall if delivery.key is not None else Call
-    more = {} if delivery.key is None else {"key": delivery.key}
-    session.producer.send(
-        call(
-            session.vhost.queue(queue_name),
-            shard,
-            envelope,
-            due_ms=due_ms,
-            produce_id=produce_id,
-            repeated=True,
-            sent_at=INF,
-            **more,
-        ),
-        PUT_OFF_S,
-    )
 
 
 def keep_id(message: dict[str, Any]) -> None:
@@ -145,8 +149,9 @@ def keep_id(message: dict[str, Any]) -> None:
 class PublishBatch:
     """Many publishes in few round trips, for kombu's ``Producer.batch``."""
 
-    def __init__(self, channel: Channel, max_size: int) -> None:
-        self.channel = channel
+    def __init__(self, publisher: Publisher, channel: Any, max_size: int) -> None:
+        self._publisher = publisher
+        self.channel = channel  # by which kombu tells whose batch it is
         self.max_size = max_size
         self._calls: list[Call] = []
         self._usable = True
@@ -159,10 +164,10 @@ class PublishBatch:
             self.flush()
         return result
 
-    def add(self, session: Session, queue: str, message: dict[str, Any]) -> None:
-        call = _call(session, queue, message)
+    def add(self, queue: str, message: dict[str, Any]) -> None:
+        call = self._publisher.call_of(queue, message)
         if isinstance(call, Retry):
-            session.producer.send(call)
+            self._publisher.producer.send(call)
         else:
             self._calls.append(call)
 
@@ -173,7 +178,7 @@ class PublishBatch:
         if not calls:
             return
         try:
-            send_all(self.channel.session, calls)
+            self._publisher.send_all(calls)
         except BaseException as exc:
             self._usable = False
             if not isinstance(exc, StreamTaskError):
@@ -192,12 +197,3 @@ class PublishBatch:
     def _check(self) -> None:
         if not self._usable:
             raise RuntimeError("the publish batch is closed, or failed before")
-
-
-def send_all(session: Session, calls: list[Call]) -> None:
-    """Stores messages in their order; those of one server in one write."""
-    if session.broker.is_cluster:
-        for call in calls:
-            session.producer.send(call)
-    else:
-        session.producer.send_together(calls)

@@ -28,7 +28,7 @@ from ..redis import keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..text import logger
-from . import fetching, publish, taking
+from . import fetching, taking
 from .connections import Connections
 from .consumed import Consumed
 from .consumer import StreamConsumer
@@ -36,6 +36,7 @@ from .deliveries import Deliveries
 from .fetching import SHARD_READ
 from .options import Options
 from .ownership import Ownership, Read
+from .publish import Publisher
 from .queues import GROUP, shared
 from .resting import is_of_one_key
 from .vhost import Touched, VHost
@@ -56,6 +57,7 @@ class Session:
         self.producer = Producer(options.producer_settings())
         self.connections = Connections(broker)
         self.vhost = VHost(broker, options, self.connections, self.is_kept)
+        self.publisher = Publisher(self.producer, self.vhost, options, is_cluster=broker.is_cluster)
         # Pollers that may sleep while there is something for them.
         self.wakers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.begin()
@@ -516,7 +518,7 @@ class Session:
             # A retry in the place of its entry has waited there.
             if consumer.generation(delivery.entry_id) or due_ms <= consumer.backlog.redis_ms():
                 return False
-        publish.put_off(self, consumer.queue, consumer.shard, delivery, due_ms)
+        self.publisher.put_off(consumer.queue, consumer.shard, delivery, due_ms)
         return self.deliveries.ack(tag) or True
 
     def _mark(self, consumer: StreamConsumer, batch: Batch) -> bool:
