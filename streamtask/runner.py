@@ -68,15 +68,18 @@ class Runner:
         self._on_start = on_start
         self.here = here
         self.has_async = any(task.is_async for task in tasks.values())
+        plain = {name: task for name, task in tasks.items() if self._is_plain(task)}
         self.plain: dict[str, Callable[..., Any]] = {
-            name: task.function for name, task in tasks.items() if self._is_plain(task)
+            name: task.function for name, task in plain.items() if not task.is_async
+        }
+        self.plain_async: dict[str, Callable[..., Any]] = {
+            name: task.function for name, task in plain.items() if task.is_async
         }
 
     def _is_plain(self, task: Task[..., Any]) -> bool:
         o = task.options
         return not (
-            task.is_async
-            or o.bind
+            o.bind
             or o.soft_time_limit
             or o.time_limit
             or o.rate_limit
@@ -105,6 +108,13 @@ class Runner:
             return await self._arun(delivery, place)
         except BaseException as exc:
             return broken(delivery, exc), None
+
+    def begin(
+        self, body: Callable[..., Coroutine[Any, Any, Any]], delivery: Delivery, place: Place
+    ) -> tuple[Coroutine[Any, Any, Any], Any]:
+        in_coroutine.set((delivery, place))
+        coroutine = body(*delivery.args, **delivery.kwargs)
+        return coroutine, coroutine.send(None)
 
     async def rest(self, delivery: Delivery, place: Place, answer: Any) -> Ended:
         return await self._rest(delivery, place, answer, mono_s())

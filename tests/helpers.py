@@ -351,3 +351,14 @@ def spawn(
             raise
         finally:
             spawned.kill_group()
+
+
+def end_batch(batch, odd=()):
+    """All of a batch has ended; ``odd``: (position, outcome) of those that did not end well."""
+    if batch.ended is None:
+        batch.outcomes += odd
+        batch.backlog.complete(batch)
+    else:
+        batch.odd.update(odd)
+        batch.ended += [position for position in range(len(batch.ids)) if position not in batch.ended]
+        batch.backlog.collect_free(batch)

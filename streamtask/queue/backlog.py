@@ -51,14 +51,16 @@ class Lease(Protocol):
 
 
 class Batch:
-    """Deliveries handed out together, to be run one after the other.
+    """Deliveries handed out together: to be run one after the other, or side by side, of different lanes.
 
-    ``collected`` of them are known to have ended; ``outcomes`` has (position, outcome) of those that did not end well,
-    ``reopened`` the keys that a sequential executor skips no longer; ``mixed``: not in the order of the stream.
+    ``collected`` of them are known to have ended. In sequence, ``outcomes`` has (position, outcome) of those that did not end
+    well, ``reopened`` the keys that the executor skips no longer; ``mixed``: not in the order of the stream. Side by side,
+    ``ended`` has the positions of all that have ended, as they did, and ``odd`` the outcomes of those that did not end well.
     """
 
     __slots__ = (
-        "backlog", "collected", "end", "ids", "items", "mixed", "number", "outcomes", "reopened", "results", "seen", "slot",
+        "backlog", "collected", "end", "ended", "ids", "items", "mixed", "number", "odd", "outcomes", "reopened", "results",
+        "seen", "slot",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +76,8 @@ class Batch:
         self.collected = 0
         self.seen = 0  # outcomes that were dealt with
         self.outcomes: list[tuple[int, Outcome]] = []
+        self.ended: list[int] | None = None
+        self.odd: dict[int, Outcome] = {}
         self.results: list[tuple[Delivery, Any]] = []
         self.slot: Any = None  # where its executor writes down which one runs
 
@@ -84,6 +88,20 @@ class Batch:
     @property
     def deliveries(self) -> list[Delivery]:
         return deliveries_of(self.items)
+
+    def left(self) -> Iterable[int]:
+        """The positions of those that are not known to have ended."""
+        if self.ended is None:
+            return range(self.collected, len(self.ids))
+        over = set(self.ended[: self.collected])
+        return (position for position in range(len(self.ids)) if position not in over)
+
+    def take_results(self) -> list[tuple[Delivery, Any]]:
+        """What executors have put there so far."""
+        count = len(self.results)
+        taken = self.results[:count]
+        del self.results[:count]  # what is put there meanwhile stays
+        return taken
 
 
 class Backlog:
@@ -150,7 +168,7 @@ class Backlog:
         held = {entry_id_of(item) for item in self.buffer}
         held.update(self.lanes.entry_ids())
         for batch in self.handed.values():
-            held.update(batch.ids[batch.collected :])
+            held.update(batch.ids[position] for position in batch.left())
         held.update(self.finished)
         held.update(dead.entry_id for dead in self.dead)
         return held
@@ -161,7 +179,7 @@ class Backlog:
         for lane in self.lanes.lanes.values():
             yield from (item for item in lane.waiting if isinstance(item, Delivery))
         for batch in self.handed.values():
-            yield from (item for item in batch.items[batch.collected :] if isinstance(item, Delivery))
+            yield from (item for i in batch.left() if isinstance(item := batch.items[i], Delivery))
 
     def has_work(self) -> bool:
         return not self.halted and not self.closing and (bool(self.buffer) or self.lanes.has_ready())
@@ -311,11 +329,11 @@ class Backlog:
             self._choose_from_buffer(limit, chosen, may_mark)
         return chosen, mixed
 
-    def choose_free(self, limit: int, at_once: int | None = None) -> list[Delivery]:
+    def choose_free(self, limit: int, at_once: int | None = None) -> list[Delivery | Entry]:
         """What to run next side by side: up to ``limit`` messages of different lanes, each of which is closed until its message
         has ended. ``at_once``: how many of them start at once, where not all do: what needs a start mark is among these, for
         whoever dies is charged with it."""
-        chosen: list[Delivery] = []
+        chosen: list[Delivery | Entry] = []
         again: list[Lane] = []
         for lane in self.lanes.ready():
             head = lane.waiting[0] if lane.waiting else None
@@ -339,9 +357,20 @@ class Backlog:
         for lane in again:
             if not lane.closed:
                 self.lanes.open(lane)
-        buffer = self.buffer
+        buffer, lanes, start = self.buffer, self.lanes.lanes, self.lanes.start
         while buffer and len(chosen) < limit:
             item = buffer[0]
+            if type(item) is list and not self.revoked:
+                # As nearly all are: new, and nothing is known of it.
+                buffer.popleft()
+                key = item[1][1]
+                if key is not None:
+                    if key in lanes:
+                        self.lanes.add(lanes[key], Delivery(*item))
+                        continue
+                    start(key)
+                chosen.append(item)
+                continue
             delivery = Delivery(*item) if isinstance(item, list) else item
             if self._must_wait(delivery, len(chosen), at_once):
                 break
@@ -351,17 +380,18 @@ class Backlog:
                 self.lanes.add(lane_or_none, delivery)
                 continue
             if self._may_run(delivery):
-                self.lanes.start(delivery.lane_key)
+                if delivery.lane is not None:
+                    start(delivery.lane_key)
                 chosen.append(delivery)
         return chosen
 
-    def to_mark(self, chosen: Iterable[Delivery]) -> list[tuple[bytes, Note]]:
+    def to_mark(self, chosen: Iterable[Delivery | Entry]) -> list[tuple[bytes, Note]]:
         """The notes that say of what was chosen that it starts: to be written before it is handed out."""
         if not self._marks:
             return []
         notes = []
         for delivery in chosen:
-            if self._needs_mark(delivery):
+            if isinstance(delivery, Delivery) and self._needs_mark(delivery):
                 note = delivery.note = delivery.note or Note()
                 note.mark = self.lease.token
                 notes.append((delivery.entry_id, note))
@@ -373,9 +403,17 @@ class Backlog:
         batch.mixed = mixed
         return batch
 
-    def hand_free(self, chosen: Iterable[Delivery]) -> list[Batch]:
+    def hand_free(self, chosen: Sequence[Delivery | Entry]) -> Batch | None:
         """What was chosen, to be run side by side."""
-        return [self._hand([delivery], []) for delivery in chosen]
+        if not chosen:
+            return None
+        batch = self._hand(chosen, [])
+        batch.ended = []
+        return batch
+
+    def hand_singly(self, chosen: Iterable[Delivery | Entry]) -> list[Batch]:
+        """What was chosen, each in a batch of its own."""
+        return [self._hand([delivery], []) for delivery in deliveries_of(chosen)]
 
     def _oldest_out(self) -> int:
         return min(self.handed, default=self._numbers + 1)
@@ -523,8 +561,39 @@ class Backlog:
         self.collect(batch, len(batch.ids))
         self.handed.pop(batch.number, None)
 
-    def complete_free(self, batch: Batch) -> None:
-        """As ``complete``, for a batch of ``hand_free``."""
+    def collect_free(self, batch: Batch) -> int:
+        """Takes note of what has ended since the last look of a batch of ``hand_free``: its lanes open. Answers how many of
+        these have run."""
+        assert batch.ended is not None
+        ended = batch.ended[batch.collected :]
+        if not ended:
+            return 0
+        batch.collected += len(ended)
+        if not self.finished:
+            self.finished_since = mono_s()
+        self._in_order = False
+        items, odd, lanes, ran = batch.items, batch.odd, self.lanes, len(ended)
+        for position in ended:
+            item = items[position]
+            if odd and (outcome := odd.pop(position, None)) is not None:
+                delivery = batch.delivery(position)
+                self._apply(delivery, outcome)
+                lanes.finish(delivery.lane_key)
+                ran -= outcome.kind == "unstarted"
+            elif type(item) is list:
+                self.finished.append(item[0])
+                if (key := item[1][1]) is not None:
+                    lanes.finish(key)
+            elif isinstance(item, Delivery):
+                self.finished.append(item.entry_id)
+                lanes.finish(item.lane_key)
+        self._closed.clear()  # which only a sequential executor needs
+        if batch.collected == len(batch.ids):
+            del self.handed[batch.number]
+        return ran
+
+    def complete_singly(self, batch: Batch) -> None:
+        """As ``complete``, for a batch of ``hand_singly``."""
         self._in_order = False
         self.complete(batch)
         self._closed.clear()  # which only a sequential executor needs

@@ -8,14 +8,14 @@ when the lease is no longer the owner's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..coordination.lease import Lease
 from .arrivals import Arrivals
 from .backlog import Backlog, Batch
 from .claimer import Claimer
 from .decoder import Decoder
-from .delivery import Delivery
+from .delivery import Delivery, Entry, deliveries_of
 from .fence import Fence, LinksByKey
 from .rules import ConsumerSettings
 from .settler import Settler
@@ -69,18 +69,18 @@ class ShardConsumer:
 
     def hand_out_free(
         self, limit: int, *, at_once: int | None = None, before_mark: Callable[[], object] = lambda: None
-    ) -> list[Batch]:
-        """Up to ``limit`` deliveries of different lanes, each a batch of its own, for executors that run side by side.
-        See ``Backlog.choose_free``."""
+    ) -> Batch | None:
+        """Up to ``limit`` deliveries of different lanes, to be run side by side; None if nothing can run now. See
+        ``Backlog.choose_free``."""
         backlog = self.backlog
         if backlog.halted or backlog.closing:
-            return []
+            return None
         self.arrivals.load(backlog.lacking(limit, in_sequence=False))
         chosen = backlog.choose_free(limit, at_once)
         self._mark(chosen, before_mark)
         return backlog.hand_free(chosen)
 
-    def _mark(self, chosen: list[Delivery], before_mark: Callable[[], object]) -> None:
+    def _mark(self, chosen: Sequence[Delivery | Entry], before_mark: Callable[[], object]) -> None:
         """Writes down that bodies start, where that is needed; where it fails, all of them go back."""
         notes = self.backlog.to_mark(chosen)
         if not notes:
@@ -89,7 +89,7 @@ class ShardConsumer:
             before_mark()
             self.settler.write(notes)
         except BaseException:
-            self.backlog.put_back(chosen)
+            self.backlog.put_back(deliveries_of(chosen))
             raise
 
     def offer_again(self) -> int:

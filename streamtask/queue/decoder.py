@@ -34,7 +34,7 @@ class Decoder:
                     task, key, message_id, args, kwargs, headers = envelope
                     if (
                         headers is None
-                        and type(key) is bytes
+                        and (type(key) is bytes or key is None)
                         and type(args) is list
                         and type(kwargs) is dict
                         and type(message_id) is bytes

@@ -122,7 +122,7 @@ class StreamConsumer:
         if backlog.halted or backlog.closing:
             return []
         self.arrivals.load(backlog.lacking(limit, in_sequence=False))
-        return backlog.hand_free(backlog.choose_free(limit))
+        return backlog.hand_singly(backlog.choose_free(limit))
 
     # Ends of messages
 
@@ -142,7 +142,7 @@ class StreamConsumer:
         else:
             outcome = Outcome("dead", reason=reason, message=why or "the consumer rejected it")
         batch.outcomes.append((0, outcome))
-        self.backlog.complete_free(batch)
+        self.backlog.complete_singly(batch)
 
     def is_suspect(self, delivery: Delivery) -> bool:
         """Whether a message has been charged so often that it has to be told from those beside it."""
@@ -198,7 +198,7 @@ class StreamConsumer:
             self._returned.append(delivery.entry_id)
             return
         batch.outcomes.append((0, Outcome("requeue")))
-        self.backlog.complete_free(batch)
+        self.backlog.complete_singly(batch)
 
     def put_off(self, batch: Batch, wait_s: float) -> None:
         """A message is to be delivered again after a while, by this process; its key waits for it."""

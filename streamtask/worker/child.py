@@ -16,10 +16,11 @@ from ..coordination.orders import Closed, Wire
 from ..coordination.shared import SharedMemory
 from ..text import logger
 from .control import Control
-from .executor import ParallelExecutor, SequentialExecutor
+from .executor import SequentialExecutor
 from .ports import TaskRunner, WorkerSettings
+from .side_by_side import ParallelExecutor
 from .signals import default_in_forks, leave_to_supervisor
-from .turns import Turns
+from .turns import LoopTurns, Turns
 
 log = logger("streamtask.worker")
 
@@ -107,7 +108,7 @@ def run(settings: WorkerSettings, runner: TaskRunner, fds: Fds) -> None:
         executor = SequentialExecutor(runner, memory)
         executor.signal_after_s = settings.ack_interval_s or 0.001
     else:
-        executor = ParallelExecutor(settings.concurrency, runner, memory, control.tell_ended)
+        executor = ParallelExecutor(settings.concurrency, runner, control.running)
     control.executor = executor
     # A process that a body forks must not work with its parent's connections when it comes back out of the body.
     fork.in_child(fork.Turn.WORKERS, control.forked)
@@ -118,7 +119,10 @@ def run(settings: WorkerSettings, runner: TaskRunner, fds: Fds) -> None:
     else:
         # The control loop asks for the GIL at every answer of Redis: bodies must not make it wait for milliseconds.
         sys.setswitchinterval(0.001)
-        control.run()
+        if executor.drivers is not None:
+            LoopTurns(control, executor.drivers).run()
+        else:
+            control.run()
     # What the app's modules hold is freed at the exit, as in other programs, and files that are open are written: nothing of
     # ours may hold on to that.
     executor.close()

@@ -9,13 +9,14 @@ few milliseconds however busy the process is.
 
 from __future__ import annotations
 
+import functools
 import os
-import select
+import selectors
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..clock import mono_s
-from ..coordination.shared import SharedMemory
+from ..coordination.shared import MAX_BATCH, SharedMemory
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.acknowledger import Acknowledger
 from ..queue.backlog import Backlog, Batch
@@ -29,9 +30,12 @@ from ..redis.misplaced import by, naming
 from ..redis.outage import Outage, Rarely
 from ..text import logger
 from .ending import end_process
+from .executor import SequentialExecutor
 from .outbox import Outbox
 from .owned import Owned
 from .ports import TaskRunner, WorkerSettings, results_of
+from .running import EVERY, Running
+from .side_by_side import ParallelExecutor
 
 log = logger("streamtask.worker")
 
@@ -48,19 +52,8 @@ AHEAD_S = 0.05
 READ_AHEAD = 2
 """Fetches' worth of messages that lie ready, where there are more in Redis."""
 
-
-class Executor(Protocol):
-    """See ``executor.py``."""
-
-    capacity: int
-    ended: Any
-    out: Any
-
-    def submit(self, batch: Batch) -> None: ...
-    def cut(self, batch: Batch) -> int | None: ...
-    def position(self, batch: Batch) -> int: ...
-    def withdraw(self, backlog: Backlog) -> None: ...
-    def forget(self, backlog: Backlog) -> None: ...
+LYING_S = 0.01
+"""How much work lies with executors that run side by side, beyond what runs, as bodies have gone lately."""
 
 
 class Supervisor(Protocol):
@@ -88,10 +81,12 @@ class Control:
         self._shared: list[Owned] = []  # those of shared streams
         self._queues = {queue.name: queue for queue in settings.queues}
         self._revoked_ids: dict[str, set[bytes | str]] = {name: set() for name in self._queues}
-        self.executor: Executor | None = None
         self._parallel = settings.concurrency > 1
+        self.running = Running(memory, settings.concurrency, self.wake)
+        self.executor: SequentialExecutor | ParallelExecutor
+        """Set by who puts both together."""
         # Of ``ack_batch``; with ack="each" one, or one for each executor.
-        self._half = max(settings.consumer.ack_batch // 2, settings.concurrency)
+        self._half = max(settings.consumer.ack_batch // 2, settings.concurrency + settings.consumer.ack_batch // 4)
         broker = settings.broker
         self._links = Links(broker, broker.timeout_s)
         self._fetcher = Fetcher(broker)
@@ -110,13 +105,12 @@ class Control:
         self.over = False
         """Whether the process is to end: nothing of it runs, and what it owned is given back, or can't be."""
         self._hurried = False
-        self._sleeping = False
         self._turn_order: list[Owned] = []  # whoever was served goes to its end
-        self._poll = select.poll()
-        self._poll.register(self._wake_read, select.POLLIN)
-        self._poll.register(supervisor.fileno(), select.POLLIN)
-        # Sockets that get another number whenever they connect anew, and what takes what they bring.
-        self._sockets: dict[int, Callable[[], None]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wake)
+        self._selector.register(supervisor.fileno(), selectors.EVENT_READ, self._obey)
+        # Sockets that get another number whenever they connect anew: of what takes what they bring.
+        self._sockets: dict[Callable[[], None], tuple[int, int]] = {}
         self._orders: dict[str, Callable[..., None]] = {
             "own": self._own,
             "release": self._release,
@@ -130,11 +124,6 @@ class Control:
         """In a child that a body has forked: nothing more starts there."""
         for owned in self._owned.values():
             owned.consumer.backlog.halted = True
-
-    def tell_ended(self) -> None:
-        """Called by executors after they have put a batch into ``ended``."""
-        if self._sleeping:
-            self.wake()
 
     def wake(self) -> None:
         """Ends the wait of the current turn."""
@@ -153,32 +142,41 @@ class Control:
 
     def turn(self, wait: bool = True) -> None:
         """One round; ``wait`` for something to do, if there is nothing."""
-        assert self.executor is not None
-        timeout_ms = self._timeout_ms() if wait else 0
-        self._sleeping = True
-        # In this order: what ends after the look at ``ended`` finds us asleep, and wakes us.
-        events = self._poll.poll(0 if self.executor.ended else timeout_ms)
-        self._sleeping = False
-        for fd, _ in events:
-            if fd == self._wake_read:
-                self._drain_wake()
-            elif fd == self._supervisor.fileno():
-                for order in self._supervisor.receive():
-                    self._orders[order.pop("op")](**order)
-            elif fd in self._sockets:
-                self._guarded(self._sockets[fd])
+        events = self._selector.select(self.rest() if wait else 0)
+        self.running.asleep = False
+        for key, _ in events:
+            key.data()
         self._collect()
         now = mono_s()
         if now >= self._down_until:
             self._guarded(self._work)
 
+    def fileno(self) -> int:
+        """Readable where there is something to do."""
+        return self._selector.fileno()
+
+    def has_events(self) -> bool:
+        return bool(self._selector.select(0))
+
+    def rest(self) -> float:
+        """How long (s) there is nothing to do. From now on executors tell of what ends meanwhile, and wake the loop."""
+        wait_s = self._wait_s()
+        self.running.asleep = True
+        # In this order: what ends after this look finds us asleep.
+        return 0.0 if self.executor.due() else wait_s
+
     # Waiting
 
-    def _timeout_ms(self) -> int:
+    def _wait_s(self) -> float:
         now = mono_s()
         wake = now + 5.0
+        self.running.low = EVERY
         if now < self._down_until:
-            return max(1, int((self._down_until - now) * 1000))
+            return self._down_until - now
+        if self._is_quick(now):
+            # Some will have ended soon: they are looked at together.
+            self.running.low = self.running.waiting() // 4
+            self.running.tell_at = wake = now + self._settings.ack_interval_s
         if self._progress_at is not None:
             wake = min(wake, self._progress_at)
         if self._look_at is not None:
@@ -207,8 +205,19 @@ class Control:
                 wake = min(wake, due)
         if self._fetcher.asked is None and self._cold_at > now:
             wake = min(wake, self._cold_at)
-        # A part of a millisecond counts as a whole one: else the loop would spin through it.
-        return max(0, -int(-(wake - now) * 1000 // 1))
+        return max(0.0, wake - now)
+
+    def _is_quick(self, now: float) -> bool:
+        """Whether bodies that run side by side end all the time, and others wait."""
+        if not self._parallel or not self._pace_s or any(o.consumer.backlog.closing for o in self._owned.values()):
+            return False
+        return (
+            max(self._pace_s, now - self._moved_at) < self._settings.ack_interval_s / 8 and self.running.waiting() > 0
+        )
+
+    def _obey(self) -> None:
+        for order in self._supervisor.receive():
+            self._orders[order.pop("op")](**order)
 
     def _drain_wake(self) -> None:
         try:
@@ -233,8 +242,8 @@ class Control:
 
     def _lost_connection(self, exc: StreamTaskError) -> None:
         self._links.close()
-        for fd in self._sockets:
-            self._poll.unregister(fd)
+        for fd, _ in self._sockets.values():
+            self._selector.unregister(fd)
         self._sockets.clear()
         self._acknowledger.drop()
         self._fetcher.drop()
@@ -245,13 +254,17 @@ class Control:
 
     def _listen(self, link: Link, take: Callable[[], None]) -> None:
         """Has ``take`` called when a link has something to read."""
-        fd = link.fileno()
-        if self._sockets.get(fd) != take:
-            for other in [other for other, step in self._sockets.items() if step == take]:
-                self._poll.unregister(other)
-                del self._sockets[other]
-            self._sockets[fd] = take
-            self._poll.register(fd, select.POLLIN)
+        now = (link.fileno(), link.connects)
+        before = self._sockets.get(take)
+        if before != now:
+            if before is not None:
+                self._selector.unregister(before[0])
+            self._sockets[take] = now
+            self._selector.register(now[0], selectors.EVENT_READ, functools.partial(self._heard, take))
+
+    def _heard(self, take: Callable[[], None]) -> None:
+        if take in self._sockets:  # else another event has closed the links
+            self._guarded(take)
 
     # Orders of the supervisor
 
@@ -291,7 +304,6 @@ class Control:
         if owned is not None:
             owned.consumer.backlog.closing = True
             owned.consumer.backlog.halted = True
-            assert self.executor is not None
             self.executor.withdraw(owned.consumer.backlog)
 
     def _resume(self, *, number: int) -> None:
@@ -319,8 +331,7 @@ class Control:
             self._shared.remove(owned)
         if owned in self._turn_order:
             self._turn_order.remove(owned)
-        if self.executor is not None:
-            self.executor.forget(owned.consumer.backlog)
+        self.executor.forget(owned.consumer.backlog)
 
     def _lost(self, owned: Owned) -> None:
         """Another process owns the shard: everything of it is dropped, and the supervisor ends this process."""
@@ -479,7 +490,23 @@ class Control:
     def _collect(self) -> None:
         """Takes what executors have ended."""
         executor = self.executor
-        assert executor is not None
+        if isinstance(executor, SequentialExecutor):
+            ended = self._collect_in_sequence(executor)
+        else:
+            ended = 0
+            for batch in list(executor.out):
+                ended += batch.backlog.collect_free(batch)
+                # Those of what has ended are among them, whatever ends meanwhile.
+                self._outbox.add(batch.take_results())
+                if batch.collected == len(batch.ids):
+                    executor.out.remove(batch)
+        if ended:
+            now = mono_s()
+            # One that takes long is remembered through some that don't.
+            self._pace_s = max((now - self._moved_at) / ended, self._pace_s / 2, 1e-6)
+            self._moved_at = now
+
+    def _collect_in_sequence(self, executor: SequentialExecutor) -> int:
         ended = 0
         while executor.ended:
             batch = executor.ended.popleft()
@@ -488,32 +515,21 @@ class Control:
             # Unless it came back early. What was cut off is no part of it any more, and its last body has taken long.
             if outcome is None or outcome.kind != "unstarted" or last >= len(batch.ids):
                 ended += len(batch.ids) - batch.collected
-            if batch.results:
-                self._outbox.add(batch.results)
-                batch.results = []
-            if self._parallel:
-                batch.backlog.complete_free(batch)
-            else:
-                batch.backlog.complete(batch)
+            self._outbox.add(batch.take_results())
+            batch.backlog.complete(batch)
         if not executor.out:
             self._progress_at = None
-        elif not self._parallel:
-            batch = executor.out[0]
-            position = min(executor.position(batch), len(batch.ids))
-            if position > batch.collected and not executor.ended:
-                if batch.results:
-                    results, batch.results = batch.results, []
-                    self._outbox.add(results)
-                ended = position - batch.collected
-                batch.backlog.collect(batch, position)
-                self._progress_at = mono_s() + self._settings.ack_interval_s
-            elif self._progress_at is not None and mono_s() >= self._progress_at:
-                self._progress_at = None  # a long body: its end wakes this thread
-        if ended:
-            now = mono_s()
-            # One that takes long is remembered through some that don't.
-            self._pace_s = max((now - self._moved_at) / ended, self._pace_s / 2, 1e-6)
-            self._moved_at = now
+            return ended
+        batch = executor.out[0]
+        position = min(executor.position(batch), len(batch.ids))
+        if position > batch.collected and not executor.ended:
+            self._outbox.add(batch.take_results())
+            ended = position - batch.collected
+            batch.backlog.collect(batch, position)
+            self._progress_at = mono_s() + self._settings.ack_interval_s
+        elif self._progress_at is not None and mono_s() >= self._progress_at:
+            self._progress_at = None  # a long body: its end wakes this thread
+        return ended
 
     def _work(self) -> None:
         self._make_room()
@@ -526,7 +542,7 @@ class Control:
             except ReplyError as exc:
                 self._refused(owned, exc)
         self._read_in_turn()
-        few = self._hand_out() and self._fetcher.asked is None and not self._parallel
+        few = self._hand_out() and self._fetcher.asked is None
         self._hurried = few and not self._hurried
         if self._hurried:
             # A few messages have come after a wait: they start before anything else is done. But not time and again: what
@@ -606,71 +622,76 @@ class Control:
     def _hand_out(self) -> bool:
         """Gives executors what can run. True if that is little, and all that there is to do."""
         executor = self.executor
-        assert executor is not None
-        room = executor.capacity - len(executor.out)
-        # Messages of shards that take long are not to keep out those of shared streams: each gets its turn after a while.
-        ahead = int(AHEAD_S / self._pace_s) if self._pace_s else 0
-        if self._shared and self._parallel and ahead < self._settings.concurrency:
-            room = self._settings.concurrency - len(executor.out)
-        if room <= 0:
+        if self._parallel:
+            most = self._settings.concurrency + self._lying() - self._out()
+        elif executor.out:
             return False
-        most = self._room()
-        if self._shared and not self._parallel:
-            most = min(most, max(1, ahead))
+        elif self._shared:
+            # Messages of shards that take long are not to keep out those of shared streams: each gets its turn after a while.
+            most = max(1, int(AHEAD_S / self._pace_s) if self._pace_s else 0)
+        else:
+            most = MAX_BATCH
+        if most <= 0:
+            return False
+        most = min(most, self._room())
         served: list[Owned] = []
         for owned in list(self._turn_order):
-            if room <= 0:
+            if most <= 0 or (served and not self._parallel):
                 break
-            consumer = owned.consumer
-            if owned.takeover or owned.quiet_until > mono_s() or not consumer.backlog.has_work():
+            if owned.takeover or owned.quiet_until > mono_s() or not owned.consumer.backlog.has_work():
                 continue
             if self._memory.trusted[owned.number] <= mono_s():
                 continue
-            limit = min(most, self._room_of(consumer))
+            limit = min(most, self._room_of(owned.consumer))
             if limit <= 0:
                 continue  # the answer to an acknowledgement makes room
             try:
-                if self._parallel:
-                    share = max(1, room // 2) if len(self._turn_order) > 1 else room
-                    at_once = self._settings.concurrency - len(executor.out)
-                    batches = consumer.hand_out_free(min(share, limit), at_once=at_once, before_mark=self._settle_first)
-                else:
-                    # A start mark is written for what starts now, not for what waits behind another batch.
-                    batch = consumer.hand_out(limit, may_mark=not executor.out, before_mark=self._settle_first)
-                    batches = [batch] if batch else []
+                batch = self._batch_of(owned.consumer, limit)
             except LeaseLost:
                 self._suspect(owned)
                 continue
             except ReplyError as exc:
                 self._refused(owned, exc)
                 continue
-            if batches and not self._busy():
-                self._moved_at = mono_s()
-            for batch in batches:
+            if batch is not None:
+                if not self._busy():
+                    self._moved_at = mono_s()
                 executor.submit(batch)
                 most -= len(batch.ids)
-            if batches:
-                room -= len(batches)
                 served.append(owned)
-                if not self._parallel:
-                    self._progress_at = mono_s() + self._settings.ack_interval_s
         for owned in served:
             if owned in self._turn_order:
                 self._turn_order.remove(owned)
                 self._turn_order.append(owned)
-        if not served or len(executor.out[0].ids) > FEW:
+        if not served or self._parallel or len(executor.out[0].ids) > FEW:
             return False
         return not any(o.full or o.consumer.backlog.has_work() or o.consumer.has_to_write() for o in self._turn_order)
+
+    def _batch_of(self, consumer: ShardConsumer, limit: int) -> Batch | None:
+        if self._parallel:
+            share = max(1, limit // 2) if len(self._turn_order) > 1 else limit
+            at_once = self._settings.concurrency - self._out()
+            return consumer.hand_out_free(share, at_once=at_once, before_mark=self._settle_first)
+        self._progress_at = mono_s() + self._settings.ack_interval_s
+        # A start mark is written for what starts now, not for what waits behind another batch.
+        return consumer.hand_out(limit, may_mark=not self.executor.out, before_mark=self._settle_first)
+
+    def _out(self) -> int:
+        """How many messages are handed out."""
+        return sum(len(batch.ids) - batch.collected for batch in self.executor.out)
+
+    def _lying(self) -> int:
+        """How many messages to hand out beyond those that run side by side: short bodies follow each other at once."""
+        pace = max(self._pace_s, mono_s() - self._moved_at) if self._busy() else self._pace_s
+        return int(LYING_S / pace) if pace else 0
 
     # Shared streams: others could run it, too
 
     def _busy(self) -> bool:
         """Whether whatever is handed out now waits for a body to end."""
-        assert self.executor is not None
-        return len(self.executor.out) >= self._settings.concurrency
+        return (self._out() if self._parallel else len(self.executor.out)) >= self._settings.concurrency
 
     def _left_in_batch(self, consumer: ShardConsumer) -> bool:
-        assert self.executor is not None
         if self._parallel:
             return False
         return any(b.backlog is consumer.backlog and len(b.ids) - b.collected > 1 for b in self.executor.out)
@@ -680,13 +701,11 @@ class Control:
         ``AHEAD_S``. Of a new process nothing is known, nor of one whose bodies take long just now."""
         if not self._shared:
             return
-        assert self.executor is not None
-        concurrency, out = self._settings.concurrency, self.executor.out
-        free = max(0, concurrency - len(out))
+        concurrency, out = self._settings.concurrency, self._out()
+        free = max(0, concurrency - (out if self._parallel else len(self.executor.out)))
         pace = self._pace_s if free else max(self._pace_s, mono_s() - self._moved_at)
         ahead = int(AHEAD_S / pace) if pace else 0
-        handed = len(out) if self._parallel else sum(len(batch.ids) - batch.collected for batch in out)
-        left = free + ahead - max(0, handed - concurrency)
+        left = free + ahead - max(0, out - concurrency)
         for owned in self._shared:
             consumer = owned.consumer
             room = left - len(consumer.backlog.buffer)
@@ -720,12 +739,11 @@ class Control:
         if not self._busy() or mono_s() < self._moved_at + AHEAD_S:
             return
         executor = self.executor
-        assert executor is not None
         for owned in list(self._shared):
             consumer = owned.consumer
             if consumer.backlog.closing or owned.takeover or owned.quiet_until > mono_s():
                 continue
-            if self._parallel:
+            if isinstance(executor, ParallelExecutor):
                 executor.withdraw(consumer.backlog)
                 self._collect()
             elif (batch := executor.out[0]).backlog is consumer.backlog and (end := executor.cut(batch)) is not None:
@@ -761,9 +779,7 @@ class Control:
     def _room(self) -> int:
         """How many messages to hand out. Were this process to die now, no more than ``ack_batch`` may have ended and not be
         acknowledged: one half of these runs, or has ended, while the other's acknowledgement is on its way."""
-        executor = self.executor
-        assert executor is not None
-        out: int = sum(len(batch.ids) - batch.collected for batch in executor.out)
+        out = self._out()
         room = self._half - out - self._ended()
         if room <= self._half // 2:
             for owned in [o for o in self._owned.values() if o.consumer.backlog.finished]:
@@ -811,8 +827,7 @@ class Control:
     def _settle_now(self, backlog: Backlog) -> bool:
         if len(backlog.finished) >= self._half or backlog.closing:
             return True
-        executor = self.executor
-        if executor is not None and not executor.out:
+        if not self.executor.out:
             return True  # nothing runs that could be acknowledged with it
         return mono_s() >= backlog.finished_since + self._settings.ack_interval_s
 

@@ -40,6 +40,9 @@ class TaskRunner(Protocol):
     plain: dict[str, Callable[..., Any]]
     """Tasks that need neither context, limits, middleware nor results: an executor may call them directly."""
 
+    plain_async: dict[str, Callable[..., Coroutine[Any, Any, Any]]]
+    """Coroutine functions of such tasks: to be called by ``begin``."""
+
     has_async: bool
     """Whether any task is a coroutine function."""
 
@@ -49,6 +52,12 @@ class TaskRunner(Protocol):
         """Answers a coroutine, to be run in an event loop, where the body's function has returned what ``goes_on``."""
 
     async def arun(self, delivery: Delivery, place: Place) -> Ended: ...
+
+    def begin(
+        self, body: Callable[..., Coroutine[Any, Any, Any]], delivery: Delivery, place: Place
+    ) -> tuple[Coroutine[Any, Any, Any], Any]:
+        """Begins a plain coroutine function: answers its coroutine, and what that waits for. Raises what the body raises, and
+        ``StopIteration`` where it has ended."""
 
     async def rest(self, delivery: Delivery, place: Place, answer: Any) -> Ended:
         """Of a plain body that has returned what ``goes_on``."""

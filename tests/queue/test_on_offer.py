@@ -10,6 +10,7 @@ from streamtask.errors import BrokerUnavailable
 from streamtask.queue.backlog import Batch
 from streamtask.queue.delivery import Outcome, deliveries_of, entry_id_of
 from streamtask.redis.keys import SHARED
+from tests.helpers import end_batch
 from tests.queue.test_takeover import GROUP, Rig
 
 
@@ -51,7 +52,7 @@ def test_what_waits_for_an_executor_is_charged_with_nothing(redis_server):
     gone.arrivals.look()
 
     # Of four places two are taken, and each executor finds its next message waiting.
-    ran = [batch.ids[0] for batch in gone.hand_out_free(4, at_once=2)]
+    ran = gone.hand_out_free(4, at_once=2).ids
     assert len(ran) == 2
     assert len(gone.backlog.buffer) == 3
     gone.fence.lease.charge(rig.link, {entry_id.decode(): True for entry_id in ran})
@@ -126,9 +127,8 @@ def test_what_did_not_run_is_charged_with_nothing(redis_server, kind, parallel):
     rig.fetch(former)
     assert reap(rig.link, rig.keys, GROUP, former.fence.lease.incarnation, 60_000, gone=True)
     stops.arrivals.look()
-    batch = stops.hand_out_free(1)[0] if parallel else stops.hand_out(1)
-    batch.outcomes.append((0, Outcome(kind)))
-    (stops.backlog.complete_free if parallel else stops.backlog.complete)(batch)
+    batch = (stops.hand_out_free if parallel else stops.hand_out)(1)
+    end_batch(batch, [(0, Outcome(kind))])
     stops.settler.flush()
     assert reap(rig.link, rig.keys, GROUP, stops.fence.lease.incarnation, 60_000, gone=True)
     heir.arrivals.look()

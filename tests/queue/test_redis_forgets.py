@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from streamtask.queue.delivery import Outcome
+from tests.helpers import end_batch
 from tests.queue.test_takeover import KEYS, Rig
 
 
@@ -120,17 +121,16 @@ def test_what_runs_again_runs_before_later_ones_of_its_key(rig):
     rig.fetch(consumer)
     mark = rig.server.written()
     rig.run(consumer, 10, True)
-    batches = consumer.hand_out_free(100)  # one of each key; the rest waits in lanes
-    assert len(batches) == len(KEYS)
+    batch = consumer.hand_out_free(100)  # one of each key; the rest waits in lanes
+    assert len(batch.ids) == len(KEYS)
     assert consumer.backlog.lanes.waiting > 0
 
     consumer.settler.sent.clear()
     lose(rig, consumer, mark)
 
-    for batch in batches:
-        (delivery,) = batch.deliveries
+    for delivery in batch.deliveries:
         rig.started[delivery.key].append(delivery.args[0])
-        consumer.backlog.complete_free(batch)
+    end_batch(batch)
     run_all(rig, consumer, True)
     for key in KEYS:
         after = rig.started[key][2:]
@@ -166,7 +166,7 @@ def test_what_a_lost_reply_brought_does_not_overtake_what_is_here(rig, parallel)
     consumer.arrivals.absorb(consumer.arrivals.fetch(2))
     order = []
     if parallel:
-        (batch,) = consumer.hand_out_free(1)  # 0 runs
+        batch = consumer.hand_out_free(1)  # 0 runs
         order.append(0)
     else:
         batch = consumer.hand_out(1)
@@ -177,11 +177,10 @@ def test_what_a_lost_reply_brought_does_not_overtake_what_is_here(rig, parallel)
     consumer.claimer.connection_lost()
     assert consumer.claimer.recover(takeover=False) == 2
     if parallel:
-        consumer.backlog.complete_free(batch)
+        end_batch(batch)
     consumer.backlog.lanes.open_due(float("inf"))
     while len(order) < 4:
-        batches = consumer.hand_out_free(4) if parallel else [consumer.hand_out(1)]
-        for batch in batches:
-            order += [delivery.args[0] for delivery in batch.deliveries]
-            (consumer.backlog.complete_free if parallel else consumer.backlog.complete)(batch)
+        batch = consumer.hand_out_free(4) if parallel else consumer.hand_out(1)
+        order += [delivery.args[0] for delivery in batch.deliveries]
+        end_batch(batch)
     assert order == [0, 1, 2, 3]

@@ -17,6 +17,7 @@ from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED
+from tests.helpers import end_batch
 from tests.one_link import OneLink
 
 GROUP = "workers"
@@ -65,27 +66,22 @@ class Rig:
 
     def run(self, consumer, limit, parallel, fail=()):
         """Hands out once, runs it, and settles."""
-        if parallel:
-            batches = consumer.hand_out_free(limit)
-        else:
-            batch = consumer.hand_out(limit)
-            batches = [batch] if batch else []
-        for batch in batches:
-            closed = set()
-            for index, delivery in enumerate(batch.deliveries):
-                number = delivery.args[0]
-                if delivery.key in closed:
-                    batch.outcomes.append((index, Outcome("skipped")))
-                elif (delivery.key, number) in fail and not delivery.note:
-                    batch.outcomes.append((index, Outcome("retry")))
-                    closed.add(delivery.key)
-                else:
-                    self.started[delivery.key].append(number)
-        for batch in batches:
-            (consumer.backlog.complete_free if parallel else consumer.backlog.complete)(batch)
+        batch = (consumer.hand_out_free if parallel else consumer.hand_out)(limit)
+        odd, closed = [], set()
+        for index, delivery in enumerate(batch.deliveries if batch else ()):
+            number = delivery.args[0]
+            if delivery.key in closed:
+                odd.append((index, Outcome("skipped")))
+            elif (delivery.key, number) in fail and not delivery.note:
+                odd.append((index, Outcome("retry")))
+                closed.add(delivery.key)
+            else:
+                self.started[delivery.key].append(number)
+        if batch:
+            end_batch(batch, odd)
         consumer.settler.flush()
         consumer.settler.settle()
-        return sum(len(batch.ids) for batch in batches)
+        return len(batch.ids) if batch else 0
 
     def close(self):
         self.producer.close()

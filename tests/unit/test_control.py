@@ -36,7 +36,9 @@ def control():
         app="a", broker=broker, queues=[Queue(broker, "streamtask", "a", "q", 1)], consumer=ConsumerSettings()
     )
     memory_fd, supervisor = create_file(1), Supervisor()
-    control = Control(settings, None, SharedMemory(memory_fd, 1), supervisor)
+    memory = SharedMemory(memory_fd, 1)
+    control = Control(settings, None, memory, supervisor)
+    control.executor = SequentialExecutor(SimpleNamespace(), memory)
     yield control
     broker.close()
     for fd in (memory_fd, *supervisor.pipe, control._wake_read, control._wake_write):

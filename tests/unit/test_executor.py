@@ -18,7 +18,8 @@ from streamtask.queue.backlog import Backlog, Batch
 from streamtask.queue.delivery import Delivery
 from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis.keys import SHARED, QueueKeys
-from streamtask.worker.executor import Coroutines, SequentialExecutor
+from streamtask.worker.coroutines import Coroutines
+from streamtask.worker.executor import SequentialExecutor
 from streamtask.worker.ports import Place
 
 

@@ -18,6 +18,7 @@ from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.keys import QueueKeys
 from streamtask.redis.wire import Note, id_order
+from tests.helpers import end_batch
 from tests.one_link import OneLink
 
 
@@ -320,10 +321,10 @@ def drain_side_by_side(followers):
     link, ran = Stream(), []
     consumer, lane = owner_of_a_lane(followers, link)
     for _ in range(320):
-        batches = consumer.hand_out_free(4)
-        assert len(batches) == 1, "one of a key at a time"
-        ran.append(batches[0].deliveries[0].args[0])
-        consumer.backlog.complete_free(batches[0])
+        batch = consumer.hand_out_free(4)
+        assert len(batch.ids) == 1, "one of a key at a time"
+        ran.append(batch.deliveries[0].args[0])
+        end_batch(batch)
     assert ran == list(range(1000, 1320))
     return lane.waiting.touched, link.round_trips
 
