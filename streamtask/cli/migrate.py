@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
+from ..migration import Outcome, open_broker
 from ..text import MOST_LINES, counted
-from .common import cell, json_option, print_json
-from .migration import Outcome, open_broker
+from .common import cell, json_option, print_json, say
 
 SHOWN = 20
 """Most messages that are named one by one in the output for people."""
@@ -67,12 +67,14 @@ def migrate(
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with (
-            open_broker(source_url, options[0]) as source,
-            open_broker(target_url, options[1]) as target,
+            open_broker(source_url, options[0], _tell) as source,
+            open_broker(target_url, options[1], _tell) as target,
             source.translated(),
         ):
             if source.is_target_of(target):
                 raise click.UsageError("--from and --to are the same database")
+            if everything and not source.finds_queues:
+                raise click.UsageError("name the queues with --queues a,b: --all is for redis://")
             if dry_run:
                 source.count(names, outcome)
             else:
@@ -145,6 +147,10 @@ def _list(title: str, rows: list[dict[str, Any]]) -> None:
         _say("  " + ", ".join(f"{name} {value}" for name, value in row.items() if value is not None))
     if len(rows) > SHOWN:
         _say(f"  ... and {len(rows) - SHOWN:,} more: --json has all")
+
+
+def _tell(text: str) -> None:
+    say(text, err=True)
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""What both brokers of a migration have in common."""
+"""What both sides of a migration have in common."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ...clock import mono_s
-from ...errors import BrokerUnavailable, StreamTaskError
-from ...redis.address import safe_url
+from ..clock import mono_s
+from ..errors import BrokerUnavailable, StreamTaskError
+from ..redis.address import safe_url
 
 RETRY_S = 10.0
 
@@ -41,13 +41,17 @@ class Outcome:
         }
 
 
-class Broker(ABC):
-    """One of the two brokers; ``OldRedis`` and ``Streams`` know how messages lie there."""
+class Side(ABC):
+    """One of the two brokers, which messages leave or come to; ``OldRedis`` and ``Streams`` know how they lie there.
 
-    def __init__(self, url: str, options: dict[str, Any], connection: Any) -> None:
+    ``tell`` is called with what a person should know at once: a wait, a warning.
+    """
+
+    def __init__(self, url: str, options: dict[str, Any], connection: Any, tell: Callable[[str], None]) -> None:
         self.url = safe_url(url)
         self.options = options
         self.connection = connection
+        self.tell = tell
         self.channel = connection.channel()
         self.keep_alive: Callable[[], None] = lambda: None
         """Called while something is waited for."""
@@ -74,7 +78,7 @@ class Broker(ABC):
         self.connection.connect()
         self.channel = self.connection.channel()
 
-    def is_target_of(self, other: Broker) -> bool:
+    def is_target_of(self, other: Side) -> bool:
         """Whether both are the same place, under whatever names."""
         return False
 
@@ -82,7 +86,7 @@ class Broker(ABC):
     def count(self, names: list[str], outcome: Outcome) -> None: ...
 
     @abstractmethod
-    def move(self, names: list[str], unacked: bool, target: Broker, outcome: Outcome) -> None: ...
+    def move(self, names: list[str], unacked: bool, target: Side, outcome: Outcome) -> None: ...
 
     def store(self, queue: str, payload: dict[str, Any], raw: bytes, identity: str | None) -> None:
         """Stores one message, and returns when it is stored. ``identity``: of this message, the same in every try.
@@ -115,6 +119,9 @@ class Broker(ABC):
     def has(self, identity: str | None) -> bool:
         """Whether a message of that identity was stored here lately, where this can be known."""
         return False
+
+    finds_queues = True
+    """Whether a source knows which queues hold an app's messages; else they have to be named."""
 
     remembers = False
     """Whether ``put`` recognises a message of a run before, however long ago that was (up to a day)."""

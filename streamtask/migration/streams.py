@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import click
-
-from ...clock import mono_s
-from ...errors import QueueFull
-from ...queue.seen import PAGE
-from .broker import Broker, Outcome
+from ..clock import mono_s
+from ..errors import QueueFull
+from ..queue.seen import PAGE
+from ..redis import commands
+from ..transport.message import DELIVERY, PRODUCE_ID
+from ..transport.queues import GROUP
 from .messages import NotMoved
+from .side import Outcome, Side
 
 DUE = 500
 """Delayed messages that one call makes due."""
@@ -24,22 +24,18 @@ WAIT_S = 15.0
 """How long a queue of streams is waited for that holds messages and gives none: longer than a lease."""
 
 
-class Streams(Broker):
+class Streams(Side):
     """Our transport, through kombu."""
 
-    def __init__(self, url: str, options: dict[str, Any], connection: Any) -> None:
-        super().__init__(url, options, connection)
-        # By name: the command line works without the transport, too.
-        self.names = importlib.import_module("streamtask.transport.message")
-        self.queues = importlib.import_module("streamtask.transport.queues")
+    finds_queues = False
 
     # --- as the source
 
-    def move(self, names: list[str], unacked: bool, target: Broker, outcome: Outcome) -> None:
+    def move(self, names: list[str], unacked: bool, target: Side, outcome: Outcome) -> None:
         from kombu.utils.encoding import str_to_bytes
         from kombu.utils.json import dumps
 
-        for queue in self.find(names):
+        for queue in dict.fromkeys(names):
             self.make_due(queue)
             while (message := self.next(queue)) is not None:
                 payload, identity = self.plain(message._raw), self.identity(message.delivery_tag)
@@ -62,13 +58,13 @@ class Streams(Broker):
             while self.channel.session.connections.run("make_due", [keys.state, keys.delayed], [DUE]) == DUE:
                 pass
 
-    def command(self, name: str, key: str, *args: Any) -> Any:
-        return self.channel.session.connections.once_more(lambda link: link.command(name, key, *args), key)
-
     def left(self, queue: str) -> int:
         """Messages that wait, or that somebody holds."""
-        held = sum(self.command("XPENDING", keys.stream, self.queues.GROUP)[0] for keys in self.keys(queue))
-        return self.size(queue) + int(held)
+        return self.size(queue) + sum(self.held(keys.stream) for keys in self.keys(queue))
+
+    def held(self, stream: str) -> int:
+        asked = commands.count_pending(stream, GROUP)
+        return int(self.channel.session.connections.once_more(lambda link: link.call(asked), stream)[0])
 
     def next(self, queue: str) -> Any:
         """The next message; None if there is none, or none that live workers leave to us."""
@@ -92,8 +88,8 @@ class Streams(Broker):
         from kombu.utils.encoding import bytes_to_str, str_to_bytes
 
         headers, properties = dict(delivered["headers"] or {}), dict(delivered["properties"])
-        headers.pop(self.names.DELIVERY, None)
-        properties.pop(self.names.PRODUCE_ID, None)
+        headers.pop(DELIVERY, None)
+        properties.pop(PRODUCE_ID, None)
         properties["delivery_tag"] = str(uuid.uuid4())
         body = delivered["body"]
         if not properties.get("body_encoding"):
@@ -102,14 +98,9 @@ class Streams(Broker):
         return {**delivered, "body": body, "headers": headers, "properties": properties}
 
     def count(self, names: list[str], outcome: Outcome) -> None:
-        for queue in self.find(names):
+        for queue in dict.fromkeys(names):
             if number := self.size(queue):
                 outcome.moved[queue][0] = number
-
-    def find(self, names: list[str]) -> list[str]:
-        if not names:
-            raise click.UsageError("name the queues with --queues a,b: --all is for redis://")
-        return list(dict.fromkeys(names))
 
     def size(self, queue: str) -> int:
         number: int = self.channel._size(queue)
@@ -124,7 +115,7 @@ class Streams(Broker):
         # A page, and a number in it; "inf": a run of this command that was ended may have stored it, whenever that was.
         batch, _, number = identity.partition(" ")
         page, place = divmod(int(number), PAGE)
-        payload["properties"][self.names.PRODUCE_ID] = f"m{batch}.{page:x} {place} inf"
+        payload["properties"][PRODUCE_ID] = f"m{batch}.{page:x} {place} inf"
         try:
             self.channel._put(queue, payload)
         except QueueFull:

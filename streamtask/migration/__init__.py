@@ -15,28 +15,27 @@ begins with, and only the first of that may be in the new broker already: it is 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...errors import BrokerUnavailable, ConfigError, StreamTaskError
-from ...redis.address import safe_url
-from .broker import Broker, Outcome, lost_errors
+from ..errors import BrokerUnavailable, ConfigError, StreamTaskError
+from ..redis.address import safe_url
 from .lists import OldRedis
-from .streams import Streams
+from .side import Outcome, Side, lost_errors
 
 
 @contextmanager
-def open_broker(url: str, options: dict[str, Any]) -> Iterator[Broker]:
-    """A broker that answers. Raises ``ConfigError`` for a wrong URL, ``BrokerUnavailable`` where nobody answers."""
+def open_broker(url: str, options: dict[str, Any], tell: Callable[[str], None]) -> Iterator[Side]:
+    """A broker that answers. ``tell``: see ``Side``.
+
+    Raises ``ConfigError`` for a wrong URL, ``BrokerUnavailable`` where nobody answers."""
     from kombu.connection import Connection
     from kombu.exceptions import KombuError
     from kombu.transport import redis as kombu_redis
 
     if url.startswith("streamtask"):
-        # Registers the scheme. By name: the transport needs nothing of the command line, and may be left out.
-        importlib.import_module("streamtask.transport")
+        from .. import transport  # noqa: F401 - registers the scheme
     shown = safe_url(url)
     try:
         kind = Connection(url).get_transport_cls()
@@ -53,7 +52,12 @@ def open_broker(url: str, options: dict[str, Any]) -> Iterator[Broker]:
     lost = lost_errors(connection)
     try:
         connection.connect()
-        broker = (Streams if streams else OldRedis)(url, options, connection)
+        if streams:
+            from .streams import Streams
+
+            broker: Side = Streams(url, options, connection, tell)
+        else:
+            broker = OldRedis(url, options, connection, tell)
     except StreamTaskError:
         raise
     except lost as exc:

@@ -11,13 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import click
-
-from ...clock import mono_s
-from ...errors import StreamTaskError
-from ..common import say
-from .broker import Broker, Outcome
+from ..clock import mono_s
+from ..errors import StreamTaskError
 from .messages import NotMoved, held_by_worker, is_message, mark_redelivered, named, payload_of
+from .side import Outcome, Side
 
 OWN = "_streamtask.migrate"
 """How the keys begin that a migration makes in a database of kombu's redis transport."""
@@ -33,13 +30,13 @@ NOT_THE_APPS = re.compile(r"(^|\.)celery\.pidbox$|^celeryev(\.|$)")
 """Queues of remote control and events: what lies there is about processes that are gone."""
 
 
-class OldRedis(Broker):
+class OldRedis(Side):
     """kombu's redis transport. Keys get their prefix here: kombu's own client knows it for a part of the commands."""
 
     remembers = True
 
-    def __init__(self, url: str, options: dict[str, Any], connection: Any) -> None:
-        super().__init__(url, options, connection)
+    def __init__(self, url: str, options: dict[str, Any], connection: Any, tell: Callable[[str], None]) -> None:
+        super().__init__(url, options, connection, tell)
         self.prefix: str = options.get("global_keyprefix", "")
         self.sep: str = self.channel.sep
         self.token = b""
@@ -61,7 +58,7 @@ class OldRedis(Broker):
     def aside(self, key: str, what: str = "aside") -> str:
         return f"{self.prefix}{OWN}.{what}.{key[len(self.prefix) :]}"
 
-    def is_target_of(self, other: Broker) -> bool:
+    def is_target_of(self, other: Side) -> bool:
         if not isinstance(other, OldRedis) or self.prefix != other.prefix:
             return False
         probe = f"{self.prefix}{OWN}.probe.{uuid.uuid4().hex}"
@@ -85,7 +82,7 @@ class OldRedis(Broker):
             if mono_s() > end:
                 raise StreamTaskError(f"another migration is under way {holder}: wait for its end")
             if not waited:
-                say(f"another migration is under way, or has died {holder}: waiting", err=True)
+                self.tell(f"another migration is under way, or has died {holder}: waiting")
                 waited = True
             time.sleep(0.1)
         self.locked = True
@@ -175,7 +172,7 @@ class OldRedis(Broker):
                     outcome.moved[queue][priority] += number
         self.look_at_unacked(queues, outcome, restore=False)
 
-    def move(self, names: list[str], unacked: bool, target: Broker, outcome: Outcome) -> None:
+    def move(self, names: list[str], unacked: bool, target: Side, outcome: Outcome) -> None:
         self.lock()
         target.keep_alive = self.renew
         queues = self.find(names, outcome)
@@ -188,7 +185,7 @@ class OldRedis(Broker):
                     with suppress(*self.lost):
                         self.put_junk_back(self.key(queue, priority))
 
-    def move_list(self, queue: str, priority: int, target: Broker, outcome: Outcome) -> None:
+    def move_list(self, queue: str, priority: int, target: Side, outcome: Outcome) -> None:
         key = self.key(queue, priority)
         sent_before = bool(self.client.llen(self.aside(key)))
         while batch := self.set_aside(key):
@@ -316,10 +313,9 @@ class OldRedis(Broker):
         with suppress(Exception):
             number = sum(1 for one in self.client.client_list() if one.get("cmd") == "brpop")
             if number:
-                click.echo(
+                self.tell(
                     f"{number} clients wait in BRPOP on {self.url}: if these are the old workers, what they hold will "
-                    "run twice",
-                    err=True,
+                    "run twice"
                 )
 
     # --- as the target
