@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from zlib import crc32
 
 from ..clock import mono_s, wall_ms
-from ..redis import wire
-from ..redis.link import pack
+from ..redis import commands, wire
 from ..redis.scripts import Code, script
 from ..redis.wire import Note
 from ..text import counted, logger
@@ -88,14 +87,13 @@ class Arrivals:
         return self._settings.fetch_count if self.room is None else self.room
 
     def read_command(self) -> bytes:
-        """XREADGROUP of new entries; to be run inside a transaction that watches ``lease.guard``."""
+        """The call that reads new entries; to be run inside a transaction that watches ``lease.guard``."""
         count = self.asked = max(1, self.read_count())
         packed = self._reads.get(count)
         if packed is None:
             fence = self.fence
-            packed = self._reads[count] = pack(
-                "XREADGROUP", "GROUP", fence.group, fence.consumer_name, "COUNT", count, "STREAMS", fence.keys.stream, ">",
-            )  # fmt: skip
+            packed = commands.new_entries(fence.keys.stream, fence.group, fence.consumer_name, count)
+            self._reads[count] = packed
         return packed
 
     def fetch(self, most: int, *, new: bool = True) -> list[Entry]:
@@ -225,7 +223,8 @@ class Arrivals:
         if not held:
             return
         fence = self.fence
-        texts = fence.link.command("HMGET", fence.keys.notes(fence.group), *[head.entry_id for _, head in held])
+        ids = [head.entry_id for _, head in held]
+        texts = fence.link.call(commands.fields(fence.keys.notes(fence.group), *ids))
         for (lane, head), text in zip(held, texts, strict=True):
             note = Note.parse(text) if text else Note()
             if note.held != 1:
@@ -262,4 +261,4 @@ def pack_fetch(streams: Sequence[Arrivals], most: int, new: bool) -> bytes:
 
 def pack_reads(fence: Fence, ids: Iterable[bytes]) -> list[bytes]:
     """The calls that read these entries again."""
-    return [pack("XRANGE", fence.keys.stream, entry_id, entry_id) for entry_id in ids]
+    return [commands.entry(fence.keys.stream, entry_id) for entry_id in ids]

@@ -4,11 +4,11 @@ anything new, and put in its place. Where Redis itself has lost its last second,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container
 from typing import Any
 
 from ..clock import wall_ms
-from ..redis.link import pack
+from ..redis import commands
 from ..redis.wire import Note, id_order
 from ..text import counted, logger
 from .arrivals import Arrivals, pack_reads
@@ -101,7 +101,7 @@ class Claimer:
         if self._arrivals.on_offer or not fence.lease.shared:
             return 0
         # In this order: whoever puts entries on offer tells of them in the same step.
-        left = int(fence.link.command("ZCARD", fence.keys.requeued(fence.group)))
+        left = int(fence.link.call(commands.count_scored(fence.keys.requeued(fence.group))))
         return left if self._newest_wake() == self._arrivals.wake_id else 0
 
     def _find_pending(
@@ -148,7 +148,7 @@ class Claimer:
                 [group, fence.consumer_name, start, count],
             )
             return last or b"", ids
-        ids = [row[0] for row in fence.link.command("XPENDING", fence.keys.stream, group, start, "+", count)]
+        ids = [row[0] for row in fence.link.call(commands.pending(fence.keys.stream, group, start, count))]
         return ids[-1] if ids else b"", ids
 
     def _recover_page(
@@ -160,10 +160,10 @@ class Claimer:
     ) -> None:
         fence = self._fence
         wanted = set(ids)
-        noted = pack("HMGET", fence.keys.notes(fence.group), *ids)
+        noted = commands.fields(fence.keys.notes(fence.group), *ids)
         if takeover:
             # They nearly always follow each other. Where they don't, what lies between is not to be shipped.
-            asked = [pack("XRANGE", fence.keys.stream, ids[0], ids[-1], "COUNT", 2 * len(ids))]
+            asked = [commands.entries(fence.keys.stream, ids[0], ids[-1], 2 * len(ids))]
         else:
             asked = pack_reads(fence, ids)
         texts, *replies = _raised(fence.link.pipeline([noted, *asked]))
@@ -215,15 +215,14 @@ class Claimer:
         noted = [(d.entry_id, d.note) for d in self._backlog.notable() if d.note is not None and not d.note.held]
         if noted:
             ids = [entry_id for entry_id, _ in noted]
-            there = fence.link.command("HMGET", fence.keys.notes(fence.group), *ids)
+            there = fence.link.call(commands.fields(fence.keys.notes(fence.group), *ids))
             self._settler.write([one for one, text in zip(noted, there, strict=True) if one[1].is_ahead_of(text)])
 
     def _read_clock(self) -> bool:
         """Reads Redis' clock. True if it has surely been set back, or is another machine's that is behind."""
         fence = self._fence
         asked_ms, before = wall_ms(), self._backlog.clock_ms
-        seconds, micros = fence.link.command("TIME")
-        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        now_ms = commands.clock_ms(fence.link.call(commands.TIME))
         self._backlog.clock_ms = now_ms - wall_ms()
         return now_ms - asked_ms + 2 < before
 
@@ -238,7 +237,7 @@ class Claimer:
         """Redis may have lost that it gave the last entries (a failover, the end of its append-only file), and its clock may be
         behind now: without this a new entry could get the id of one that is held here, and go with that one's end."""
         fence = self._fence
-        info = dict(_pairs(fence.link.command("XINFO", "STREAM", fence.keys.stream)))
+        info = commands.pairs(fence.link.call(commands.stream_info(fence.keys.stream)))
         if id_order(info[b"last-generated-id"]) >= id_order(self._arrivals.last_id.encode()):
             return
         args = [fence.lease.token, fence.lease.incarnation, self._arrivals.last_id]
@@ -252,8 +251,8 @@ class Claimer:
 
     def _read_positions(self, takeover: bool) -> None:
         fence = self._fence
-        for row in fence.link.command("XINFO", "GROUPS", fence.keys.stream):
-            info = dict(_pairs(row))
+        for row in fence.link.call(commands.group_infos(fence.keys.stream)):
+            info = commands.pairs(row)
             if info[b"name"].decode() == fence.group:
                 self._arrivals.last_id = info[b"last-delivered-id"].decode()
         if takeover:
@@ -263,7 +262,7 @@ class Claimer:
 
     def _newest_wake(self) -> str:
         fence = self._fence
-        newest = fence.link.command("XREVRANGE", fence.keys.wake, "+", "-", "COUNT", 1)
+        newest = fence.link.call(commands.newest(fence.keys.wake))
         return newest[0][0].decode() if newest else "0-0"
 
 
@@ -273,7 +272,3 @@ def _raised(replies: list[Any]) -> list[Any]:
         if isinstance(reply, Exception):
             raise reply
     return replies
-
-
-def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, Any]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))

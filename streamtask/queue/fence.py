@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from ..coordination.lease import Lease
 from ..errors import LeaseLost
-from ..redis.link import Link, pack
+from ..redis.commands import fields
+from ..redis.link import Link
 from ..redis.scripts import Code
 
 OWNER = "owner"
@@ -38,7 +39,7 @@ class Fence:
         """How often fetches that were on their way were made void, under this lease."""
         self.head = (lease.token, lease.incarnation, lease.group)
         """How the arguments of nearly all scripts begin."""
-        self.guard_command = pack("HMGET", lease.key, "token", "owner")
+        self.guard_command = fields(lease.key, "token", "owner")
         """What to ask for after WATCH: does this incarnation own the lease?"""
         self._record = [b"%d" % lease.token, lease.incarnation.encode()]
         self._links = links

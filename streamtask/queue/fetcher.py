@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, ReplyError, StreamTaskError
+from ..redis import commands
 from ..redis.connection import Broker
-from ..redis.link import LARGE, pack
+from ..redis.link import LARGE
 from ..redis.misplaced import WRONGTYPE, by, misplaced, of_one_key
 from .consumer import ShardConsumer
 from .delivery import Entry
 
 BLOCK_MS = 5000
-MULTI, EXEC = pack("MULTI"), pack("EXEC")
 
 
 @dataclass(slots=True)
@@ -58,8 +58,13 @@ class Fetcher:
         ``look`` at what wakes these; with ``block`` until something comes."""
         if not self.link.connected:
             self.link.connect()
-            self._client_id = int(self.link.command("CLIENT", "ID"))
-        parts = [MULTI, *(consumer.arrivals.read_command() for consumer in chosen), EXEC, self._guard(owned)]
+            self._client_id = int(self.link.call(commands.CLIENT_ID))
+        parts = [
+            commands.MULTI,
+            *(consumer.arrivals.read_command() for consumer in chosen),
+            commands.EXEC,
+            self._guard(owned),
+        ]
         if look:
             parts.insert(0, _look(owned, chosen, block))
         self.asked, self.blocked = chosen, look and block
@@ -69,7 +74,7 @@ class Fetcher:
     def _guard(self, owned: list[ShardConsumer]) -> bytes:
         """What to send to watch these shards and to learn who owns them; nearly always what was sent last."""
         if owned != self._guarding[0]:
-            watch = [pack("WATCH", *(consumer.fence.lease.guard for consumer in owned))] if owned else []
+            watch = [commands.watch(consumer.fence.lease.guard for consumer in owned)] if owned else []
             self._guarding = (owned, b"".join([*watch, *(consumer.fence.guard_command for consumer in owned)]))
         return self._guarding[1]
 
@@ -149,7 +154,7 @@ class Fetcher:
 
     def unblock(self) -> bool:
         """Ends a blocked fetch, by another connection. True if its answer is on its way."""
-        return bool(self._looks_at[0].fence.link.command("CLIENT", "UNBLOCK", self._client_id) == 1)
+        return bool(self._looks_at[0].fence.link.call(commands.unblock(self._client_id)) == 1)
 
     def drop(self) -> None:
         """Closes the connection: nothing is under way and nothing guarded any more."""
@@ -158,17 +163,12 @@ class Fetcher:
 
 
 def _look(owned: list[ShardConsumer], chosen: list[ShardConsumer], block: bool) -> bytes:
-    streams = [consumer.fence.keys.wake for consumer in owned]
-    ids = [consumer.arrivals.wake_id for consumer in owned]
-    if not block:
-        return pack("XREAD", "COUNT", 1, "STREAMS", *streams, *ids)
-    streams += [consumer.fence.keys.stream for consumer in chosen]
-    ids += [consumer.arrivals.last_id for consumer in chosen]
-    return pack("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", *streams, *ids)
+    streams: dict[str | bytes, str | bytes] = {c.fence.keys.wake: c.arrivals.wake_id for c in owned}
+    if block:
+        streams |= {c.fence.keys.stream: c.arrivals.last_id for c in chosen}
+    return commands.first_behind(streams, BLOCK_MS if block else None)
 
 
 def _entries(reply: Any) -> Any:
-    """The entries in the answer to XREADGROUP of one stream, or the error."""
-    if isinstance(reply, Exception):
-        return reply
-    return reply[0][1] if reply else []
+    """The entries that were read of one stream, or the error."""
+    return reply if isinstance(reply, Exception) else commands.given(reply)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import BrokerUnavailable
-from ..redis import wire
+from ..redis import commands, wire
 from ..redis.scripts import script
 from ..redis.wire import Note, id_order
 from ..text import MOST, harmless, logger, short
@@ -183,7 +183,7 @@ class Settler:
     def _lies_dead(self, entry_id: bytes) -> bool:
         """Whether a call whose reply was lost has stored a dead letter, which is one of the last."""
         mine = [entry_id, self._fence.group.encode()]
-        newest = self._fence.link.command("XREVRANGE", self._fence.keys.dlq, "+", "-", "COUNT", 10)
+        newest = self._fence.link.call(commands.newest(self._fence.keys.dlq, 10))
         return any([fields[3], fields[5]] == mine for _, fields in newest)
 
     # Giving away

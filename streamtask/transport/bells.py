@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, ReplyError
-from ..redis.link import Link, pack
+from ..redis import commands
+from ..redis.link import Link
 from ..redis.links import IDLE_S
 from .resting import is_of_one_key
 
@@ -37,7 +38,7 @@ class Bell:
         now = mono_s()
         if now - self._armed_at > IDLE_S:
             self.link.drop_if_ended()  # also if it rang just now: who does not look for long hears that late
-        self.link.send(pack("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *streams, *ids))
+        self.link.send(commands.first_behind(dict(zip(streams, ids, strict=True)), block_ms))
         self.asked = streams
         self._armed_at = now
         self.overdue_at = now + block_s + grace_s

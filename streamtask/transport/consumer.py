@@ -18,7 +18,7 @@ from ..queue.delivery import Dead, Delivery, Entry, Outcome, entry_id_of
 from ..queue.fence import Fence, LinksByKey
 from ..queue.rules import ConsumerSettings
 from ..queue.settler import Settler
-from ..redis import wire
+from ..redis import commands, wire
 from ..redis.scripts import script
 from ..redis.wire import Note, id_order
 from .message import ORDERED, check
@@ -91,8 +91,8 @@ class StreamConsumer:
     def recover(self, *, takeover: bool) -> int:
         """See ``Claimer.recover``."""
         if not self.lease.shared:
-            flat = self.fence.link.command("HGETALL", self._replaced_key)
-            for entry_id, text in zip(flat[::2], flat[1::2], strict=True):
+            stored = self.fence.link.call(commands.all_fields(self._replaced_key))
+            for entry_id, text in commands.pairs(stored).items():
                 generation, _, envelope = _parse(text)
                 if generation:
                     self._replacements[entry_id] = generation, envelope
@@ -220,7 +220,7 @@ class StreamConsumer:
         """What is to be delivered in place of a message that comes again: a retry may have been stored before its process
         died. None if that is not due yet."""
         delivery = batch.deliveries[0]
-        text = self.fence.link.command("HGET", self._replaced_key, delivery.entry_id)
+        text = self.fence.link.call(commands.field(self._replaced_key, delivery.entry_id))
         if text is None or _parse(text)[0] <= self.generation(delivery.entry_id):
             return delivery
         following, due_ms = self._replace(delivery.entry_id, text)

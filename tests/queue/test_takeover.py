@@ -170,8 +170,8 @@ def test_a_lost_connection_in_the_middle_leaves_nothing_out(rig):
     class Cut:
         """Breaks after the ids of a page have been told."""
 
-        def command(self, *parts):
-            return rig.link.command(*parts)
+        def call(self, packed):
+            return rig.link.call(packed)
 
         def pipeline(self, packed):
             raise BrokerUnavailable("cut")
