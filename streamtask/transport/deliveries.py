@@ -7,7 +7,8 @@ begins, where one of them may be what ends the process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ class Deliveries:
         self._receives = receives
         self._mark = mark
         self.handed: dict[str, Handed] = {}
+        self.new_tag: Callable[[], str] = _tags().__next__
         self._outlived: dict[str, bool] = {}
         """Those whose channel was closed while they were worked on; True: at the last look they no longer were."""
         self._ending = False
@@ -231,3 +233,11 @@ class Deliveries:
     def forget(self, consumer: StreamConsumer) -> None:
         for tag in [tag for tag, handed in self.handed.items() if handed.consumer is consumer]:
             del self.handed[tag]
+
+
+def _tags() -> Iterator[str]:
+    prefix = uuid.uuid4().hex[:12]
+    number = 0
+    while True:
+        number += 1
+        yield f"{prefix}.{number}"

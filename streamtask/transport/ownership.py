@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 
 from ..clock import mono_s
 from ..coordination.keeper import Keeper
-from ..coordination.lease import Lease
+from ..coordination.lease import Lease, join_shared, reap
 from ..errors import StreamTaskError
 from ..queue.fence import LinksByKey
 from ..queue.rules import ConsumerSettings
 from ..redis.connection import Broker
+from ..redis.keys import SHARED
 from ..text import logger
 from .consumed import Consumed
 from .consumer import StreamConsumer
 from .options import Options
-from .queues import GROUP
+from .queues import GROUP, shared
 from .vhost import Touched
 
 log = logger("streamtask.transport")
@@ -136,10 +137,40 @@ class Ownership:
             self._keeper.forget(lease)
 
     def join(self, consumed: Consumed) -> None:
-        """Takes part in a queue's shards."""
+        """Becomes a consumer of the queue's shared streams, and takes part in its shards."""
+        queue = consumed.queue
+        if queue.declared:
+            queue.refresh()
+        else:
+            queue.shape()  # after a flush this makes all streams again that were made before
+        queue.open(SHARED)
+        for priority in queue.priorities:
+            if priority not in consumed.streams:
+                queue.open(shared(priority))
+                names = queue.shard_keys(shared(priority))
+                alive = queue.keys.alive(GROUP, names, cluster=self._broker.is_cluster)
+                lease = join_shared(
+                    self._links.at(names.stream), names, GROUP, self._incarnation, self._options.lease_ms, alive=alive
+                )
+                consumer = StreamConsumer(lease, queue.name, shared(priority), self.settings, self._links)
+                consumer.arrivals.reading = Read(self, lease)
+                consumer.recover(takeover=False)
+                consumed.streams[priority] = consumer
+        consumed.streams = dict(sorted(consumed.streams.items()))
+        for consumer in consumed.streams.values():
+            self.keep(consumer.lease)  # again, where it was to run out
         if not consumed.in_keeper:
             consumed.in_keeper = True
             self._tell(consumed)
+        consumed.notified = True
+
+    def end(self, consumed: Consumed, priority: int) -> None:
+        """Ends the lease of a shared stream, of which nothing is held any more."""
+        consumer = consumed.streams.pop(priority)
+        lease = consumer.lease
+        self.forget(lease)
+        link = consumer.fence.link
+        reap(link, lease.keys, GROUP, lease.incarnation, lease.lease_ms, gone=True, alive=lease.alive)
 
     def leave(self, consumed: Consumed) -> None:
         """Gives a queue's shards away."""
@@ -245,7 +276,7 @@ class Ownership:
         consumer.fence.needs_audit = True  # the pending entries come first
         consumer.taken_over = True
         consumed.shards[shard] = consumer
-        consumed.rung = True
+        consumed.notified = True
         self._came = True
 
     def _release(self, order: dict[str, Any]) -> None:
@@ -265,7 +296,7 @@ class Ownership:
         found = self._numbers.get(number)
         if found is not None and found[1] in found[0].shards:
             found[0].shards[found[1]].backlog.closing = False
-            found[0].rung = True
+            found[0].notified = True
 
     def _lost_shared(self, order: dict[str, Any]) -> None:
         """Unless the lease has been replaced meanwhile."""

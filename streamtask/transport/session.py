@@ -14,12 +14,11 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..clock import mono_s
-from ..coordination.lease import join_shared, reap
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.backlog import Batch
 from ..queue.producer import Producer
@@ -28,16 +27,14 @@ from ..redis import keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..text import logger
-from . import fetching, taking
 from .connections import Connections
-from .consumed import Consumed
+from .consumed import SHARD_READ, Consumed, Fetched
 from .consumer import StreamConsumer
 from .deliveries import Deliveries
-from .fetching import SHARD_READ
 from .options import Options
-from .ownership import Ownership, Read
+from .ownership import Ownership
 from .publish import Publisher
-from .queues import GROUP, shared
+from .queues import GROUP
 from .resting import is_of_one_key
 from .vhost import Touched, VHost
 
@@ -84,7 +81,6 @@ class Session:
         self.listened: set[str] = set()
         """Queues of fanout exchanges that somebody here listens to."""
         self._upkeep_at = self._renew_at = 0.0
-        self.new_tag: Callable[[], str] = _tags().__next__
 
     def after_fork(self) -> None:
         """In the child: closes its copies of the parent's sockets (see ``Poller``), and begins anew."""
@@ -144,19 +140,19 @@ class Session:
         self.vhost.remove(name, ended)
 
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
-        """A channel begins to take messages of a queue. ``no_ack``: it will not acknowledge any."""
+        """A channel begins to consume a queue. ``no_ack``: it will not acknowledge any."""
         with self.lock, self.guarded(name):
-            consumed = self.consumed.get(name) or Consumed(self.vhost.queue(name))
+            consumed = self.consumed.get(name) or self._make(name)
             self.consumed[name] = consumed
             consumed.gone = False
             consumed.users[user] = no_ack
             try:
                 self._consumed(name)
             except ReplyError as exc:
-                self._rest_queue(name, exc)
+                self.consumed[name].rest_all(exc)
 
     def cancel(self, name: str, user: Any) -> None:
-        """A channel takes no more messages of a queue; what it was given stays its own until it is acknowledged."""
+        """A channel consumes a queue no longer; what it was given stays its own until it is acknowledged."""
         with self.lock:
             consumed = self.consumed.get(name)
             if consumed is None:
@@ -168,41 +164,18 @@ class Session:
     def _consumed(self, name: str) -> Consumed:
         consumed = self.consumed.get(name)
         if consumed is None:
-            consumed = self.consumed[name] = Consumed(self.vhost.queue(name))
+            consumed = self.consumed[name] = self._make(name)
         if consumed.gone:
             return consumed
-        if consumed.takes_for_good():
+        if consumed.no_ack():
             consumed.queue.open(SHARED)
         elif not consumed.streams or not consumed.in_keeper:
-            self.join(consumed)
+            self.ownership.join(consumed)
         return consumed
 
-    def join(self, consumed: Consumed) -> None:
-        """Becomes a consumer of the queue's shared streams, and takes part in its shards."""
-        queue = consumed.queue
-        if queue.declared:
-            queue.refresh()
-        else:
-            queue.shape()  # after a flush this makes all streams again that were made before
-        queue.open(SHARED)
-        for priority in queue.priorities:
-            if priority not in consumed.streams:
-                queue.open(shared(priority))
-                names = queue.shard_keys(shared(priority))
-                links = self.connections.links
-                alive = queue.keys.alive(GROUP, names, cluster=self.broker.is_cluster)
-                lease = join_shared(
-                    links.at(names.stream), names, GROUP, self.incarnation, self.options.lease_ms, alive=alive
-                )
-                consumer = StreamConsumer(lease, queue.name, shared(priority), self.consumer_settings, links)
-                consumer.arrivals.reading = Read(self.ownership, lease)
-                consumer.recover(takeover=False)
-                consumed.streams[priority] = consumer
-        consumed.streams = dict(sorted(consumed.streams.items()))
-        for consumer in consumed.streams.values():
-            self.ownership.keep(consumer.lease)  # again, where it was to run out
-        self.ownership.join(consumed)
-        consumed.rung = True
+    def _make(self, name: str) -> Consumed:
+        queue, links = self.vhost.queue(name), self.connections.links
+        return Consumed(queue, links, self.address, self.deliveries, self.lost, self.ownership.join)
 
     def _leave(self, consumed: Consumed) -> None:
         """Ends the leases of a queue that nobody here consumes, as far as nothing of it is still worked on."""
@@ -224,11 +197,7 @@ class Session:
         for priority, consumer in list(consumed.streams.items()):
             if consumer.backlog.handed or not consumer.idle() or consumer.has_to_flush():
                 continue
-            lease = consumer.lease
-            self.ownership.forget(lease)
-            del consumed.streams[priority]
-            link = consumer.fence.link
-            reap(link, lease.keys, GROUP, lease.incarnation, lease.lease_ms, gone=True, alive=lease.alive)
+            self.ownership.end(consumed, priority)
         if not consumed.streams and not consumed.shards:
             self.consumed.pop(consumed.queue.name, None)
 
@@ -247,7 +216,7 @@ class Session:
                     self.ownership.forget(consumer.lease)
             self.ownership.leave(consumed)
             if consumed.users:
-                waiting = self.consumed[name] = Consumed(self.vhost.queue(name))
+                waiting = self.consumed[name] = self._make(name)
                 waiting.users = consumed.users
                 waiting.gone = True
 
@@ -277,7 +246,7 @@ class Session:
         """Replies may have been lost with messages in them."""
         self.connections.links.close()
         for consumed in self.consumed.values():
-            consumed.rung = True
+            consumed.notified = True
             for consumer in consumed.consumers():
                 consumer.claimer.connection_lost()
 
@@ -305,34 +274,6 @@ class Session:
             return set()
         pairs = zip(asked, answers, strict=True)
         return {c.queue for c, answer in pairs if not (isinstance(answer, Exception) or c.fence.owns(answer))}
-
-    def rest(self, consumer: StreamConsumer, exc: ReplyError) -> None:
-        """Redis refuses something of one shard, or of a queue's shared streams."""
-        what = f"shard {consumer.shard} of queue {consumer.queue}"
-        resting = [consumer]
-        consumed = self.consumed.get(consumer.queue)
-        if consumer.lease.shared and consumed is not None and consumed.streams:
-            resting = list(consumed.streams.values())
-        for one in resting:
-            one.claimer.connection_lost()  # a part may have been done
-            one.rest.begin()
-        named = (key for one in resting for key in (one.lease.key, *one.keys.all(GROUP)))
-        consumer.rest.say(what, exc, named, self.connections.links.pipeline)
-
-    def _rest_queue(self, name: str, exc: ReplyError) -> None:
-        """The same of all of a queue: it can't even be joined. Raises what is no matter of one queue."""
-        if not is_of_one_key(exc):
-            raise exc
-        consumed = self.consumed[name]
-        queue = consumed.queue
-        epoch = queue.shape().epoch if queue.declared else 0
-        streams = (SHARED, *(shared(priority) for priority in queue.priorities[1:]))
-        named = (queue.keys.meta, *(key for one in streams for key in queue.keys.shard(epoch, one).all(GROUP)))
-        for one in consumed.consumers():
-            one.claimer.connection_lost()
-        consumed.rest.begin()
-        consumed.rest.say(f"queue {queue.name}", exc, named, self.connections.links.pipeline)
-        consumed.rung = True
 
     def lost(self, consumer: StreamConsumer, why: str) -> None:
         """A call was refused: a stream is another's."""
@@ -368,55 +309,30 @@ class Session:
             if told.came:
                 self.wake()
 
-    # Taking messages
+    # Fetching messages
 
-    def fetch(self, name: str, most: int) -> list[tuple[dict[str, Any], str]]:
-        """Up to ``most`` messages of a queue, as (payload, delivery tag). Raises ``BrokerUnavailable``, ``LeaseLost``."""
+    def fetch(self, name: str, most: int) -> list[Fetched]:
+        """Up to ``most`` messages of a queue. Raises ``BrokerUnavailable``, ``LeaseLost``."""
         with self.lock, self.guarded(name):
             known = self.consumed.get(name)
             if known is not None and known.rest:
                 return []
             try:
-                found = self._fetch(self._consumed(name), most)
+                found = self._consumed(name).fetch(most)
                 self.connections.served |= bool(found)
                 return found
             except ReplyError as exc:
-                self._rest_queue(name, exc)
+                self.consumed[name].rest_all(exc)
                 return []
-
-    def _fetch(self, consumed: Consumed, most: int) -> list[tuple[dict[str, Any], str]]:
-        if consumed.gone:
-            return []
-        if consumed.takes_for_good():
-            return taking.take(self, consumed, most)
-        out: list[tuple[dict[str, Any], str]] = []
-        try:
-            # Shards and shared streams both get their turn, also while one of them alone could fill the room.
-            if mono_s() >= consumed.look_at:
-                fetching.read(self, consumed, most)
-                looked = True
-            else:
-                looked = False
-            fetching.hand_out(self, consumed, most, out)
-            while len(out) < most and (not looked or consumed.left_out):
-                consumed.left_out = 0
-                looked = True
-                fetching.read(self, consumed, most - len(out))
-                fetching.hand_out(self, consumed, most, out)
-        except BaseException:
-            for _, tag in out:
-                self.deliveries.reject(tag, requeue=True)
-            raise
-        return out
 
     def look_again(self, name: str) -> None:
         """The next fetch asks Redis, whatever is known here."""
         consumed = self.consumed.get(name)
         if consumed is not None:
-            consumed.rung = True
+            consumed.notified = True
 
     def ready(self, name: str) -> bool:
-        """Whether there may be something to take of a queue."""
+        """Whether there may be something to fetch of a queue."""
         consumed = self.consumed.get(name)
         return consumed is None or consumed.ready()
 
@@ -451,7 +367,7 @@ class Session:
             for name in {name for name, _ in asked.values()}:
                 consumed = self.consumed.get(name)
                 if consumed is not None:
-                    consumed.rung = True
+                    consumed.notified = True
                     for shard in consumed.shards.values():
                         shard.read_at, shard.woken = 0.0, True
 
@@ -472,7 +388,7 @@ class Session:
         where Redis does not say."""
         handed = self.deliveries.handed.get(tag)
         if handed is None or handed.consumer.lease.shared:
-            return True  # such a one keeps no order, or it was taken for good
+            return True  # such a one keeps no order, or it was fetched for good
         consumer = handed.consumer
         if not consumer.backlog.closing:
             if mono_s() < self.ownership.trusted_until(consumer):
@@ -535,7 +451,9 @@ class Session:
                 except ReplyError as exc:
                     if not is_of_one_key(exc):
                         raise
-                    self.rest(consumer, exc)
+                    consumed = self.consumed.get(consumer.queue)
+                    if consumed is not None:
+                        consumed.rest_stream(consumer, exc)
         except StreamTaskError as exc:
             log.info("the start of a body was not written down: %s", exc)
         return True
@@ -579,13 +497,13 @@ class Session:
             consumer.flush()
         except (LeaseLost, ReplyError) as exc:
             if isinstance(exc, ReplyError) and is_of_one_key(exc):
-                self.rest(consumer, exc)
+                consumed.rest_stream(consumer, exc)
                 return
             if isinstance(exc, ReplyError) and exc.code != "NOGROUP":
                 raise
             self.lost(consumer, str(exc))
         if consumer.backlog.lanes.has_ready() or consumer.backlog.lanes.next_due() is not None:
-            consumed.rung = True
+            consumed.notified = True
 
     # Upkeep
 
@@ -653,14 +571,6 @@ class Session:
         with self.lock:
             if not self.consumed:
                 self.ownership.close()
-
-
-def _tags() -> Iterator[str]:
-    prefix = uuid.uuid4().hex[:12]
-    number = 0
-    while True:
-        number += 1
-        yield f"{prefix}.{number}"
 
 
 __all__ = ["Session"]

@@ -422,7 +422,7 @@ def test_what_is_read_beside_a_refusal_is_delivered(kit: Kit, monkeypatch: pytes
             monkeypatch.setattr(session.connections.links, "pipeline", refuses_one)
         for consumer in consumed.shards.values():
             consumer.read_at = 0.0
-        consumed.rung, consumed.look_at = True, 0.0
+        consumed.notified, consumed.look_at = True, 0.0
 
     def drained() -> bool:
         with contextlib.suppress(StreamTaskError):

@@ -228,5 +228,5 @@ def test_what_waits_of_a_shard_that_is_handed_over_goes_with_it(rig: Rig) -> Non
     assert len(consumer.backlog.handed) == 1
     with rig.session.lock:
         consumer.backlog.closing = False
-        rig.session.consumed["q"].rung = True
+        rig.session.consumed["q"].notified = True
     assert [message.payload for message in inbox.take(29)] == list(range(1, 30))
