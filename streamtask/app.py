@@ -29,6 +29,7 @@ from .queue.seen import dedupe_hash
 from .redis import wire
 from .redis.connection import Broker
 from .redis.keys import SHARED
+from .redis.links import Pool
 from .results import NO_BACKEND, AsyncResult, ResultStore
 from .runner import Runner
 from .settings import Seconds, Settings
@@ -105,7 +106,8 @@ class StreamTask:
         self._queues: dict[str, Queue] = {}
         self._revokers: dict[Queue, Callable[[str], None]] = {}
         self.results = self._result_store(backend)
-        self.producer = Producer(self._producer_settings())
+        self.pool = Pool(self.broker)
+        self.producer = Producer(self._producer_settings(), self.pool)
         self._async_producer: AsyncProducer | None = None
         self._before_send = overriding(self.middleware, "before_send")
         self._after_send = overriding(self.middleware, "after_send")[::-1]
@@ -225,7 +227,7 @@ class StreamTask:
             if len(self._queues) >= MOST_QUEUES:
                 self._queues, self._revokers = {}, {}
             shards = self.settings.queue_shards.get(name, self.settings.shards)
-            found = self._queues.setdefault(name, Queue(self.broker, self.settings.namespace, self.name, name, shards))
+            found = self._queues.setdefault(name, Queue(self.pool, self.settings.namespace, self.name, name, shards))
         return found
 
     def queue_names(self) -> list[str]:
@@ -500,12 +502,10 @@ class StreamTask:
         def revoke(task_id: str) -> None:
             key = queue.keys.revoked
             self._revocations += 1
-            link = self.producer.take_link(self.broker.node(key), queue, key)
             try:
-                link.run("revoke", [key], [task_id, REVOKED_MS, queue.keys.channel(self.settings.group)])
+                self.pool.run("revoke", [key], [task_id, REVOKED_MS, queue.keys.channel(self.settings.group)])
             finally:
                 self._revocations += 1  # whoever looked meanwhile looks again
-                link.close()
 
         return revoke
 
@@ -574,15 +574,17 @@ class StreamTask:
     @contextmanager
     def on_broker(self, url: str) -> Iterator[None]:
         """Inside the block the app works with another broker, which keeps its results too; for tests."""
-        before = self.broker, self.results, self.producer, self._queues, self._async_producer
+        before = self.broker, self.pool, self.results, self.producer, self._queues, self._async_producer
         self.broker = Broker(url, timeout_s=self.settings.redis_timeout)
         self.results = self._result_store(True)
-        self.producer, self._queues, self._async_producer = Producer(self._producer_settings()), {}, None
+        self.pool = Pool(self.broker)
+        self.producer = Producer(self._producer_settings(), self.pool)
+        self._queues, self._async_producer = {}, None
         try:
             yield
         finally:
             self.close()
-            self.broker, self.results, self.producer, self._queues, self._async_producer = before
+            self.broker, self.pool, self.results, self.producer, self._queues, self._async_producer = before
 
     def close(self) -> None:
         """Closes the app's connections."""

@@ -20,14 +20,17 @@ class Turn(IntEnum):
 
     LOCKS = 0
     """Before all that may take them."""
-    PRODUCERS = 1
-    SESSIONS = 2
+    CONNECTIONS = 1
+    """The child's copies are closed."""
+    PRODUCERS = 2
+    """They draw ids of their own."""
+    SESSIONS = 3
     """Of kombu's transport."""
-    POLLERS = 3
+    POLLERS = 4
     """After their session: what its parent had lost or held is nothing to it then."""
-    WORKERS = 4
+    WORKERS = 5
     """What runs bodies: nothing more starts there."""
-    SIGNALS = 5
+    SIGNALS = 6
     """They may come again when nothing is half-done."""
 
 

@@ -17,6 +17,7 @@ from .redis import keys, wire
 from .redis.aio import News, Pipe
 from .redis.connection import Broker
 from .redis.link import pack
+from .redis.links import Links
 from .redis.scripts import script
 from .settings import Seconds
 from .text import harmless, said
@@ -88,19 +89,13 @@ class ResultStore:
 
     def forget(self, ended: Sequence[tuple[str, Origin]]) -> None:
         """Removes the results of these messages, and of no others with their ids: they are to run again."""
-        by_node: dict[str, list[tuple[str, bytes]]] = {}
-        for task_id, origin in ended:
-            key = self.key(task_id)
-            packed = script("forget_result").pack((key,), (_ending(origin),))
-            by_node.setdefault(self.broker.node(key), []).append((key, packed))
-        for calls in by_node.values():
-            link = self.broker.link(calls[0][0])
-            try:
-                for reply in link.pipeline([packed for _, packed in calls]):
-                    if isinstance(reply, Exception):
-                        raise reply
-            finally:
-                link.close()
+        call = script("forget_result")
+        keys = [self.key(task_id) for task_id, _ in ended]
+        calls = [(key, call.pack((key,), (_ending(origin),))) for key, (_, origin) in zip(keys, ended, strict=True)]
+        with contextlib.closing(Links(self.broker)) as links:
+            for reply in links.pipeline(calls):
+                if isinstance(reply, Exception):
+                    raise reply
 
     def read(self, task_id: str) -> dict[str, Any] | None:
         with self.broker.wrapped():

@@ -55,7 +55,7 @@ class Streams(Side):
     def make_due(self, queue: str) -> None:
         """What waits in the broker for its eta is to be had now; its eta stays in its headers, for the worker."""
         for keys in self.keys(queue):
-            while self.channel.session.connections.run("make_due", [keys.state, keys.delayed], [DUE]) == DUE:
+            while self.channel.session.pool.run("make_due", [keys.state, keys.delayed], [DUE]) == DUE:
                 pass
 
     def left(self, queue: str) -> int:
@@ -63,8 +63,7 @@ class Streams(Side):
         return self.size(queue) + sum(self.held(keys.stream) for keys in self.keys(queue))
 
     def held(self, stream: str) -> int:
-        asked = commands.count_pending(stream, GROUP)
-        return int(self.channel.session.connections.once_more(lambda link: link.call(asked), stream)[0])
+        return int(self.channel.session.pool.call(stream, commands.count_pending(stream, GROUP))[0])
 
     def next(self, queue: str) -> Any:
         """The next message; None if there is none, or none that live workers leave to us."""

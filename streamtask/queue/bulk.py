@@ -85,8 +85,8 @@ class Bulk:
         while self.runs:
             errors: list[StreamTaskError] = []
             try:
-                for node, shards in self._by_node().items():
-                    errors += self._round(node, shards)
+                for shards in self._by_node().values():
+                    errors += self._round(shards)
             except (BrokerUnavailable, QueueFull) as exc:
                 if isinstance(exc, ConfigError) and not (self.stored or self.unknown):
                     raise
@@ -111,7 +111,7 @@ class Bulk:
             nodes.setdefault(self.producer.target(self.queue, shard).node, []).append(shard)
         return nodes
 
-    def _round(self, node: str, shards: list[int | str]) -> list[StreamTaskError]:
+    def _round(self, shards: list[int | str]) -> list[StreamTaskError]:
         """One batch of each shard in one write; one call in flight per shard keeps the order."""
         packed = []
         for shard in shards:
@@ -125,9 +125,7 @@ class Bulk:
         key = self.producer.target(self.queue, shards[0]).keys.stream
         tried_at = mono_s()
         try:
-            answers = self.producer.exchange(
-                node, self.queue, key, packed, self._until(shards), lambda: self._prepare_next(shards)
-            )
+            answers = self.producer.exchange(key, packed, self._until(shards), lambda: self._prepare_next(shards))
         except BrokerUnavailable as exc:
             if exc.in_doubt and not isinstance(exc, ConfigError):
                 for shard in shards:

@@ -17,7 +17,6 @@ from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, InDoubt, QueueFull, StreamTaskError
 from ..redis import wire
 from ..redis.keys import ShardKeys
-from ..redis.link import Link
 from ..redis.scripts import Code, as_text, script
 from ..text import logger
 from .queues import Queue
@@ -62,15 +61,11 @@ class Target:
         "settings",
     )
 
-    def __init__(
-        self, queue: Queue, shard: int | str, settings: ProducerSettings, idle: dict[str, list[Link]] | None = None
-    ) -> None:
+    def __init__(self, queue: Queue, shard: int | str, settings: ProducerSettings) -> None:
         self.keys: ShardKeys = queue.shard_keys(shard)
         self.epoch = queue.shape().epoch
         self.node = queue.broker.node(self.keys.stream)
-        self.links = ({} if idle is None else idle).setdefault(
-            self.node, []
-        )  # idle ones, shared with others of the node
+        self.links = queue.pool.idle(self.keys.stream)
         self.calls = Pages("p")
         self.batches = Pages("b")
         self.layout = ""  # of the generations of dedupe ids, as Redis last told it

@@ -15,7 +15,8 @@ from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
-from ..redis.link import REPLIES, Link, not_done, too_late
+from ..redis.link import REPLIES, too_late
+from ..redis.links import Pool
 from ..redis.scripts import Code
 from ..text import counted, logger
 from .bulk import Bulk
@@ -50,17 +51,13 @@ class Producer:
     that waits for room in the queue that it should drain waits for ever).
     """
 
-    def __init__(self, settings: ProducerSettings) -> None:
+    def __init__(self, settings: ProducerSettings, pool: Pool) -> None:
         self.settings = settings
+        self.pool = pool
         self.full_timeout_s = settings.timeout_s
-        self._idle: dict[str, list[Link]] = {}
         self._is_copy = False
         self._begin()
-        fork.in_child(fork.Turn.PRODUCERS, self._after_fork)
-
-    def _after_fork(self) -> None:
-        self._idle = {}  # its parent's sockets, which close with their objects
-        self._begin()
+        fork.in_child(fork.Turn.PRODUCERS, self._begin)
 
     def _begin(self) -> None:
         """Draws its produce ids anew."""
@@ -76,7 +73,7 @@ class Producer:
             if len(self._targets) >= MOST_TARGETS:
                 self._older, self._targets = self._targets, {}
             known = self._older.pop(key, None)
-            found = self._targets.setdefault(key, known or Target(queue, shard, self.settings, self._idle))
+            found = self._targets.setdefault(key, known or Target(queue, shard, self.settings))
         return found
 
     def _forget(self, queue: Queue, shard: int | str) -> None:
@@ -137,9 +134,8 @@ class Producer:
         for _ in range(2):  # the first connection may be stale
             until = min((until for call in calls if (until := self.until(call)) is not None), default=None)
             try:
-                node = self.target(queue, calls[0].shard).node
                 packed = [call.next_try(self.target(call.queue, call.shard)) for call in calls]
-                answers = self.exchange(node, queue, queue.keys.meta, packed, until)
+                answers = self.exchange(self.target(queue, calls[0].shard).keys.stream, packed, until)
                 break
             except BrokerUnavailable as exc:
                 for call in calls:
@@ -150,33 +146,28 @@ class Producer:
 
     def exchange(
         self,
-        node: str,
-        queue: Queue,
         key: str,
         packed: Sequence[bytes],
         until: float | None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Any]:
-        """Calls scripts in one write, for which nobody else may use the connection; error replies stay in the list.
-        ``until``: not to be sent later than that; ``meanwhile``: what to do while Redis is at work."""
-        link = self.take_link(node, queue, key)
+        """Calls scripts of one server in one write, for which nobody else may use the connection; error replies stay in the
+        list. ``key``: one of that server's. ``until``: not to be sent later than that; ``meanwhile``: what to do while Redis is
+        at work."""
         sent = False
         try:
-            link.connect()
-            if until is not None and mono_s() > until:
-                raise too_late()
-            sent = True
-            link.send(b"".join(packed))
-            meanwhile()
-            answers = link.answers(packed)
-        except BaseException as exc:
-            link.close()  # what it still has to say is nobody's
-            if isinstance(exc, BrokerUnavailable):
-                # Where one of them was refused, the others may have been done.
-                exc.in_doubt = exc.in_doubt or (sent and len(packed) > 1)
+            with self.pool.borrow(key) as link:
+                link.connect()
+                if until is not None and mono_s() > until:
+                    raise too_late()
+                sent = True
+                link.send(b"".join(packed))
+                meanwhile()
+                return link.answers(packed)
+        except BrokerUnavailable as exc:
+            # Where one of them was refused, the others may have been done.
+            exc.in_doubt = exc.in_doubt or (sent and len(packed) > 1)
             raise
-        self.give_link(node, link)
-        return answers
 
     def until(self, call: Call) -> float | None:
         """Until when it may be repeated; None if it is not in doubt."""
@@ -293,7 +284,7 @@ class Producer:
         try:
             link = links.pop()
         except IndexError:
-            link = self._new_link(queue, target.keys.stream)
+            link = self.pool.new(target.keys.stream)
         try:
             if until is not None:
                 # What it takes to connect must not count.
@@ -311,25 +302,7 @@ class Producer:
         links.append(link)
         return answer
 
-    def _new_link(self, queue: Queue, key: str) -> Link:
-        try:
-            return queue.broker.link(key)
-        except BrokerUnavailable as exc:
-            raise not_done(exc) from None
-
-    def take_link(self, node: str, queue: Queue, key: str) -> Link:
-        try:
-            return self._idle[node].pop()
-        except (KeyError, IndexError):
-            return self._new_link(queue, key)
-
-    def give_link(self, node: str, link: Link) -> None:
-        self._idle.setdefault(node, []).append(link)
-
     def close(self) -> None:
-        idle, self._idle = self._idle, {}
         self._targets = {}
         self._older = {}
-        for links in idle.values():
-            for link in links:
-                link.close()
+        self.pool.close()

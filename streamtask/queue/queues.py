@@ -6,11 +6,10 @@ from contextlib import closing
 
 from ..errors import ReplyError, ShardCountMismatch
 from ..redis import commands
-from ..redis.connection import Broker
 from ..redis.keys import SHARED, QueueKeys, Shape, ShardKeys, app_queues
-from ..redis.link import Link, Reply
-from ..redis.misplaced import WRONGTYPE, by, naming, number
-from ..redis.scripts import script
+from ..redis.link import Link
+from ..redis.links import Links, Pool
+from ..redis.misplaced import WRONGTYPE, naming, number
 from ..sharding import shard_of
 from ..text import counted
 
@@ -18,8 +17,9 @@ from ..text import counted
 class Queue:
     """A queue of an app. ``shape()`` declares it in Redis at the first use."""
 
-    def __init__(self, broker: Broker, namespace: str, app: str, name: str, shards: int) -> None:
-        self.broker = broker
+    def __init__(self, pool: Pool, namespace: str, app: str, name: str, shards: int) -> None:
+        self.pool = pool
+        self.broker = pool.broker
         self.namespace = namespace
         self.app = app
         self.name = name
@@ -51,13 +51,12 @@ class Queue:
         A group is registered in the queue's metadata before any shard has it; so is each that this process has seen there
         before, for after a flush what is sent is for all of them. Repeating this changes nothing.
         """
-        link = self.broker.link(self.keys.meta)
+        meta, pool = self.keys.meta, self.pool
         try:
             if self._shape is None:
                 self.broker.check_version()
                 self.broker.warn_of_eviction()
-            shards, epoch = link.run("declare_queue", [self.keys.meta], [self.shards])
-            meta = self.keys.meta
+            shards, epoch = pool.run("declare_queue", [meta], [self.shards])
             shape = Shape(number(shards, 0, meta, "shards"), number(epoch, 0, meta, "epoch"))
             if shape.shards != self.shards:
                 raise ShardCountMismatch(
@@ -66,14 +65,14 @@ class Queue:
                     "queue of another name"
                 )
             for group in sorted(self._groups.union(groups)):
-                link.run("register_group", [self.keys.meta], [f"group:{group}"])
-            self._open_shards(link, shape, self.see_groups(link))
-            names = app_queues(self.namespace, self.app)
-            self._on(names, link, script("record_queue").pack((names,), (self.name,)))
+                pool.run("register_group", [meta], [f"group:{group}"])
+            registered = pool.once_more(self.see_groups, meta)
+            for shard in (*range(shape.shards), SHARED):
+                keys = self.shard_keys(shard, shape)
+                pool.run("open_shard", [keys.state, keys.stream], [shape.epoch, *registered])
+            pool.run("record_queue", [app_queues(self.namespace, self.app)], [self.name])
         except ReplyError as exc:
             raise self.named(exc) from None
-        finally:
-            link.close()
         self._shape = shape
         return shape
 
@@ -85,9 +84,8 @@ class Queue:
         shards = [self.shard_keys(shard, shape) for shard in (*range(shape.shards), SHARED)]
         keys = [app_queues(self.namespace, self.app), self.keys.meta]
         keys += [key for one in shards for key in (one.state, one.stream, one.delayed, one.wake)]
-        with closing(self.broker.link(self.keys.meta)) as link:
-            each = lambda calls: [self._on(key, link, packed) for key, packed in calls]  # noqa: E731
-            return ReplyError(naming(exc, keys, each if self.broker.is_cluster else by(link)), exc.code)
+        with closing(Links(self.broker)) as links:
+            return ReplyError(naming(exc, keys, links.pipeline), exc.code)
 
     def see_groups(self, link: Link) -> list[str]:
         """The registered groups. The process remembers them."""
@@ -95,22 +93,6 @@ class Queue:
         groups = [field[6:].decode() for field in fields if field.startswith(b"group:")]
         self._groups.update(groups)
         return groups
-
-    def _open_shards(self, link: Link, shape: Shape, groups: list[str]) -> None:
-        opened = script("open_shard")
-        for shard in (*range(shape.shards), SHARED):
-            keys = self.shard_keys(shard, shape)
-            self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, *groups)))
-
-    def _on(self, key: str, link: Link, packed: bytes) -> Reply:
-        """Runs a command where its key lies: on a Cluster that may be another server than the link's."""
-        if not self.broker.is_cluster:
-            return link.call(packed)
-        other = self.broker.link(key)
-        try:
-            return other.call(packed)
-        finally:
-            other.close()
 
     def shard_keys(self, shard: int | str, shape: Shape | None = None) -> ShardKeys:
         return self.keys.shard((shape or self.shape()).epoch, shard)

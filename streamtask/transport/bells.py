@@ -124,7 +124,7 @@ class Bells:
             if bell.link.fileno() == fd:
                 asked = bell.rang()
                 try:
-                    with self._or_forgotten(bell), self._session.connections.at_start():
+                    with self._or_forgotten(bell), self._session.admission.asked():
                         self._session.rang(bell.link.read(), asked)
                 except ReplyError as exc:
                     bell.refused += 1

@@ -16,7 +16,7 @@ from kombu.utils.uuid import uuid
 from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, ConfigError, InDoubt, ReplyError, StreamTaskError
-from ..redis.link import pack
+from ..redis import commands
 from ..text import logger
 from .fanout import channel as fanout_channel
 from .message import HEARD, PRODUCE_ID, decode_body, encode
@@ -290,8 +290,8 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **kwargs: Any) -> None:
         name = fanout_channel(self.session.options, exchange, routing_key)
-        packed = pack("PUBLISH", name, encode(message, None))
-        self.session.connections.once_more(lambda link: link.call(packed))
+        packed = commands.publish(name, encode(message, None))
+        self.session.pool.call(name, packed)
 
     def create_publish_batch(self, max_size: int) -> PublishBatch:
         """For kombu's ``Producer.batch``."""

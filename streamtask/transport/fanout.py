@@ -12,8 +12,8 @@ from ..queue.delivery import Delivery
 from ..redis import keys, wire
 from ..redis.connection import Broker
 from ..redis.link import Link, pack
+from ..redis.links import Admission
 from ..text import logger
-from .connections import Connections
 from .message import HEARD, check, decode
 from .options import Options
 
@@ -49,10 +49,10 @@ def _escape(text: str) -> str:
 class Listener:
     """The subscriptions of one kombu connection. Used by the thread that drains it."""
 
-    def __init__(self, broker: Broker, options: Options, connections: Connections, new_tag: Callable[[], str]) -> None:
+    def __init__(self, broker: Broker, options: Options, admission: Admission, new_tag: Callable[[], str]) -> None:
         self._broker = broker
         self._options = options
-        self._connections = connections
+        self._admission = admission
         self._new_tag = new_tag
         self._opened: Link | None = None  # most connections listen to nothing
         self._confirmed = False
@@ -82,7 +82,7 @@ class Listener:
             self._queues.setdefault(pattern, set()).add(queue)
         if new:
             self._link.send(pack("PSUBSCRIBE", *new))
-            with self._connections.at_start():
+            with self._admission.asked():
                 self._await(b"psubscribe", len(new))
             self._confirmed = True
 

@@ -78,7 +78,7 @@ class Poller:
     def _begin(self) -> None:
         """Waits for nothing yet: at first, and in a forked child, whose parent goes on with its sockets."""
         session = self.session
-        self.listener = Listener(session.broker, session.options, session.connections, session.deliveries.new_tag)
+        self.listener = Listener(session.broker, session.options, session.admission, session.deliveries.new_tag)
         self.loop: Any = None
         self._inherited = False  # its channels have consumers that the session does not know of
         self._thread = 0

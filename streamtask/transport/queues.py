@@ -7,16 +7,13 @@ carry replies, never need them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Collection, Iterable
 
 from ..queue.queues import Queue
-from ..redis.connection import Broker
-from ..redis.keys import SHARED, Shape, ShardKeys, app_queues, epochs
-from ..redis.link import Link, pack
+from ..redis import commands
+from ..redis.keys import SHARED, Shape, app_queues, epochs
+from ..redis.links import Pool
 from ..redis.misplaced import number
-from ..redis.scripts import script
 from ..sharding import shard_of
 
 GROUP = "workers"
@@ -33,20 +30,10 @@ def shared(priority: int) -> str:
 
 
 class KombuQueue(Queue):
-    """See the module. ``shards`` is what is recorded if nothing is yet; ``shape()`` has what is. ``call`` calls a
-    function with a link to the server of a key, and once more if that turns out to be stale."""
+    """See the module. ``shards`` is what is recorded if nothing is yet; ``shape()`` has what is."""
 
-    def __init__(
-        self,
-        broker: Broker,
-        namespace: str,
-        app: str,
-        name: str,
-        shards: int,
-        call: Callable[[Callable[[Link], Any], str], Any],
-    ) -> None:
-        super().__init__(broker, namespace, app, name, shards)
-        self._call = call
+    def __init__(self, pool: Pool, namespace: str, app: str, name: str, shards: int) -> None:
+        super().__init__(pool, namespace, app, name, shards)
         self.keyed = False
         """Whether the queue has shards: a message with a shard key was published."""
         self.priorities: tuple[int, ...] = (0,)
@@ -82,35 +69,9 @@ class KombuQueue(Queue):
         if self._shape is None:
             self.broker.check_version()
             self.broker.warn_of_eviction()
-        keyed = any(isinstance(shard, int) for shard in wanted)
-        steps = [shard.partition(".")[2] for shard in wanted if isinstance(shard, str) and shard != SHARED]
-
-        def make(link: Link) -> tuple[Shape, list[bytes], set[int | str]]:
-            epoch, shards, *priorities = link.run(
-                "open_queue", [self.keys.meta], [named, str(self.shards) if keyed else "", GROUP, *steps]
-            )
-            shape = self._shape_of(shards, epoch)
-            if shape.epoch != named:
-                return shape, [], set()
-            # Those that were opened before may be more than there are now.
-            streams = {shard for shard in wanted if isinstance(shard, str)} | set(range(shape.shards) if keyed else ())
-            opened = script("open_shard")
-            for shard in streams:
-                keys = self.shard_keys(shard, shape)
-                self._on(keys.state, link, opened.pack((keys.state, keys.stream), (shape.epoch, GROUP)))
-            if keyed or steps:
-                # Consumers learn it from the bell of the shared stream, keepers from the channel. Whoever made the streams
-                # may have ended before this, so all ring.
-                wake = self.shard_keys(SHARED, shape).wake
-                self._on(wake, link, script("ring").pack((wake,), ("streams",)))
-                self._on("", link, pack("PUBLISH", self.keys.channel(GROUP), "keyed"))
-            return shape, priorities, streams
-
-        made: tuple[Shape, list[bytes], set[int | str]]
         named = self._name(0)
         while True:
-            made = self._call(make, self.keys.meta)
-            shape, priorities, streams = made
+            shape, priorities, streams = self._make(wanted, named)
             # It may have been deleted meanwhile: then what was opened is no part of what has its name now.
             before, named = named, self._name(shape.epoch)
             if shape.epoch == before == named:
@@ -122,10 +83,33 @@ class KombuQueue(Queue):
         self.priorities = _priorities(priorities)
         return shape
 
+    def _make(self, wanted: set[int | str], named: int) -> tuple[Shape, list[bytes], set[int | str]]:
+        """Makes the streams that are wanted, unless the queue is of another epoch than it was named of. Returns what is
+        recorded: its shape and priorities; and the streams that are there now."""
+        keyed = any(isinstance(shard, int) for shard in wanted)
+        steps = [shard.partition(".")[2] for shard in wanted if isinstance(shard, str) and shard != SHARED]
+        args: list[str | int] = [named, str(self.shards) if keyed else "", GROUP, *steps]
+        epoch, shards, *priorities = self.pool.run("open_queue", [self.keys.meta], args)
+        shape = self._shape_of(shards, epoch)
+        if shape.epoch != named:
+            return shape, [], set()
+        # Those that were opened before may be more than there are now.
+        streams = {shard for shard in wanted if isinstance(shard, str)} | set(range(shape.shards) if keyed else ())
+        for shard in streams:
+            keys = self.shard_keys(shard, shape)
+            self.pool.run("open_shard", [keys.state, keys.stream], [shape.epoch, GROUP])
+        if keyed or steps:
+            # Consumers learn it from the bell of the shared stream, keepers from the channel. Whoever made the streams may
+            # have ended before this, so all ring.
+            self.pool.run("ring", [self.shard_keys(SHARED, shape).wake], ["streams"])
+            channel = self.keys.channel(GROUP)
+            self.pool.call(channel, commands.publish(channel, "keyed"))
+        return shape, priorities, streams
+
     def _name(self, least: int) -> int:
         """Records the queue's name, and says of which epoch it is; ``least``: of which it must be at least."""
         names = [app_queues(self.namespace, self.app), epochs(self.namespace, self.app)]
-        return int(self._call(lambda link: link.run("name_queue", names, [self.name, least]), names[0]))
+        return int(self.pool.run("name_queue", names, [self.name, least]))
 
     def _begin(self, shape: Shape) -> None:
         if self._shape is not None and self._shape.epoch != shape.epoch:
@@ -141,24 +125,22 @@ class KombuQueue(Queue):
             return
         self.forget()
 
-        def unlink(names: ShardKeys, shard: int | str, link: Link) -> None:
+        for shard in shards:
+            names = self.shard_keys(shard, shape)
             found = [
                 names.stream, names.state, names.delayed, names.wake, names.requeued(GROUP), names.consumers(GROUP),
                 names.token(GROUP), names.notes(GROUP), names.replaced(GROUP), names.lease(GROUP), names.dlq,
             ]  # fmt: skip
             if isinstance(shard, str):
-                living = link.command("ZRANGE", names.consumers(GROUP), 0, -1)
+                consumers = names.consumers(GROUP)
+                living = self.pool.call(consumers, commands.ranked(consumers))
                 found += [names.lease(GROUP, name.decode()) for name in living]
-            link.call(pack("UNLINK", *found))
+            self.pool.call(names.stream, commands.unlink(found))
             # Who waits for something in it hears of it, finds its lease gone, and goes on with what is declared anew.
-            link.run("ring", [names.wake], ["gone"])
-            link.call(pack("PEXPIRE", names.wake, RINGS_MS))
-
-        for shard in shards:
-            names = self.shard_keys(shard, shape)
-            self._call(partial(unlink, names, shard), names.stream)
+            self.pool.run("ring", [names.wake], ["gone"])
+            self.pool.call(names.wake, commands.expire(names.wake, RINGS_MS))
         keys = [self.keys.meta, self.keys.members(GROUP), self.keys.member_info(GROUP)]
-        self._call(lambda link: link.run("forget_queue", keys, [shape.epoch]), self.keys.meta)
+        self.pool.run("forget_queue", keys, [shape.epoch])
 
     def shard_for(self, key: bytes | None) -> int | str:
         if key is None:
@@ -172,8 +154,7 @@ class KombuQueue(Queue):
 
     def recorded(self) -> list[int | str]:
         """All streams that the queue has; none where no message came yet. Reads only."""
-        flat = self._call(lambda link: link.command("HGETALL", self.keys.meta), self.keys.meta)
-        meta = dict(zip(flat[::2], flat[1::2], strict=True))
+        meta = commands.pairs(self.pool.call(self.keys.meta, commands.all_fields(self.keys.meta)))
         if not meta:
             return []
         self._begin(self._shape_of(meta.get(b"shards"), meta.get(b"epoch")))

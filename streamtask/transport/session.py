@@ -23,11 +23,12 @@ from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, Stream
 from ..queue.backlog import Batch
 from ..queue.producer import Producer
 from ..queue.rules import ConsumerSettings
-from ..redis import keys
+from ..redis import commands, keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
+from ..redis.link import LARGE
+from ..redis.links import Admission, Links, Pool
 from ..text import logger
-from .connections import Connections
 from .consumed import SHARD_READ, Consumed, Fetched
 from .consumer import StreamConsumer
 from .deliveries import Deliveries
@@ -51,9 +52,13 @@ class Session:
         self.address = broker.safe_url
         self.options = options
         self.consumer_settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ, max_crashes=options.max_crashes)
-        self.producer = Producer(options.producer_settings())
-        self.connections = Connections(broker)
-        self.vhost = VHost(broker, options, self.connections, self.is_kept)
+        self.admission = Admission()
+        self.pool = Pool(broker, self.admission.asked)
+        """For calls that need not wait for the lock."""
+        self.links = Links(broker, buffer_bytes=LARGE)
+        """To the servers of the streams that are consumed; under the lock."""
+        self.producer = Producer(options.producer_settings(), self.pool)
+        self.vhost = VHost(options, self.pool, self.is_kept)
         self.publisher = Publisher(self.producer, self.vhost, options, is_cluster=broker.is_cluster)
         # Pollers that may sleep while there is something for them.
         self.wakers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -63,13 +68,14 @@ class Session:
         """Holds nothing yet: at first, and in a forked child, which must neither write on its parent's sockets nor settle
         what was delivered to its parent."""
         self.lock = threading.RLock()
+        self.admission.granted = False
         self.incarnation = uuid.uuid4().hex[:16]
         self.consumed: dict[str, Consumed] = {}
         self.ownership = Ownership(
             self.broker,
             self.options,
             self.consumer_settings,
-            self.connections.links,
+            self.links,
             self.incarnation,
             self.consumed,
             self.vhost.touched,
@@ -83,8 +89,7 @@ class Session:
         self._upkeep_at = self._renew_at = 0.0
 
     def after_fork(self) -> None:
-        """In the child: closes its copies of the parent's sockets (see ``Poller``), and begins anew."""
-        self.connections.after_fork()
+        """In the child: begins anew."""
         self.ownership.close()
         self.begin()
         self.vhost.after_fork()
@@ -94,7 +99,7 @@ class Session:
         kombu connection must not find that out. Raises ``BrokerUnavailable``."""
         # By a write of nothing: kombu waits only where it can't connect, and does not where the calls are refused after that.
         name = keys.expiring(self.options.namespace, self.options.app)
-        self.connections.once_more(lambda link: link.command("ZREM", name, ""), name)
+        self.pool.call(name, commands.remove_scored(name, ""))
         with self.lock:
             if self.consumed:
                 self._outage()
@@ -174,7 +179,7 @@ class Session:
         return consumed
 
     def _make(self, name: str) -> Consumed:
-        queue, links = self.vhost.queue(name), self.connections.links
+        queue, links = self.vhost.queue(name), self.links
         return Consumed(queue, links, self.address, self.deliveries, self.lost, self.ownership.join)
 
     def _leave(self, consumed: Consumed) -> None:
@@ -227,7 +232,7 @@ class Session:
         """What follows from an error of a call: a lost connection may have lost replies, a lost lease (of queue ``name``) all
         deliveries."""
         try:
-            with self.connections.at_start():
+            with self.admission.asked():
                 yield
         except (BrokerUnavailable, QueueFull):
             self._outage()
@@ -244,7 +249,7 @@ class Session:
 
     def _outage(self) -> None:
         """Replies may have been lost with messages in them."""
-        self.connections.links.close()
+        self.links.close()
         for consumed in self.consumed.values():
             consumed.notified = True
             for consumer in consumed.consumers():
@@ -269,7 +274,7 @@ class Session:
         tells."""
         asked = [c for one in self.consumed.values() if one.queue.name != name for c in one.streams.values()]
         try:
-            answers = self.connections.links.pipeline([(c.keys.stream, c.fence.guard_command) for c in asked])
+            answers = self.links.pipeline([(c.keys.stream, c.fence.guard_command) for c in asked])
         except StreamTaskError:
             return set()
         pairs = zip(asked, answers, strict=True)
@@ -319,7 +324,7 @@ class Session:
                 return []
             try:
                 found = self._consumed(name).fetch(most)
-                self.connections.served |= bool(found)
+                self.admission.granted |= bool(found)
                 return found
             except ReplyError as exc:
                 self.consumed[name].rest_all(exc)
@@ -374,7 +379,7 @@ class Session:
     def rang(self, reply: Any, asked: dict[bytes, tuple[str, str]]) -> None:
         """Takes the answer to the bell's XREAD."""
         with self.lock:
-            self.connections.served = True
+            self.admission.granted = True
             for key, entries in reply or ():
                 consumed = self.consumed.get(asked.get(bytes(key), ("", ""))[0])
                 if consumed is not None:
@@ -473,7 +478,7 @@ class Session:
 
     def says_owned(self, lease: str, token: int) -> bool:
         """Whether Redis says that nobody has taken a lease over since. Raises ``StreamTaskError`` where it does not say."""
-        found = self.connections.once_more(lambda link: link.command("HGET", lease, "token"), lease)
+        found = self.pool.call(lease, commands.field(lease, "token"))
         return found is None or int(found) == token
 
     def has_to_flush(self) -> bool:
@@ -536,7 +541,7 @@ class Session:
             with self.lock, self.guarded():
                 self._renew_at = mono_s() + self.options.lease_ms / 3000
                 leases = [c.lease for consumed in self.consumed.values() for c in consumed.consumers()]
-                self.connections.links.pipeline([(lease.key, lease.pack_renew()) for lease in leases])
+                self.links.pipeline([(lease.key, lease.pack_renew()) for lease in leases])
         except StreamTaskError as exc:
             log.info("leases are not renewed before the keeper is there: %s", exc)
 

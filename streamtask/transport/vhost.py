@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..clock import mono_s
 from ..errors import ReplyError
-from ..redis import keys
-from ..redis.connection import Broker
+from ..redis import commands, keys
 from ..redis.keys import SHARED
-from ..redis.link import Link, pack
+from ..redis.link import Link
+from ..redis.links import Pool
 from ..text import logger
-from .connections import Connections
 from .options import Options
 from .queues import GROUP, KombuQueue
 from .resting import is_of_one_key
@@ -56,12 +55,9 @@ class Touched:
 class VHost:
     """See the module, and what this process remembers of it. ``is_kept`` tells whose names are not to be forgotten."""
 
-    def __init__(
-        self, broker: Broker, options: Options, connections: Connections, is_kept: Callable[[str], bool]
-    ) -> None:
-        self._broker = broker
+    def __init__(self, options: Options, pool: Pool, is_kept: Callable[[str], bool]) -> None:
         self._options = options
-        self._connections = connections
+        self._pool = pool
         self._is_kept = is_kept
         self.queues: dict[str, KombuQueue] = {}
         self.fanout_queues: dict[str, tuple[str, str]] = {}
@@ -85,9 +81,9 @@ class VHost:
         if found is None:
             if len(self.queues) >= MOST_UNUSED:
                 self._forget_unused()
-            options, call = self._options, self._connections.once_more
+            options = self._options
             found = self.queues.setdefault(
-                name, KombuQueue(self._broker, options.namespace, options.app, name, options.shards, call)
+                name, KombuQueue(self._pool, options.namespace, options.app, name, options.shards)
             )
         return found
 
@@ -138,12 +134,12 @@ class VHost:
         """Whether a queue is declared, and has not expired."""
 
         def ask(link: Link) -> bool:
-            there, until, (seconds, micros) = link.pipeline(
-                [pack("SISMEMBER", self._names, queue), pack("ZSCORE", self._expiring, queue), pack("TIME")]
+            there, until, now = link.pipeline(
+                [commands.is_member(self._names, queue), commands.score(self._expiring, queue), commands.TIME]
             )
-            return bool(there) and (until is None or float(until) > int(seconds) * 1000 + int(micros) // 1000)
+            return bool(there) and (until is None or float(until) > commands.clock_ms(now))
 
-        return bool(self._connections.once_more(ask, self._names))
+        return self._pool.once_more(ask, self._names)
 
     def end(self, queue: str, *, if_expired: bool = False) -> int:
         """Takes a queue's name and bindings away. Answers what ``remove`` has to know, 0 where it has not expired."""
@@ -162,16 +158,15 @@ class VHost:
         self._swept_at = now
 
         def overdue(link: Link) -> list[bytes]:
-            seconds, micros = link.command("TIME")
-            now = int(seconds) * 1000 + int(micros) // 1000
-            found: list[bytes] = link.command("ZRANGEBYSCORE", self._expiring, "-inf", now, "LIMIT", 0, 100)
+            now = commands.clock_ms(link.call(commands.TIME))
+            found: list[bytes] = link.call(commands.scored(self._expiring, "-inf", now, 100))
             return found
 
-        return [member.decode() for member in self._connections.once_more(overdue, self._expiring)]
+        return [member.decode() for member in self._pool.once_more(overdue, self._expiring)]
 
     def touch(self, queue: str, expires_ms: int) -> None:
         """A queue with ``x-expires`` is in use."""
-        self._connections.run("touch_queues", [self._expiring], [expires_ms, queue])
+        self._pool.run("touch_queues", [self._expiring], [expires_ms, queue])
 
     # Bindings
 
@@ -186,7 +181,7 @@ class VHost:
             self._names, self._expiring, keys.bound(namespace, app, queue), keys.bindings(namespace, app, exchange),
             self._birth, self._epochs,
         ]  # fmt: skip
-        bound = self._connections.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP, uuid.uuid4().hex])
+        bound = self._pool.run("bind_queue", names, [queue, expires_ms, exchange, member, SEP, uuid.uuid4().hex])
         if not bound:
             return None
         born, epoch = bound
@@ -202,14 +197,14 @@ class VHost:
         namespace, app = self._options.namespace, self._options.app
         names = [self._names, self._expiring, keys.bound(namespace, app, queue), self._epochs]
         args = [queue, keys.bindings(namespace, app, ""), SEP, what]
-        while (done := self._connections.run("unbind_queue", names, args)) == 2:
+        while (done := self._pool.run("unbind_queue", names, args)) == 2:
             pass  # it has very many bindings
         return int(done[0]) if isinstance(done, list) else 0
 
     def table(self, exchange: str) -> list[Binding]:
         """The bindings of an exchange."""
         name = keys.bindings(self._options.namespace, self._options.app, _escaped(exchange))
-        members = self._connections.once_more(lambda link: link.command("SMEMBERS", name), name)
+        members = self._pool.call(name, commands.members(name))
         found = []
         for member in members:
             parts = [part.replace("\x06\x15", "\x06") for part in member.decode(errors="replace").split(SEP)]
@@ -220,7 +215,7 @@ class VHost:
     def flushed(self) -> bool:
         """Whether all was removed since this process first declared something."""
         name = self._birth
-        if not self._born or self._connections.once_more(lambda link: link.command("GET", name), name) == self._born:
+        if not self._born or self._pool.call(name, commands.value(name)) == self._born:
             return False
         self._born = b""
         return True
@@ -234,13 +229,13 @@ class VHost:
         for shard in found.recorded():
             prefix = found.shard_keys(shard)
             names = [prefix.stream, prefix.requeued(GROUP), prefix.delayed, prefix.state]
-            total += int(self._connections.run("ready", names, [GROUP]))
+            total += int(self._pool.run("ready", names, [GROUP]))
         return total
 
     def purge(self, queue: str) -> int:
         """Removes what waits in a queue; what is being worked on stays. Returns how many messages were removed."""
         found = self.queue(queue)
-        run = self._connections.run
+        run = self._pool.run
         removed = 0
         for shard in found.recorded():
             prefix = found.shard_keys(shard)
@@ -266,7 +261,7 @@ class VHost:
         if not found.recorded():
             return 0
         name = found.shard_keys(SHARED).consumers(GROUP)
-        return int(self._connections.once_more(lambda link: link.command("ZCARD", name), name))
+        return int(self._pool.call(name, commands.count_scored(name)))
 
 
 def _escaped(text: str | None) -> str:

@@ -50,11 +50,7 @@ COPY = """
         producer = app.producer
     one(0)
     # What a copy has of its connections is of no use to it.
-    producer._idle.clear()
-    for target in producer._targets.values():
-        target.links.clear()
-    if way in ("kombu", "together"):
-        session.connections._idle.clear()
+    producer.pool.close()
     me = os.getpid()
     copy = ctypes.PyDLL(None).fork()  # Python's hooks of a fork do not run
     os.getpid = lambda: me

@@ -22,6 +22,7 @@ from streamtask.queue.queues import Queue
 from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
+from streamtask.redis.links import Pool
 from tests.one_link import OneLink
 
 KEYS = [b"a", b"b", b"c"]
@@ -46,11 +47,11 @@ class ShardMachine(RuleBasedStateMachine):
         super().__init__()
         self.server.client().flushall()
         self.broker = Broker(self.server.url)
-        self.queue = Queue(self.broker, "streamtask", "app", "q", 1)
+        self.queue = Queue(Pool(self.broker), "streamtask", "app", "q", 1)
         self.queue.declare((GROUP,))
         self.keys = self.queue.shard_keys(0)
         self.link = self.broker.link()
-        self.producer = Producer(ProducerSettings())
+        self.producer = Producer(ProducerSettings(), self.queue.pool)
         self.produced: dict[bytes, int] = dict.fromkeys(KEYS, 0)
         self.starts: dict[bytes, list[tuple[int, int]]] = {key: [] for key in KEYS}  # (number, token)
         self.acked: dict[bytes, set[int]] = {key: set() for key in KEYS}

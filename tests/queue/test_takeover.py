@@ -17,6 +17,7 @@ from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED
+from streamtask.redis.links import Pool
 from tests.helpers import end_batch
 from tests.one_link import OneLink
 
@@ -29,13 +30,13 @@ class Rig:
         self.client = server.client()
         self.client.flushall()
         self.broker = Broker(server.url)
-        self.queue = Queue(self.broker, "streamtask", "app", "q", 1)
+        self.queue = Queue(Pool(self.broker), "streamtask", "app", "q", 1)
         self.queue.declare((GROUP,))
         self.shard = shard
         self.keys = self.queue.shard_keys(shard)
         self.link = self.broker.link()
         self.links = OneLink(self.link)
-        self.producer = Producer(ProducerSettings())
+        self.producer = Producer(ProducerSettings(), self.queue.pool)
         self.sent = dict.fromkeys(KEYS, 0)
         self.started = {key: [] for key in KEYS}
         self.names = itertools.count()

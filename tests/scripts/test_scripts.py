@@ -22,6 +22,7 @@ from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import lease_times
+from streamtask.redis.links import Pool
 from streamtask.redis.scripts import Code, by_sha, script
 from streamtask.redis.wire import Note
 from streamtask.results import ResultStore
@@ -108,7 +109,7 @@ class Shard:
     def __init__(self, server, shard=0, groups=(GROUP,)):
         self.client = server.client()
         self.broker = Broker(server.url)
-        self.queue = Queue(self.broker, "streamtask", "t", "q", 2)
+        self.queue = Queue(Pool(self.broker), "streamtask", "t", "q", 2)
         self.queue.declare(tuple(groups))
         self.keys = self.queue.shard_keys(shard)
         self.link = self.broker.link()

@@ -410,7 +410,7 @@ def test_what_is_read_beside_a_refusal_is_delivered(kit: Kit, monkeypatch: pytes
         if refused == "shared":
             kit.client().delete(shared.lease.key)
         else:
-            pipeline = session.connections.links.pipeline
+            pipeline = session.links.pipeline
 
             def refuses_one(calls: list[tuple[str, bytes]]) -> list[Any]:
                 replies: list[Any] = pipeline(calls)
@@ -419,7 +419,7 @@ def test_what_is_read_beside_a_refusal_is_delivered(kit: Kit, monkeypatch: pytes
                     replies[-1] = ReplyError("ERR something that has no name")
                 return replies
 
-            monkeypatch.setattr(session.connections.links, "pipeline", refuses_one)
+            monkeypatch.setattr(session.links, "pipeline", refuses_one)
         for consumer in consumed.shards.values():
             consumer.read_at = 0.0
         consumed.notified, consumed.look_at = True, 0.0

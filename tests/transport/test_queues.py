@@ -253,7 +253,7 @@ def test_what_is_published_to_a_new_queue_outlives_the_removal_of_the_old(
             publish(channel, "old", to=name, **headers)
         if how == "expire":
             wait_until(lambda name=name: code_of(kit.connect(), name) == "404")
-        connections, armed = remover.session.connections, []
+        connections, armed = remover.session.pool, []
 
         def run_and_arm(script: str, *args: Any, run: Any = connections.run, armed: list[bool] = armed) -> Any:
             answer = run(script, *args)

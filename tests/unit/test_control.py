@@ -16,6 +16,7 @@ from streamtask.queue.queues import Queue
 from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED
+from streamtask.redis.links import Pool
 from streamtask.worker.control import Control
 from streamtask.worker.executor import SequentialExecutor
 from streamtask.worker.ports import WorkerSettings
@@ -33,7 +34,7 @@ class Supervisor:
 def control():
     broker = Broker("redis://127.0.0.1:1")
     settings = WorkerSettings(
-        app="a", broker=broker, queues=[Queue(broker, "streamtask", "a", "q", 1)], consumer=ConsumerSettings()
+        app="a", broker=broker, queues=[Queue(Pool(broker), "streamtask", "a", "q", 1)], consumer=ConsumerSettings()
     )
     memory_fd, supervisor = create_file(1), Supervisor()
     memory = SharedMemory(memory_fd, 1)

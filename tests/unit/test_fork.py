@@ -42,7 +42,7 @@ def test_the_order_is_that_of_the_turns(calls, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: -1)
     fork.check()
     fork.check()
-    assert seen == ["LOCKS", "PRODUCERS", "SESSIONS", "a function", "POLLERS", "WORKERS", "SIGNALS"]
+    assert seen == ["LOCKS", "CONNECTIONS", "PRODUCERS", "SESSIONS", "a function", "POLLERS", "WORKERS", "SIGNALS"]
     assert holders
 
 
