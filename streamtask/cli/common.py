@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..app import StreamTask
-    from ..inspector import Inspector
+    from ..operations import Inspector
 
 UNBOUND = 1_000_000
 """Columns of a file or a pipe: what reads it, as grep, wants whole lines."""
@@ -40,7 +40,7 @@ def load_app(name: str | None) -> StreamTask:
 
 def inspector_of(ctx: click.Context) -> Inspector:
     """An ``Inspector`` of the app, closed with the command. Raises as ``load_app`` does."""
-    from ..inspector import Inspector
+    from ..operations import Inspector
 
     inspector = Inspector(ctx.obj["app"]())
     ctx.call_on_close(inspector.app.close)

@@ -13,7 +13,7 @@ from ..text import MOST, MOST_LINES, counted, printable
 from .common import cell, console, inspector_of, json_option, jsonable, number, print_json, queue_option
 
 if TYPE_CHECKING:
-    from ..inspector import Inspector
+    from ..operations import Inspector
 
 task_option = click.option("-t", "--task", metavar="TASK", help="Only this task's.")
 

@@ -19,7 +19,7 @@ from .consumers import place_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..inspector import Inspector
+    from ..operations import Inspector
     from .tables import Table
 
 

@@ -17,7 +17,7 @@ import redis
 import yaml
 
 import streamtask.transport  # noqa: F401  registers its schemes
-from streamtask.inspector import Inspector
+from streamtask.operations import Inspector
 from streamtask.redis import wire
 from tests.fix_redis import RedisServer, chosen_binaries
 from tests.helpers import ROOT, wait_until

@@ -14,7 +14,7 @@ from streamtask import StreamTask, StreamTaskError
 from streamtask.clock import wall_ms
 from streamtask.coordination import lease as leases
 from streamtask.coordination.membership import Membership
-from streamtask.inspector import Inspector
+from streamtask.operations import Inspector
 from streamtask.queue.consumer import ShardConsumer
 from streamtask.queue.delivery import Outcome
 from streamtask.queue.rules import ConsumerSettings
@@ -364,7 +364,7 @@ def test_an_unknown_id_is_not_there(rig: Rig, unknown: str) -> None:
 
 
 def test_lists_are_ordered_limited_and_filtered(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamtask.inspector.BATCH", 2)
+    monkeypatch.setattr("streamtask.operations.dead_letters.BATCH", 2)
     for shard in (0, 1):
         rig.send(shard, 4)
         rig.kill(rig.own(shard), 4)
@@ -386,7 +386,7 @@ def test_lists_are_ordered_limited_and_filtered(rig: Rig, monkeypatch: pytest.Mo
 def test_replay_of_one_some_and_all(
     redis_server_all: RedisServer, make_rig: Callable[..., Rig], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("streamtask.inspector.BATCH", 2)
+    monkeypatch.setattr("streamtask.operations.dead_letters.BATCH", 2)
     rig = make_rig(redis_server_all.url)
     rig.send(0, 7)
     rig.send(1, 2)
@@ -430,11 +430,11 @@ def test_a_replay_is_for_the_group_whose_dead_letter_it_is(redis_server_all: Red
 
 
 def test_replay_of_all_does_not_replay_what_dies_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamtask.inspector.BATCH", 1)
+    monkeypatch.setattr("streamtask.operations.dead_letters.BATCH", 1)
     rig.send(0, 3)
     consumer = rig.own(0)
     rig.kill(consumer, 3)
-    ask = rig.inspector._ask
+    ask = rig.inspector.reader.ask
 
     def ask_and_die(calls: Any) -> list[Any]:
         answers = ask(calls)
@@ -443,7 +443,7 @@ def test_replay_of_all_does_not_replay_what_dies_meanwhile(rig: Rig, monkeypatch
             rig.kill(consumer)
         return answers
 
-    monkeypatch.setattr(rig.inspector, "_ask", ask_and_die)
+    monkeypatch.setattr(rig.inspector.reader, "ask", ask_and_die)
     assert rig.inspector.replay("default") == 3
     assert rig.inspector.count_dead() == {"default": 3}
 
@@ -483,7 +483,7 @@ def test_drop_removes_for_good(rig: Rig) -> None:
 def test_purge_leaves_what_workers_were_given(
     redis_server_all: RedisServer, make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamtask.inspector.PURGE_BATCH", 3)
+    monkeypatch.setattr("streamtask.operations.inspector.PURGE_BATCH", 3)
     rig = make_rig(redis_server_all.url)
     rig.send(0, 3)
     consumer = rig.own(0)
@@ -600,7 +600,7 @@ def test_no_append_only_file_is_a_warning(rig: Rig) -> None:
 
 @pytest.mark.parametrize("off_s, ok", [(0, True), (5, None), (-5, None), (100, False), (-100, False)])
 def test_clocks_apart(rig: Rig, monkeypatch: pytest.MonkeyPatch, off_s: int, ok: bool | None) -> None:
-    monkeypatch.setattr("streamtask.inspector.wall_ms", lambda: wall_ms() + off_s * 1000)
+    monkeypatch.setattr("streamtask.operations.doctor.wall_ms", lambda: wall_ms() + off_s * 1000)
     assert rig.check("clock")["ok"] is ok
 
 

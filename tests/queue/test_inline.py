@@ -25,7 +25,7 @@ from streamtask import (
     TaskError,
     TaskRevoked,
 )
-from streamtask.inspector import Inspector
+from streamtask.operations import Inspector
 from tests.helpers import ROOT
 
 

@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 
-from streamtask.inspector import Inspector
+from streamtask.operations import Inspector
 from streamtask.redis.scripts import script
 from tests.helpers import wait_until
 from tests.parts import sampled

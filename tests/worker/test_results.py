@@ -12,7 +12,7 @@ import pytest
 
 from streamtask import ConfigError, ResultTimeout, TaskError, TaskRevoked
 from streamtask.errors import BrokerUnavailable
-from streamtask.inspector import Inspector
+from streamtask.operations import Inspector
 from streamtask.redis.scripts import script
 from tests.helpers import wait_until
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from streamtask import TaskError
-from streamtask.inspector import Inspector
+from streamtask.operations import Inspector
 from tests.helpers import wait_until
 from tests.worker.rig import TASKS, keys_on
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 
 from streamtask.coordination.lease import join_shared
-from streamtask.inspector import Inspector
+from streamtask.operations import Inspector
 from streamtask.redis.keys import SHARED
 from tests.helpers import wait_until
 from tests.parts import sampled

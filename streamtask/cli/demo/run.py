@@ -21,7 +21,7 @@ from typing import Any
 from ...app import ENV_URL, StreamTask
 from ...clock import mono_s
 from ...errors import StreamTaskError
-from ...inspector import Inspector
+from ...operations import Inspector
 from ...redis.keys import SHARED
 from ...sharding import canonical, shard_of
 from .app import ENV_JOURNAL, ENV_PARENT, ENV_SHARDS, QUEUE, RECORD, build, content_hash, key_hash

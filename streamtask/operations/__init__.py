@@ -1,0 +1,7 @@
+"""What operators ask of an app's queues, and what they do to them."""
+
+from __future__ import annotations
+
+from .inspector import Inspector
+
+__all__ = ["Inspector"]
