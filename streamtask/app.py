@@ -32,9 +32,9 @@ from .redis.keys import SHARED
 from .redis.links import Pool
 from .results import NO_BACKEND, AsyncResult, ResultStore
 from .runner import Runner
-from .settings import Seconds, Settings
+from .settings import Seconds, Settings, TaskOptions
 from .sharding import shard_of
-from .task import SendOptions, Task, TaskKeywords, TaskOptions
+from .task import SendOptions, Task
 from .text import logger, said
 from .version import installed
 from .worker.ports import WorkerSettings
@@ -42,7 +42,7 @@ from .worker.ports import WorkerSettings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .settings import SettingsKeywords
+    from .settings import SettingsKeywords, TaskKeywords
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -161,7 +161,7 @@ class StreamTask:
     def task(self, function: Callable[..., Any] | None = None, *, name: str | None = None, **options: Any) -> Any:
         """Registers a function as a task: ``@app.task`` or ``@app.task(shard_key="user_id", ...)``.
 
-        Options: see ``streamtask.task.TaskOptions``. ``name`` is the module's and the function's by default. Raises
+        Options: see ``streamtask.settings.TaskOptions``. ``name`` is the module's and the function's by default. Raises
         ``ConfigError`` for unknown options or a name that is taken.
         """
 

@@ -1,4 +1,4 @@
-"""Every setting of an app with its one default. Standard library only.
+"""Every setting of an app and option of a task with its one default. Standard library only.
 
 Durations are in seconds, sizes in bytes. Unknown names are refused.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from .checks import TEXT, TEXTS, Rule, check_fields, one_of, seconds, whole
+from .checks import EXCEPTIONS, FLAG, TEXT, TEXTS, Rule, check_fields, either, one_of, optional, seconds, whole
 from .errors import ConfigError
 
 Seconds = float | dt.timedelta
@@ -150,3 +151,96 @@ def from_options(options: Mapping[str, Any]) -> Settings:
             f"unknown setting{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}: known are {', '.join(sorted(known))}"
         )
     return Settings(**options)
+
+
+ShardKey = str | Callable[..., Any] | None
+Exceptions = type[BaseException] | Collection[type[BaseException]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskOptions:
+    """What ``@app.task`` takes. Durations are in seconds."""
+
+    queue: str = "default"
+    shard_key: ShardKey = None
+    ordered: bool = True
+    bind: bool = False
+    max_retries: int | None = 3
+    retry_backoff: bool | float = True
+    retry_backoff_max: float = 600.0
+    retry_jitter: bool = True
+    autoretry_for: tuple[type[BaseException], ...] | None = None
+    dont_autoretry_for: tuple[type[BaseException], ...] = ()
+    soft_time_limit: float | None = None
+    time_limit: float | None = None
+    expires: float | None = None
+    ignore_result: bool = False
+    serializer: str | None = None
+    rate_limit: str | float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, TASK_RULES, "the task option")
+        soft, hard = self.soft_time_limit, self.time_limit
+        if soft is not None and hard is not None and soft > hard:
+            raise ConfigError(
+                f"the task option soft_time_limit must be at most the time_limit ({hard:g} s), not {soft:g} s: the process "
+                "would have ended before"
+            )
+
+    def rate_per_s(self) -> float | None:
+        """``rate_limit`` as starts per second."""
+        return None if self.rate_limit is None else _per_s(self.rate_limit)
+
+
+def _rate(rate: Any) -> str | float:
+    if isinstance(rate, bool) or not 0 < _per_s(rate) < math.inf:
+        raise ValueError
+    found: str | float = rate
+    return found
+
+
+def _per_s(rate: str | float) -> float:
+    if not isinstance(rate, str):
+        return float(rate)
+    count, _, unit = rate.partition("/")
+    return float(count) / {"": 1, "s": 1, "m": 60, "h": 3600}.get(unit, math.nan)
+
+
+TASK_RULES: Mapping[str, Rule] = {
+    "queue": TEXT,
+    "ordered": FLAG,
+    "bind": FLAG,
+    "max_retries": optional(whole(0), " for no limit"),
+    "retry_backoff": either(FLAG, seconds()),
+    "retry_backoff_max": seconds(),
+    "retry_jitter": FLAG,
+    "autoretry_for": optional(EXCEPTIONS),
+    "dont_autoretry_for": EXCEPTIONS,
+    "soft_time_limit": optional(seconds(above=True)),
+    "time_limit": optional(seconds(above=True)),
+    "expires": optional(seconds(above=True)),
+    "ignore_result": FLAG,
+    "serializer": optional(TEXT),
+    "rate_limit": optional(Rule("a number of starts per second, or text such as '10/s', '100/m' or '1000/h'", _rate)),
+}
+"""What each may be; ``shard_key`` is looked at with the function's arguments (``sharding.compile_key``)."""
+
+
+class TaskKeywords(TypedDict, total=False):
+    """The fields of ``TaskOptions``, for type checkers: the keywords of ``@app.task``, but for ``bind``."""
+
+    queue: str
+    shard_key: ShardKey
+    ordered: bool
+    max_retries: int | None
+    retry_backoff: bool | Seconds
+    retry_backoff_max: Seconds
+    retry_jitter: bool
+    autoretry_for: Exceptions | None
+    dont_autoretry_for: Exceptions
+    soft_time_limit: Seconds | None
+    time_limit: Seconds | None
+    expires: Seconds | None
+    ignore_result: bool
+    serializer: str | None
+    rate_limit: str | float | None

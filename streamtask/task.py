@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-import inspect
-import keyword
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar
 
 from .arguments import arguments
-from .checks import (
-    EXCEPTIONS,
-    FLAG,
-    INSTANT,
-    MOST_S,
-    TEXT,
-    Rule,
-    check,
-    check_fields,
-    either,
-    optional,
-    seconds,
-    shown,
-    whole,
-)
-from .errors import ConfigError, Retry, ShardKeyError
+from .checks import INSTANT, MOST_S, Rule, check, optional, seconds, whole
+from .errors import ConfigError, Retry
 from .functions import is_async
 from .request import Request, current
-from .sharding import canonical
+from .sharding import canonical, compile_key
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers know it without its being installed
 
     from .app import StreamTask
     from .results import AsyncResult
-    from .settings import Seconds
+    from .settings import Seconds, TaskOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,98 +41,6 @@ RETRY_RULES = {
     "max_retries": optional(whole(0)),
     "exc": optional(Rule("an exception", _exception)),
 }
-
-ShardKey = str | Callable[..., Any] | None
-Exceptions = type[BaseException] | Collection[type[BaseException]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskOptions:
-    """What ``@app.task`` takes. Durations are in seconds."""
-
-    queue: str = "default"
-    shard_key: ShardKey = None
-    ordered: bool = True
-    bind: bool = False
-    max_retries: int | None = 3
-    retry_backoff: bool | float = True
-    retry_backoff_max: float = 600.0
-    retry_jitter: bool = True
-    autoretry_for: tuple[type[BaseException], ...] | None = None
-    dont_autoretry_for: tuple[type[BaseException], ...] = ()
-    soft_time_limit: float | None = None
-    time_limit: float | None = None
-    expires: float | None = None
-    ignore_result: bool = False
-    serializer: str | None = None
-    rate_limit: str | float | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, RULES, "the task option")
-        soft, hard = self.soft_time_limit, self.time_limit
-        if soft is not None and hard is not None and soft > hard:
-            raise ConfigError(
-                f"the task option soft_time_limit must be at most the time_limit ({hard:g} s), not {soft:g} s: the process "
-                "would have ended before"
-            )
-
-    def rate_per_s(self) -> float | None:
-        """``rate_limit`` as starts per second."""
-        return None if self.rate_limit is None else _per_s(self.rate_limit)
-
-
-def _rate(rate: Any) -> str | float:
-    if isinstance(rate, bool) or not 0 < _per_s(rate) < math.inf:
-        raise ValueError
-    found: str | float = rate
-    return found
-
-
-def _per_s(rate: str | float) -> float:
-    if not isinstance(rate, str):
-        return float(rate)
-    count, _, unit = rate.partition("/")
-    return float(count) / {"": 1, "s": 1, "m": 60, "h": 3600}.get(unit, math.nan)
-
-
-RULES: Mapping[str, Rule] = {
-    "queue": TEXT,
-    "ordered": FLAG,
-    "bind": FLAG,
-    "max_retries": optional(whole(0), " for no limit"),
-    "retry_backoff": either(FLAG, seconds()),
-    "retry_backoff_max": seconds(),
-    "retry_jitter": FLAG,
-    "autoretry_for": optional(EXCEPTIONS),
-    "dont_autoretry_for": EXCEPTIONS,
-    "soft_time_limit": optional(seconds(above=True)),
-    "time_limit": optional(seconds(above=True)),
-    "expires": optional(seconds(above=True)),
-    "ignore_result": FLAG,
-    "serializer": optional(TEXT),
-    "rate_limit": optional(Rule("a number of starts per second, or text such as '10/s', '100/m' or '1000/h'", _rate)),
-}
-"""What each may be; ``shard_key`` is looked at with the function's arguments (``compile_key``)."""
-
-
-class TaskKeywords(TypedDict, total=False):
-    """The fields of ``TaskOptions``, for type checkers: the keywords of ``@app.task``, but for ``bind``."""
-
-    queue: str
-    shard_key: ShardKey
-    ordered: bool
-    max_retries: int | None
-    retry_backoff: bool | Seconds
-    retry_backoff_max: Seconds
-    retry_jitter: bool
-    autoretry_for: Exceptions | None
-    dont_autoretry_for: Exceptions
-    soft_time_limit: Seconds | None
-    time_limit: Seconds | None
-    expires: Seconds | None
-    ignore_result: bool
-    serializer: str | None
-    rate_limit: str | float | None
 
 
 class SendOptions(TypedDict, total=False):
@@ -182,8 +72,8 @@ class Task(Generic[P, R]):
         self.options = options
         self.is_async = is_async(function, name)
         self.is_plain = options.expires is None  # messages have no headers, if their call gives them none
-        self._key_of = compile_key(function, name, options)
-        self._fits = compile_key(function, name, replace(options, shard_key=None))
+        self._key_of = compile_key(function, name, options.shard_key, bind=options.bind)
+        self._fits = compile_key(function, name, None, bind=options.bind)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.options.bind:
@@ -329,110 +219,3 @@ def check_retry(retry: Retry) -> None:
     except ConfigError as exc:
         exc.__dict__[FINAL] = True
         raise
-
-
-def compile_key(function: Callable[..., Any], name: str, options: TaskOptions) -> Callable[..., bytes | None]:
-    """A function with the task's own signature that returns the canonical shard key: Python itself then binds the
-    arguments, which is the fastest way, and refuses those that don't fit."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:
-        raise ConfigError(
-            f"the arguments of task {name} can't be told from {shown(function)}: wrap it in a def"
-        ) from None
-    if options.bind:
-        if not parameters or parameters[0].kind not in (
-            inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-        ):  # fmt: skip
-            raise ConfigError(
-                f"task {name} has bind=True, so its first argument must be the task, as in def pay(self, ...)"
-            )
-        if parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
-            parameters = parameters[1:]
-    shard_key = options.shard_key
-    if shard_key is None:
-        return _with_signature(parameters, "None", name, {})
-    if callable(shard_key):
-        return _with_signature(
-            parameters, f"_st_canonical(_st_key({_forward(parameters)}))", name, {"_st_key": shard_key}
-        )
-    if not isinstance(shard_key, str) or not all(part.isidentifier() for part in shard_key.split(".")):
-        raise ConfigError(f"shard_key of task {name} must be an argument's name, a path such as 'a.b', or a callable")
-    first, *path = shard_key.split(".")
-    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-    if first in named:
-        source = first
-    elif rest is not None:
-        source = f"_st_need({rest}, {first!r}, _st_name)"
-    else:
-        raise ConfigError(f"task {name} has no argument {first!r}, which its shard_key names")
-    if path:
-        source = f"_st_walk({source}, {tuple(path)!r}, {shard_key!r}, _st_name)"
-    return _with_signature(parameters, f"_st_canonical({source})", name, {})
-
-
-def _with_signature(
-    parameters: list[inspect.Parameter], result: str, name: str, extra: dict[str, Any]
-) -> Callable[..., bytes | None]:
-    scope: dict[str, Any] = {
-        "_st_canonical": canonical,
-        "_st_need": _need,
-        "_st_walk": _walk,
-        "_st_name": name,
-        **extra,
-    }
-    bare = []
-    for i, parameter in enumerate(parameters):
-        if parameter.default is not parameter.empty:
-            scope[f"_st_default{i}"] = parameter.default
-        bare.append(parameter.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty))
-    pieces, seen_star = [], False
-    for i, (parameter, plain) in enumerate(zip(parameters, bare, strict=True)):
-        text = str(plain)
-        if parameter.kind is parameter.KEYWORD_ONLY and not seen_star:
-            pieces.append("*")
-            seen_star = True
-        seen_star = seen_star or parameter.kind is parameter.VAR_POSITIONAL
-        if parameter.default is not parameter.empty:
-            text += f"=_st_default{i}"
-        pieces.append(text)
-        following = parameters[i + 1].kind if i + 1 < len(parameters) else None
-        if parameter.kind is parameter.POSITIONAL_ONLY and following is not parameter.POSITIONAL_ONLY:
-            pieces.append("/")
-    short = name.rpartition(".")[2]
-    short = short if short.isidentifier() and not keyword.iskeyword(short) else "task"
-    exec(f"def {short}({', '.join(pieces)}):\n    return {result}", scope)
-    made: Callable[..., bytes | None] = scope[short]
-    return made
-
-
-def _forward(parameters: list[inspect.Parameter]) -> str:
-    parts = []
-    for p in parameters:
-        if p.kind is p.VAR_POSITIONAL:
-            parts.append(f"*{p.name}")
-        elif p.kind is p.VAR_KEYWORD:
-            parts.append(f"**{p.name}")
-        elif p.kind is p.KEYWORD_ONLY:
-            parts.append(f"{p.name}={p.name}")
-        else:
-            parts.append(p.name)
-    return ", ".join(parts)
-
-
-def _need(kwargs: Mapping[str, Any], key: str, name: str) -> Any:
-    if key not in kwargs:
-        raise ShardKeyError(f"task {name} needs the argument {key!r}: it is its shard key")
-    return kwargs[key]
-
-
-def _walk(value: Any, path: tuple[str, ...], whole: str, name: str) -> Any:
-    for part in path:
-        try:
-            value = value[part] if isinstance(value, Mapping) else getattr(value, part)
-        except (KeyError, AttributeError):
-            raise ShardKeyError(
-                f"task {name}: its shard key {whole!r} is not in the arguments: {part!r} is missing"
-            ) from None
-    return value

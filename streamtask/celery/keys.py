@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ShardKeyError
-from ..task import TaskOptions, compile_key
+from ..sharding import compile_key
 
 OPTION = "shard_key"
 """The option of ``apply_async`` and of signatures, and of tasks."""
@@ -44,7 +44,7 @@ def _make_rule(task: Any) -> Rule | None:
         return None
     ordered = bool(getattr(task, "ordered", True))
     # With autoretry_for, run is a wrapper; its signature is that of the function in it.
-    key = compile_key(task.run, task.name, TaskOptions(shard_key=declared))
+    key = compile_key(task.run, task.name, declared)
     shown = repr(declared) if isinstance(declared, str) else getattr(declared, "__qualname__", repr(declared))
     return Rule(key, ordered, shown)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from streamtask import errors
-from streamtask.settings import Settings
-from streamtask.task import TaskOptions
+from streamtask.settings import Settings, TaskOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md"), *ROOT.glob("deploy/*.md")])

@@ -15,12 +15,11 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
-from streamtask import Dedupe, StreamTask, settings, task
+from streamtask import Dedupe, StreamTask, settings
 from streamtask.arguments import arguments, item_arguments, many_calls
 from streamtask.errors import ConfigError, EncodeError, ShardKeyError
 from streamtask.request import current
-from streamtask.settings import Settings
-from streamtask.task import TaskOptions
+from streamtask.settings import Settings, TaskOptions
 
 
 @pytest.fixture
@@ -417,7 +416,7 @@ def test_every_setting_and_option_is_looked_at():
     fields = {field.name for field in dataclasses.fields(Settings)}
     assert fields == set(settings.RULES) <= set(WRONG_SETTINGS)
     fields = {field.name for field in dataclasses.fields(TaskOptions)}
-    assert fields - {"shard_key"} == set(task.RULES) <= set(WRONG_OPTIONS)
+    assert fields - {"shard_key"} == set(settings.TASK_RULES) <= set(WRONG_OPTIONS)
 
 
 @pytest.mark.parametrize("value", [*NO_TEXTS, None])

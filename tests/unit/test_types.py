@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from streamtask.settings import Settings, SettingsKeywords
-from streamtask.task import TaskKeywords, TaskOptions
+from streamtask.settings import Settings, SettingsKeywords, TaskKeywords, TaskOptions
 from tests.helpers import spawn
 
 APP = Path(__file__).with_name("typed.py")
