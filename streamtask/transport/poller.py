@@ -1,6 +1,6 @@
 """Brings the messages of one kombu connection to its channels, in kombu's event loop or in ``drain_events``.
 
-A *bell* wakes it (``bells.py``), which brings no message itself. Fetching and settling are short calls of the session.
+A *bell* wakes it (``queue/bells.py``), which brings no message itself. Fetching and settling are short calls of the session.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
+from ..queue.bells import BLOCK_S, Bells
 from ..redis.links import IDLE_S
 from ..text import logger
 from . import hooks
-from .bells import BLOCK_S, Bells
 from .fanout import Listener
 from .session import Session
 
@@ -82,7 +82,7 @@ class Poller:
         self.loop: Any = None
         self._inherited = False  # its channels have consumers that the session does not know of
         self._thread = 0
-        self._bells = Bells(self.session, self._dropped)
+        self._bells = Bells(self.session.broker, self._dropped)
         self._waiting: deque[Fetched] = deque()  # for ``drain``, which delivers one a call
         self._epoch = session.epoch
         self._checked_at = mono_s()
@@ -296,7 +296,11 @@ class Poller:
             self.listener.receive()
         elif fd == self.session.ownership.fileno():
             self.session.receive_orders()
-        self._bells.take(fd)
+        else:
+            with self.session.admission.asked():
+                rang = self._bells.receive(fd)
+            if rang is not None:
+                self.session.rang(rang)
 
     # kombu's event loop
 

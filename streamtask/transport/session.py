@@ -21,6 +21,7 @@ from typing import Any
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.backlog import Batch
+from ..queue.bells import Rang, Streams
 from ..queue.producer import Producer
 from ..queue.rules import ConsumerSettings
 from ..redis import commands, keys
@@ -360,28 +361,26 @@ class Session:
         """Whether what is known of a queue is not to be forgotten: something of it is held here, or heard."""
         return name in self.consumed or name in self.listened
 
-    def bell(self, names: Iterable[str]) -> dict[bytes, tuple[str, str]]:
+    def bell(self, names: Iterable[str]) -> Streams:
         """The streams to wait for, as {key: (queue, id after which something is new)}."""
         with self.lock:
             found = [(name, self.consumed[name]) for name in names if name in self.consumed]
             return {key: (name, at) for name, consumed in found for key, at in consumed.bell().items()}
 
-    def look_at_all(self, asked: dict[bytes, tuple[str, str]]) -> None:
-        """Redis refused to wait for these streams, of which one is to blame: its own call tells which."""
+    def rang(self, rang: Rang) -> None:
+        """A bell has rung. Where Redis refused to wait for its streams, one of them is to blame: its own call tells which."""
         with self.lock:
-            for name in {name for name, _ in asked.values()}:
-                consumed = self.consumed.get(name)
-                if consumed is not None:
-                    consumed.notified = True
-                    for shard in consumed.shards.values():
-                        shard.read_at, shard.woken = 0.0, True
-
-    def rang(self, reply: Any, asked: dict[bytes, tuple[str, str]]) -> None:
-        """Takes the answer to the bell's XREAD."""
-        with self.lock:
+            if rang.news is None:
+                for name in {name for name, _ in rang.asked.values()}:
+                    consumed = self.consumed.get(name)
+                    if consumed is not None:
+                        consumed.notified = True
+                        for shard in consumed.shards.values():
+                            shard.read_at, shard.woken = 0.0, True
+                return
             self.admission.granted = True
-            for key, entries in reply or ():
-                consumed = self.consumed.get(asked.get(bytes(key), ("", ""))[0])
+            for key, entries in rang.news:
+                consumed = self.consumed.get(rang.asked.get(bytes(key), ("", ""))[0])
                 if consumed is not None:
                     consumed.rang(bytes(key), entries[-1][0])
 

@@ -1,24 +1,35 @@
-"""Bells wake a poller: for each server a plain blocking XREAD behind the last entries that were seen. No message comes over a
-bell, so losing its answer loses nothing.
+"""Bells wake whoever reads many streams: for each server, on a Cluster for each slot, one call that blocks until there is
+something behind the last entries that were seen. No message comes over a bell, so losing its answer loses nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, ReplyError
 from ..redis import commands
+from ..redis.connection import Broker
 from ..redis.link import Link
 from ..redis.links import IDLE_S
-from .resting import is_of_one_key
-
-if TYPE_CHECKING:
-    from .session import Session
+from ..redis.misplaced import of_one_key
 
 BLOCK_S = 5.0
+
+Streams = dict[bytes, tuple[str, str]]
+"""Streams to wait for: by key, whose each is, as the caller names them, and the id after which there is something new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rang:
+    """``news``: the first new entry of each stream that has one. None: Redis refused to wait, for something that is wrong
+    with one of these streams."""
+
+    asked: Streams
+    news: list[Any] | None
 
 
 class Bell:
@@ -26,13 +37,13 @@ class Bell:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        self.asked: dict[bytes, tuple[str, str]] = {}
+        self.asked: Streams = {}
         self.overdue_at = 0.0
         self.refused = 0
         """How often in a row Redis refused to wait."""
         self._armed_at = mono_s()
 
-    def arm(self, streams: dict[bytes, tuple[str, str]], block_s: float, grace_s: float) -> None:
+    def arm(self, streams: Streams, block_s: float, grace_s: float) -> None:
         ids = [at for _, at in streams.values()]
         block_ms = max(1, int(block_s * 1000))
         now = mono_s()
@@ -43,7 +54,7 @@ class Bell:
         self._armed_at = now
         self.overdue_at = now + block_s + grace_s
 
-    def rang(self) -> dict[bytes, tuple[str, str]]:
+    def rang(self) -> Streams:
         """What it was asked for; it rests now."""
         asked, self.asked = self.asked, {}
         return asked
@@ -54,17 +65,16 @@ class Bell:
 
 
 class Bells:
-    """The bells of one poller, one for each server: on a Cluster for each slot. ``dropped`` is told of a socket that is about
-    to be closed while somebody may wait for it."""
+    """The bells of one loop. ``dropped`` is told of a socket that is about to be closed while somebody may wait for it."""
 
-    def __init__(self, session: Session, dropped: Callable[[int], None]) -> None:
-        self._session = session
+    def __init__(self, broker: Broker, dropped: Callable[[int], None]) -> None:
+        self._broker = broker
         self._dropped = dropped
         self._bells: dict[str, Bell] = {}
 
-    def arm(self, wanted: dict[bytes, tuple[str, str]], block_s: float) -> None:
+    def arm(self, wanted: Streams, block_s: float) -> None:
         """Sees to it that these streams are waited for."""
-        broker = self._session.broker
+        broker = self._broker
         for place, streams in self._by_place(wanted).items():
             bell = self._bells.get(place)
             if bell is None:
@@ -80,10 +90,10 @@ class Bells:
             with self._or_forgotten(bell):
                 bell.arm(streams, block_s, broker.timeout_s)
 
-    def _by_place(self, streams: dict[bytes, tuple[str, str]]) -> dict[str, dict[bytes, tuple[str, str]]]:
-        if not self._session.broker.is_cluster:
+    def _by_place(self, streams: Streams) -> dict[str, Streams]:
+        if not self._broker.is_cluster:
             return {"": streams} if streams else {}
-        places: dict[str, dict[bytes, tuple[str, str]]] = {}
+        places: dict[str, Streams] = {}
         for key, value in streams.items():
             slot = key[key.index(b"{") + 1 : key.index(b"}")].decode()
             places.setdefault(slot, {})[key] = value
@@ -118,22 +128,22 @@ class Bells:
         now = mono_s()
         return [bell for bell in self.armed() if now > bell.overdue_at]
 
-    def take(self, fd: int) -> None:
+    def receive(self, fd: int) -> Rang | None:
         """Reads the answer of the bell that has this socket, if one has."""
         for bell in self.armed():
             if bell.link.fileno() == fd:
                 asked = bell.rang()
                 try:
-                    with self._or_forgotten(bell), self._session.admission.asked():
-                        self._session.rang(bell.link.read(), asked)
+                    with self._or_forgotten(bell):
+                        news = bell.link.read()
                 except ReplyError as exc:
                     bell.refused += 1
-                    if bell.refused > 1 or not is_of_one_key(exc):
+                    if bell.refused > 1 or not of_one_key(exc):
                         raise
-                    self._session.look_at_all(asked)
-                else:
-                    bell.refused = 0
-                return
+                    return Rang(asked, None)
+                bell.refused = 0
+                return Rang(asked, news or [])
+        return None
 
     def close(self) -> None:
         for bell in self._bells.values():
