@@ -31,11 +31,7 @@ FOREIGN = {
 """Private names of other packages, by what they are reached through."""
 
 FOREIGN_FILES = {
-    "streamtask/celery/pools.py": "billiard's pools tell in no public way what their processes have begun",
-    "streamtask/celery/worker.py": "requests of Celery's worker",
-    "streamtask/celery/publish.py": "Celery's registry of apps and of lazy tasks",
-    "streamtask/celery/keys.py": "Celery's registry of lazy tasks",
-    "streamtask/transport/channel.py": "kombu's virtual transport hands its callbacks over so",
+    "streamtask/celery/internals.py": "apps, requests and pools of Celery and billiard, each fact once",
     "streamtask/migration/streams.py": "kombu's virtual channels",
     "streamtask/migration/lists.py": "kombu's redis transport",
 }

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ShardKeyError
 from ..sharding import compile_key
+from . import internals
 
 OPTION = "shard_key"
 """The option of ``apply_async`` and of signatures, and of tasks."""
@@ -88,9 +89,9 @@ def key_of(rule: Rule, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def rule_by_name(app: Any, name: str) -> Rule | None:
-    task = app._tasks.get(name)
-    if task is None and app._pending and app.autofinalize:
+    task = internals.known_task(app, name)
+    if task is None and internals.has_unmade_tasks(app):
         # Celery makes the tasks of a module at their first use, and a call by name is none.
         app.finalize(auto=True)
-        task = app._tasks.get(name)
+        task = internals.known_task(app, name)
     return None if task is None else rule_of(task)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker import state
 from celery.worker.request import Request
 
 from ..clock import mono_s
+from . import internals
 
 BEGIN_S = 2.0
 """How long a lost connection waits at most for idle pool processes to begin what they have been given."""
@@ -38,11 +38,9 @@ def hear_pools() -> None:
         semaphore = getattr(consumer.controller, "semaphore", None)
         if semaphore is not None:
             semaphore.clear()  # a body that ends would let another one begin
-        if isinstance(consumer.pool, PreforkPool) and consumer.pool._pool is not None:
-            pool, hub = consumer.pool._pool, consumer.hub
-            # Before the loop hears the pool, its processes have been given nothing.
-            if hub is None or "handle_event" in vars(pool._result_handler):
-                pools.append((pool, hub))
+        pool, hub = internals.processes_of(consumer.pool), consumer.hub
+        if pool is not None and (hub is None or internals.is_heard_by_loop(pool)):
+            pools.append((pool, hub))
     until = mono_s() + BEGIN_S
     for pool, _ in pools:
         _hand_over(pool, until)
@@ -58,36 +56,31 @@ def hear_pools() -> None:
 def running_kept(consumer: Any) -> Iterator[None]:
     """Around what Celery forgets when a connection is lost. Before 5.7 that is too much, the bodies that run: nobody would hear
     of their ends; and in 5.6 too little, the requests that wait for their eta: they would run although they were given back."""
-    pool = consumer.pool._pool if isinstance(consumer.pool, PreforkPool) else None
+    pool = internals.processes_of(consumer.pool)
     if pool is None:
         yield
         return
-    running = {number: job for number, job in tuple(pool._cache.items()) if job._accepted}
+    running = [(number, job) for number, job in internals.jobs(pool) if internals.has_begun(job)]
     if not hasattr(state, "scheduled_requests"):
         for item in consumer.timer.queue:
             if item.entry.args and isinstance(item.entry.args[0], Request):
                 item.entry.cancel()
     yield
-    for number, job in running.items():
-        if number in pool._cache or job.ready():
-            continue
-        pool._cache[number] = job
-        process = job._write_to
-        if process is not None and process._is_alive():
-            pool._busy_workers.add(process.inqW_fd)  # gets nothing else to do meanwhile
-        elif not job._worker_lost:
-            job._worker_lost = time.monotonic(), getattr(process, "exitcode", None)  # the pool could not see it end
+    kept = {number for number, _ in internals.jobs(pool)}
+    for number, job in running:
+        if number not in kept and not job.ready():
+            internals.put_back(pool, number, job)
 
 
 def _hand_over(pool: Any, until: float) -> None:
     """Writes to its end what a process of a prefork pool has been given in part."""
-    for job in tuple(pool._cache.values()):
-        receiver, writer = getattr(job, "_write_to", None), getattr(job, "_writer", lambda: None)()
-        if receiver is None or writer is None or writer not in pool._active_writers:
+    for _, job in internals.jobs(pool):
+        receiver, writer = internals.process_of(job), internals.unwritten(pool, job)
+        if writer is None:
             continue
         room = select.poll()
-        room.register(receiver.inq._writer, select.POLLOUT)
-        while mono_s() < until and receiver._is_alive():
+        room.register(internals.pipe_to(receiver), select.POLLOUT)
+        while mono_s() < until and internals.is_alive(receiver):
             if room.poll(10):
                 try:
                     next(writer)
@@ -97,9 +90,14 @@ def _hand_over(pool: Any, until: float) -> None:
 
 def _about_to_begin(pool: Any) -> bool:
     """Whether an idle process of a prefork pool has been given a message and has not said yet that it begins."""
-    given = [job for job in tuple(pool._cache.values()) if getattr(job, "_write_to", None) is not None]
-    busy = {id(job._write_to) for job in given if job._accepted}
-    return any(id(job._write_to) not in busy and job._write_to._is_alive() for job in given if not job._accepted)
+    given = [(job, internals.process_of(job)) for _, job in internals.jobs(pool)]
+    given = [(job, process) for job, process in given if process is not None]
+    busy = {id(process) for job, process in given if internals.has_begun(job)}
+    return any(
+        id(process) not in busy and internals.is_alive(process)
+        for job, process in given
+        if not internals.has_begun(job)
+    )
 
 
 def _hear(pool: Any, hub: Any, wait_s: float = 0.0) -> None:
@@ -108,10 +106,10 @@ def _hear(pool: Any, hub: Any, wait_s: float = 0.0) -> None:
         time.sleep(wait_s)  # a thread of the pool reads
         return
     waiting = select.poll()
-    for process in tuple(pool._pool):
-        # Celery keeps the numbers of pipes that are closed, of processes that died: they may be another file's now.
-        if process._is_alive() and pool._fileno_to_outq.get(process.outqR_fd) is process:
-            waiting.register(process.outqR_fd, select.POLLIN)
+    for process in internals.processes(pool):
+        fd = internals.answers_by(pool, process)
+        if fd is not None:
+            waiting.register(fd, select.POLLIN)
     for fd, events in waiting.poll(int(wait_s * 1000)):
         if events & select.POLLIN:
             _hear_one(pool, hub, fd)

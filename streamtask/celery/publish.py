@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from celery._state import _get_active_apps, get_current_worker_task
 from celery.exceptions import Reject
 from kombu.compression import decompress
 from kombu.serialization import loads, prepare_accept_content
@@ -17,6 +16,7 @@ from kombu.utils.uuid import uuid
 from ..errors import BrokerUnavailable, ShardKeyError
 from ..sharding import canonical
 from ..transport.message import DELIVERY, KEY, ORDERED, PRIVATE, REPLACES, check_compressed
+from . import internals
 from .brokers import look_at_broker
 from .keys import OPTION, Rule, key_of, rule_by_name, rule_of
 
@@ -67,7 +67,7 @@ def _origin(call: Call) -> Mapping[str, Any]:
     """The headers of the message which this call retries; empty if it is no retry."""
     if not call.retries:
         return {}
-    running = get_current_worker_task()
+    running = internals.running_task()
     if running is None:
         # The worker's main process sends the retry of a task whose pool process died (retry_on_worker_lost).
         return call.inherited if DELIVERY in call.inherited else {}
@@ -188,7 +188,7 @@ _plain: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 def _apps() -> list[Any]:
     """Those whose message it may be, as the message itself does not say it."""
     calling = _calling.get()
-    return list(_get_active_apps()) if calling is None else [calling[0]]
+    return internals.active_apps() if calling is None else [calling[0]]
 
 
 def _rule_anywhere(name: str) -> tuple[Rule | None, list[Any]]:
@@ -198,8 +198,9 @@ def _rule_anywhere(name: str) -> tuple[Rule | None, list[Any]]:
     if found:
         return found[0][0], [app for _, app in found]
     for app in apps:
-        if name in app._tasks:
-            _plain[name] = app._tasks[name]
+        task = internals.known_task(app, name)
+        if task is not None:
+            _plain[name] = task
     return None, []
 
 

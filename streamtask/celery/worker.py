@@ -21,6 +21,7 @@ from ..errors import StreamTaskError
 from ..text import logger
 from ..transport import sessions
 from ..transport.message import DELIVERY
+from . import internals
 from .brokers import is_ours
 from .pools import consumers, given_back, hear_pools, running_kept
 
@@ -294,7 +295,7 @@ def _charge(request: Any, exc: BaseException) -> None:
         overran = isinstance(exc, TimeLimitExceeded)
         channel.refuse(tag, f"its body overran its time limit of {exc.args[0]} s" if overran else "")
         task = request.task
-        request._task = _GivenUpTask(lambda: task)
+        internals.replace_task(request, _GivenUpTask(lambda: task))
     if given_up or isinstance(exc, MemoryError):
         # For what is given up this only tells Celery. For a MemoryError it ends the worker, or does not hear of it in a thread,
         # and leaves the message as it is.
@@ -314,7 +315,7 @@ def _comes_again(request: Any, exc: Any) -> bool:
         return False
     if state.should_stop is not None or state.should_terminate is not None:
         return False  # the worker ends, and takes its pool with it
-    if request._already_cancelled or request._already_revoked:
+    if internals.was_ended(request):
         return False
     if isinstance(exc, MemoryError):
         return True

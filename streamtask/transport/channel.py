@@ -72,6 +72,10 @@ class QoS(virtual.QoS):  # type: ignore[misc]
         self.session.deliveries.restore(tags)
         return []
 
+    def given(self) -> list[str]:
+        """The tags of what was delivered and is not acknowledged, in their order."""
+        return list(self._delivered)
+
     def forget(self) -> None:
         """In a forked child: what was delivered is its parent's."""
         self._dirty.clear()
@@ -103,7 +107,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self.session: Session = connection.session
         self.poller = connection.poller
         self._no_ack: dict[str, bool] = {}
-        self._callbacks: dict[str, Callable[[Any], Any]] = {}
+        self._receivers: dict[str, Callable[[Any], Any]] = {}
         self._got: set[str] = set()
         self._auto_delete: set[str] = set()
         self._time_to_live: dict[str, int] = {}
@@ -120,7 +124,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def consume_again(self) -> None:
         """Says to the session of a forked child what this channel consumes."""
-        for queue in list(self._callbacks):
+        for queue in list(self._receivers):
             self._begin_to_take(queue, self._no_ack.get(queue, False))
 
     # What is declared
@@ -322,7 +326,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         return not self._no_ack.get(queue, False)
 
     def listens_to(self, queue: str) -> bool:
-        return queue in self._callbacks and queue not in self._no_ack
+        return queue in self._receivers and queue not in self._no_ack
 
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Callable[[Any], Any], consumer_tag: str, **kwargs: Any
@@ -337,8 +341,8 @@ class Channel(virtual.Channel):  # type: ignore[misc]
                 self.qos.append(message, message.delivery_tag)
             return callback(message)
 
-        self._callbacks[queue] = receive
-        self.connection._callbacks[queue] = receive
+        self._receivers[queue] = receive
+        self.connection.set_callback(queue, receive)
         self._begin_to_take(queue, bool(no_ack))
 
     def _begin_to_take(self, queue: str, no_ack: bool) -> None:
@@ -363,8 +367,8 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         self._active_queues.remove(queue)
         if queue in self._active_queues:
             return
-        self._callbacks.pop(queue, None)
-        self.connection._callbacks.pop(queue, None)
+        self._receivers.pop(queue, None)
+        self.connection.set_callback(queue, None)
         if self._no_ack.pop(queue, None) is not None:
             self._auto_delete.discard(queue)
             self.poller.forget(self, queue)
@@ -378,7 +382,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         """Gives a message to its consumer."""
         if self._no_ack.get(queue):
             self.session.deliveries.ack(tag)
-        self._callbacks[queue](payload)
+        self._receivers[queue](payload)
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         session = self.session
@@ -404,7 +408,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
         if multiple:
-            given = list(self.qos._delivered)
+            given = self.qos.given()
             # One that is not known, or was acknowledged before, is an error in AMQP: what it would stand for is not known.
             for tag in given[: given.index(delivery_tag) + 1] if delivery_tag in given else ():
                 self.qos.ack(tag)

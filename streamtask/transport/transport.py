@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -77,6 +78,13 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         self.poller.close()
         self.session.let_go(LET_GO_S)
         self.session.close_if_idle()
+
+    def set_callback(self, queue: str, receive: Callable[[Any], Any] | None) -> None:
+        """What kombu's own way to deliver calls for a queue; None: nobody consumes it."""
+        if receive is None:
+            self._callbacks.pop(queue, None)
+        else:
+            self._callbacks[queue] = receive
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> None:
         self.poller.drain(timeout)

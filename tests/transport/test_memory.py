@@ -24,7 +24,7 @@ def remembered(channel: Any) -> dict[str, int]:
     known = {
         "queues": session.vhost.queues, "touched": session.vhost.touched, "fanout": session.vhost.fanout_queues,
         "consumed": session.consumed, "listened": session.listened,
-        "auto delete": channel._auto_delete, "callbacks": channel._callbacks,
+        "auto delete": channel._auto_delete, "callbacks": channel._receivers,
     }  # fmt: skip
     return {what: len(names) for what, names in known.items() if names}
 
