@@ -105,8 +105,8 @@ class StreamTask:
         self._revocations = 0
         self._queues: dict[str, Queue] = {}
         self._revokers: dict[Queue, Callable[[str], None]] = {}
-        self.results = self._result_store(backend)
         self.pool = Pool(self.broker)
+        self.results = self._result_store(backend)
         self.producer = Producer(self._producer_settings(), self.pool)
         self._async_producer: AsyncProducer | None = None
         self._before_send = overriding(self.middleware, "before_send")
@@ -121,7 +121,7 @@ class StreamTask:
         if backend is None or backend is False:
             return None
         try:
-            where = self.broker if backend is True else Broker(backend, timeout_s=self.settings.redis_timeout)
+            where = self.pool if backend is True else Pool(Broker(backend, timeout_s=self.settings.redis_timeout))
         except ConfigError as exc:
             raise ConfigError(f"the backend of app {self.name!r}: {exc}") from None
         return ResultStore(where, self.settings.namespace, self.name, self.settings.result_ttl)
@@ -576,8 +576,8 @@ class StreamTask:
         """Inside the block the app works with another broker, which keeps its results too; for tests."""
         before = self.broker, self.pool, self.results, self.producer, self._queues, self._async_producer
         self.broker = Broker(url, timeout_s=self.settings.redis_timeout)
-        self.results = self._result_store(True)
         self.pool = Pool(self.broker)
+        self.results = self._result_store(True)
         self.producer = Producer(self._producer_settings(), self.pool)
         self._queues, self._async_producer = {}, None
         try:
@@ -589,7 +589,8 @@ class StreamTask:
     def close(self) -> None:
         """Closes the app's connections."""
         self.producer.close()
-        if self.results is not None and self.results.broker is not self.broker:
+        if self.results is not None and self.results.pool is not self.pool:
+            self.results.pool.close()
             self.results.broker.close()
         self.broker.close()
 

@@ -13,11 +13,10 @@ from .backoff import delays
 from .checks import TIMEOUT, check
 from .clock import mono_s, wall_ms
 from .errors import AccessRefused, BrokerUnavailable, ConfigError, DecodeError, ResultTimeout, TaskError, TaskRevoked
-from .redis import keys, wire
+from .redis import commands, keys, wire
 from .redis.aio import News, Pipe
-from .redis.connection import Broker
-from .redis.link import pack
-from .redis.links import Links
+from .redis.links import Links, Pool, Prepared
+from .redis.news import heard
 from .redis.scripts import script
 from .settings import Seconds
 from .text import harmless, said
@@ -44,8 +43,9 @@ ORIGIN = "of"
 class ResultStore:
     """Where an app's results lie. ``ttl_s``: how long one is kept, in seconds."""
 
-    def __init__(self, broker: Broker, namespace: str, app: str, ttl_s: float) -> None:
-        self.broker = broker
+    def __init__(self, pool: Pool, namespace: str, app: str, ttl_s: float) -> None:
+        self.pool = pool
+        self.broker = pool.broker
         self._namespace = namespace
         self._app = app
         self._ttl_ms = int(ttl_s * 1000)
@@ -65,7 +65,7 @@ class ResultStore:
         *,
         error: str | None = None,
         traceback: str | None = None,
-    ) -> bytes:
+    ) -> Prepared:
         """The command that stores a result; Redis answers -1 where another message's is there. A value that can't be
         serialised becomes a failure that says so."""
         body = {
@@ -85,7 +85,8 @@ class ResultStore:
                 "error": f"the task ran, but its result can't be serialised: {said(exc)}",
             }
             payload = wire.pack_body(body)
-        return script("store_result").pack((self.key(task_id),), (payload, self._ttl_ms, _ending(origin)))
+        key = self.key(task_id)
+        return key, script("store_result").pack((key,), (payload, self._ttl_ms, _ending(origin)))
 
     def forget(self, ended: Sequence[tuple[str, Origin]]) -> None:
         """Removes the results of these messages, and of no others with their ids: they are to run again."""
@@ -98,8 +99,8 @@ class ResultStore:
                     raise reply
 
     def read(self, task_id: str) -> dict[str, Any] | None:
-        with self.broker.wrapped():
-            payload = self.broker.client().get(self.key(task_id))
+        key = self.key(task_id)
+        payload = self.pool.call(key, commands.value(key))
         return None if payload is None else _read(task_id, payload)
 
     def wait(self, task_id: str, timeout_s: float | None) -> dict[str, Any]:
@@ -155,7 +156,7 @@ class ResultStore:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(event.wait(), None if deadline is None else max(0.0, deadline - mono_s()))
                 event.clear()
-                payload = await pipe.call(pack("GET", channel))
+                payload = await pipe.call(commands.value(channel))
                 if payload is not None:
                     return _read(task_id, payload)
                 if not news.connected or (deadline is not None and mono_s() >= deadline):
@@ -176,20 +177,14 @@ class ResultStore:
         return found
 
     def _wait_once(self, task_id: str, deadline: float | None) -> dict[str, Any] | None:
-        with self.broker.wrapped():
-            pubsub = self.broker.client().pubsub()
-            try:
-                pubsub.subscribe(self.key(task_id))
-                while True:
-                    left = 30.0 if deadline is None else min(30.0, deadline - mono_s())
-                    message = pubsub.get_message(timeout=max(0.0, left))
-                    # The confirmation of the subscription, the news of the result, or a quiet half minute, in which a
-                    # connection may have died without a word.
-                    found = self.read(task_id)
-                    if found is not None or (message is None and deadline is not None and mono_s() >= deadline):
-                        return found
-            finally:
-                pubsub.close()
+        with heard(self.broker, self.key(task_id)) as wait:
+            while True:
+                came = wait(30.0 if deadline is None else max(0.0, min(30.0, deadline - mono_s())))
+                # The confirmation that it is heard, the news of the result, or a quiet half minute, in which a connection may
+                # have died without a word.
+                found = self.read(task_id)
+                if found is not None or (not came and deadline is not None and mono_s() >= deadline):
+                    return found
 
 
 def _ending(origin: Origin) -> bytes:

@@ -21,6 +21,7 @@ from .limits import SoftLimitWatch, call_with_alarm, within
 from .middleware import Middleware, overriding
 from .queue.delivery import Delivery, Outcome
 from .redis import wire
+from .redis.links import Prepared
 from .request import Request, here, in_coroutine
 from .results import FAILURE, IGNORED, REVOKED, SUCCESS, ResultStore
 from .task import FINAL, Task, check_retry
@@ -192,7 +193,7 @@ class Runner:
 
     def _refuse(
         self, task: Task[..., Any] | None, delivery: Delivery, place: Place
-    ) -> tuple[Outcome | None, bytes | None] | None:
+    ) -> tuple[Outcome | None, Prepared | None] | None:
         """What becomes of a message that is not to run now, or None."""
         if task is None:
             known = short(", ".join(sorted(self._tasks)) or "none")
@@ -280,7 +281,7 @@ class Runner:
         request: Request,
         result: Any,
         error: BaseException | None,
-    ) -> tuple[Outcome | None, bytes | None]:
+    ) -> tuple[Outcome | None, Prepared | None]:
         for hook in self._after_run:
             _quietly(hook, request, result, error)
         if error is None:
@@ -345,7 +346,7 @@ class Runner:
                 _quietly(hook, request, cause, delay)
         return Outcome("retry", delay_s=delay, message=_brief(cause))
 
-    def dead(self, delivery: Delivery, place: Place, outcome: Outcome) -> bytes | None:
+    def dead(self, delivery: Delivery, place: Place, outcome: Outcome) -> Prepared | None:
         """Told of each dead letter once it is stored; answers the result to store, if the body did not."""
         if self._on_dead:
             request = Request(delivery, place)
@@ -353,10 +354,10 @@ class Runner:
                 copy_context().run(_after_death, delivery, place, hook, request, outcome)
         return self._failure(delivery, place, outcome) if outcome.reason in NOT_BY_THE_BODY else None
 
-    def revoked(self, delivery: Delivery, place: Place) -> bytes | None:
+    def revoked(self, delivery: Delivery, place: Place) -> Prepared | None:
         return self._store(delivery, place, self._tasks.get(delivery.task), REVOKED, error="revoked")
 
-    def _failure(self, delivery: Delivery, place: Place, outcome: Outcome) -> bytes | None:
+    def _failure(self, delivery: Delivery, place: Place, outcome: Outcome) -> Prepared | None:
         if outcome.kind != "dead":
             return None
         return self._store(
@@ -378,7 +379,7 @@ class Runner:
         *,
         error: str | None = None,
         traceback: str | None = None,
-    ) -> bytes | None:
+    ) -> Prepared | None:
         if self._results is None or (task is not None and task.options.ignore_result):
             return None
         origin = (place.queue, str(place.shard), delivery.entry_id)

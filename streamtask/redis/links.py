@@ -17,6 +17,9 @@ from .link import REPLIES, SMALL, Link, Part, Reply, not_done
 
 T = TypeVar("T")
 
+Prepared = tuple[str, bytes]
+"""A packed command, after a key that says which server it is for."""
+
 IDLE_S = 1.0
 """A connection that was not used for so long may have been closed by the server: it is looked at before its next use."""
 
@@ -51,9 +54,11 @@ class Links:
         self._used_at[node] = now
         return link
 
-    def pipeline(self, calls: Sequence[tuple[str, bytes]]) -> list[Reply]:
+    def pipeline(self, calls: Sequence[Prepared]) -> list[Reply]:
         """Sends prepared commands, each to the server that holds its key, and answers their replies in this order; errors stay
         in the list as exceptions."""
+        if not self._broker.is_cluster:
+            return self.at("").pipeline([packed for _, packed in calls]) if calls else []
         by_link: dict[Link, list[int]] = {}
         for position, (key, _) in enumerate(calls):
             by_link.setdefault(self.at(key), []).append(position)

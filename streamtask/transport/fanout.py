@@ -9,9 +9,9 @@ from typing import Any
 from ..clock import mono_s
 from ..errors import BrokerUnavailable
 from ..queue.delivery import Delivery
-from ..redis import keys, wire
+from ..redis import commands, keys, wire
 from ..redis.connection import Broker
-from ..redis.link import Link, pack
+from ..redis.link import Link
 from ..redis.links import Admission
 from ..text import logger
 from .message import HEARD, check, decode
@@ -81,7 +81,7 @@ class Listener:
         for pattern in wanted:
             self._queues.setdefault(pattern, set()).add(queue)
         if new:
-            self._link.send(pack("PSUBSCRIBE", *new))
+            self._link.send(commands.subscribe_patterns(new))
             with self._admission.asked():
                 self._await(b"psubscribe", len(new))
             self._confirmed = True
@@ -96,7 +96,7 @@ class Listener:
         if not self._queues:
             self.close()
         elif gone and self._link.connected:
-            self._link.send(pack("PUNSUBSCRIBE", *gone))
+            self._link.send(commands.unsubscribe_patterns(gone))
 
     def _await(self, kind: bytes, count: int) -> None:
         while count:
@@ -146,7 +146,7 @@ class Listener:
         if quiet_s > PING_S and not self._pinged:
             self._pinged = True
             self._heard_at = mono_s()
-            self._link.send(pack("PING"))
+            self._link.send(commands.PING)
             return False
         return self._pinged and quiet_s > self._broker.timeout_s
 

@@ -23,7 +23,6 @@ from ..queue.consumer import ShardConsumer
 from ..queue.delivery import Delivery, Outcome
 from ..redis import commands, wire
 from ..redis.keys import SHARED
-from ..redis.link import Link
 from ..redis.links import Links
 from ..text import counted
 from .executor import SequentialExecutor
@@ -60,8 +59,8 @@ def _run_until_idle(
     finally:
         os.close(memory_fd)
     memory.trusted[0] = float("inf")
-    links = Links(settings.broker, settings.broker.timeout_s)
-    results = settings.result_broker.link() if settings.result_broker else None
+    links = Links(settings.broker)
+    results = Links(settings.result_broker) if settings.result_broker else None
     consumers = _own_all(settings, links, int(timeout_s * 1000) + 60_000)
 
     seen: list[float] = [-1, 0.0]  # how often this app had revoked something at the last look, and when that was
@@ -84,9 +83,9 @@ def _run_until_idle(
 
     def store_results(consumer: ShardConsumer) -> None:
         dead.extend(consumer.settler.died)
-        for _, packed in results_of(consumer, runner):
+        for _, (key, packed) in results_of(consumer, runner):
             if results is not None:
-                results.call(packed)
+                results.at(key).call(packed)
 
     for consumer in consumers:
         consumer.claimer.recover(takeover=True)
@@ -150,7 +149,7 @@ def _own_all(settings: WorkerSettings, links: Links, lease_ms: int) -> list[Shar
 
 def _turn(
     consumer: ShardConsumer,
-    results: Link | None,
+    results: Links | None,
     executor: SequentialExecutor,
     store_results: Callable[[ShardConsumer], None],
 ) -> tuple[int, int]:
@@ -180,8 +179,8 @@ def _turn(
         ran += len(batch.ids) - sum(1 for _, o in batch.outcomes if o.kind in ("skipped", "unstarted"))
         well += len(batch.ids) - len(batch.outcomes)
         if results is not None:
-            for _, packed in batch.results:
-                results.call(packed)
+            for _, (key, packed) in batch.results:
+                results.at(key).call(packed)
         write()
     write()
     return ran, well

@@ -12,7 +12,7 @@ from ..errors import ReplyError
 from ..queue.delivery import Delivery
 from ..redis import wire
 from ..redis.connection import Broker
-from ..redis.link import Link
+from ..redis.links import Links, Prepared
 from ..text import logger
 
 log = logger("streamtask.worker")
@@ -25,8 +25,8 @@ class Outbox:
     """See the module. Used by one thread; without a broker it keeps nothing."""
 
     def __init__(self, broker: Broker | None) -> None:
-        self._link: Link | None = broker.link() if broker else None
-        self._waiting: list[tuple[Delivery, bytes]] = []
+        self._links = Links(broker) if broker else None
+        self._waiting: list[tuple[Delivery, Prepared]] = []
         self._refused_at: float | None = None
         self.again_at = 0.0
         """When (monotonic) to send again."""
@@ -34,20 +34,21 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def add(self, results: list[tuple[Delivery, bytes]]) -> None:
-        if self._link is not None:
+    def add(self, results: list[tuple[Delivery, Prepared]]) -> None:
+        if self._links is not None:
             self._waiting += results
 
     def send(self) -> bool:
         """Stores what there is. False if some of it is to be sent again before anything is acknowledged. Raises
         ``BrokerUnavailable``, ``QueueFull``."""
-        if not self._waiting or self._link is None:
+        if not self._waiting or self._links is None:
             return True
         now = mono_s()
         if now < self.again_at:
             return False
-        refused: list[tuple[tuple[Delivery, bytes], ReplyError]] = []
-        for one, reply in zip(self._waiting, self._link.pipeline([packed for _, packed in self._waiting]), strict=True):
+        refused: list[tuple[tuple[Delivery, Prepared], ReplyError]] = []
+        replies = self._links.pipeline([call for _, call in self._waiting])
+        for one, reply in zip(self._waiting, replies, strict=True):
             if isinstance(reply, ReplyError):
                 refused.append((one, reply))
             elif isinstance(reply, Exception):

@@ -12,6 +12,7 @@ from ..queue.delivery import Delivery, Outcome
 from ..queue.queues import Queue
 from ..queue.rules import ConsumerSettings
 from ..redis.connection import Broker
+from ..redis.links import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Place:
     in_main_thread: bool
 
 
-Ended = tuple[Outcome | None, bytes | None]
+Ended = tuple[Outcome | None, Prepared | None]
 """What becomes of a message, None after success, and the packed command that stores its result, if there is one."""
 
 
@@ -71,17 +72,17 @@ class TaskRunner(Protocol):
     here: Any
     """Executors say here what runs in their thread: the request that a body may ask for. See ``request.here``."""
 
-    def revoked(self, delivery: Delivery, place: Place) -> bytes | None:
+    def revoked(self, delivery: Delivery, place: Place) -> Prepared | None:
         """The packed command that stores a revoked message's result, if it has one."""
 
-    def dead(self, delivery: Delivery, place: Place, outcome: Outcome) -> bytes | None:
+    def dead(self, delivery: Delivery, place: Place, outcome: Outcome) -> Prepared | None:
         """Told of each dead letter once it is stored; answers a result to store."""
 
     def process_started(self) -> None:
         """Called in each worker process before its first message."""
 
 
-def results_of(consumer: ShardConsumer, runner: TaskRunner) -> Iterator[tuple[Delivery, bytes]]:
+def results_of(consumer: ShardConsumer, runner: TaskRunner) -> Iterator[tuple[Delivery, Prepared]]:
     """The packed commands that store the results of what has ended and did not run: the revoked, and the dead letters. Each is
     shown once."""
     backlog, settler = consumer.backlog, consumer.settler

@@ -365,10 +365,10 @@ def test_call_waits_for_the_result(run: Run, redis_server: RedisServer) -> None:
     task_id = "11111111-1111-4111-8111-111111111111"
     origin = ("default", "shared", b"1-1")
     link = store.broker.link()
-    link.call(store.results.pack(task_id, origin, "SUCCESS", {"sum": 3}))
+    link.call(store.results.pack(task_id, origin, "SUCCESS", {"sum": 3})[1])
     done = run("call", "shop.tidy", "--task-id", task_id, "--wait", "10", BACKEND=redis_server.url)
     assert done.stdout == f'{task_id}\n{{"sum": 3}}\n'
-    link.call(store.results.pack(task_id, origin, "FAILURE", error="ValueError: no"))
+    link.call(store.results.pack(task_id, origin, "FAILURE", error="ValueError: no")[1])
     done = run("call", "shop.tidy", "--task-id", task_id, "--wait", "10", status=1, BACKEND=redis_server.url)
     assert "ValueError: no" in done.stderr
     link.close()

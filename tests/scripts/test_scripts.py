@@ -1370,11 +1370,11 @@ def test_what_was_revoked_long_ago_is_forgotten(shard):
 
 def test_a_result_is_replaced_by_its_own_message_alone(shard):
     """What is no string there is nobody's result."""
-    store = ResultStore(shard.broker, "n", "a", 60)
+    store = ResultStore(Pool(shard.broker), "n", "a", 60)
     mine, other = ("q", "0", b"1-1"), ("q", "1", b"1-1")
 
     def stored(origin, value):
-        return shard.link.call(store.pack("id", origin, "SUCCESS", value)) >= 0, store.read("id")["result"]
+        return shard.link.call(store.pack("id", origin, "SUCCESS", value)[1]) >= 0, store.read("id")["result"]
 
     assert stored(mine, 1) == (True, 1)
     assert stored(other, 2) == (False, 1)

@@ -162,6 +162,6 @@ def test_a_coroutine_that_is_cancelled_has_failed(early, retries, kind):
     assert outcome.kind == kind
     assert "CancelledError" in outcome.message
     if kind == "dead":
-        assert b"FAILURE" in result
+        assert b"FAILURE" in result[1]
     else:
         assert result is None
