@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import datetime as dt
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-from . import fork
 from . import settings as settings_module
-from .arguments import call_options, item_arguments, many_calls
 from .checks import FLAG, TEXT, TIMEOUT, Rule, check, either, optional
-from .clock import wall_ms
-from .errors import ConfigError, EncodeError, MessageTooLarge
+from .errors import ConfigError
 from .functions import say_taken, task_name
 from .imports import import_named, run_and_imported
-from .middleware import Dedupe, Middleware, Outgoing, overriding
-from .queue.aproducer import AsyncProducer
-from .queue.calls import Call, ProducerSettings
-from .queue.producer import Producer, new_id, new_ids
+from .middleware import Dedupe, Middleware
 from .queue.queues import Queue
 from .queue.rules import ConsumerSettings
-from .queue.seen import dedupe_hash
 from .redis import wire
 from .redis.connection import Broker
-from .redis.keys import SHARED
 from .redis.links import Pool
 from .results import NO_BACKEND, AsyncResult, ResultStore
 from .runner import Runner
+from .sending import Sender
 from .settings import Seconds, Settings, TaskOptions
-from .sharding import shard_of
-from .task import SendOptions, Task
-from .text import logger, said
+from .task import Task
+from .text import logger
 from .version import installed
 from .worker.ports import WorkerSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .arguments import SendOptions
     from .settings import SettingsKeywords, TaskKeywords
 
 P = ParamSpec("P")
@@ -49,8 +40,6 @@ R = TypeVar("R")
 log = logger("streamtask.app")
 ENV_URL = "STREAMTASK_BROKER_URL"
 ENV_AUDIT_S = "STREAMTASK_AUDIT_S"
-MOST_QUEUES = 2048
-"""Queues that an app remembers: calls may name ever new ones."""
 
 
 def _middlewares(value: Any) -> Any:
@@ -65,10 +54,6 @@ APP_RULES: Mapping[str, Rule] = {
     "backend": optional(either(FLAG, Rule("a URL, as redis://localhost:6379/1", TEXT.take))),
     "middleware": Rule("a list of middlewares, made already, as in [Dedupe()]", _middlewares),
 }
-
-
-REVOKED_MS = 86_400_000
-"""For how long a task id stays revoked: a message that waits longer runs, as revoking was never promised to be for ever."""
 
 
 class StreamTask:
@@ -97,44 +82,36 @@ class StreamTask:
         self.name: str = name
         self.settings: Settings = settings_module.from_options(options)
         url = broker if broker is not None else os.environ.get(ENV_URL) or "embedded://"
-        self.broker = Broker(url, timeout_s=self.settings.redis_timeout)
+        pool = Pool(Broker(url, timeout_s=self.settings.redis_timeout))
         self.middleware = list(middleware)
+        self.sender = Sender(name, self.settings, pool, self._result_store(backend, pool), self.middleware)
         self._tasks: dict[str, Task[..., Any]] = {}
         self._modules: list[str] = []  # to be imported before a task is looked up
         self._said_twice = False
-        self._revocations = 0
-        self._queues: dict[str, Queue] = {}
-        self._revokers: dict[Queue, Callable[[str], None]] = {}
-        self.pool = Pool(self.broker)
-        self.results = self._result_store(backend)
-        self.producer = Producer(self._producer_settings(), self.pool)
-        self._async_producer: AsyncProducer | None = None
-        self._before_send = overriding(self.middleware, "before_send")
-        self._after_send = overriding(self.middleware, "after_send")[::-1]
-        self._hooks = bool(self._before_send or self._after_send)
-        named = (*self.settings.accept_content, self.settings.serializer)
-        self._accepted = wire.SAFE_CONTENT | _content_types(named)
-        self._stranger = lru_cache(1000)(self._make_stranger)  # of a name that ``send_task`` was given
+        self._accepted = wire.SAFE_CONTENT | wire.content_types(
+            (*self.settings.accept_content, self.settings.serializer)
+        )
         self._accepted_of: dict[str, frozenset[str]] = {}  # by task
+        self._stranger = lru_cache(1000)(self._make_stranger)  # of a name that ``send_task`` was given
 
-    def _result_store(self, backend: str | bool | None) -> ResultStore | None:
+    def _result_store(self, backend: str | bool | None, pool: Pool) -> ResultStore | None:
         if backend is None or backend is False:
             return None
         try:
-            where = self.pool if backend is True else Pool(Broker(backend, timeout_s=self.settings.redis_timeout))
+            where = pool if backend is True else Pool(Broker(backend, timeout_s=self.settings.redis_timeout))
         except ConfigError as exc:
             raise ConfigError(f"the backend of app {self.name!r}: {exc}") from None
         return ResultStore(where, self.settings.namespace, self.name, self.settings.result_ttl)
 
-    def _producer_settings(self) -> ProducerSettings:
-        s = self.settings
-        return ProducerSettings(
-            max_backlog=s.max_backlog,
-            produce_ttl_ms=int(s.produce_ttl * 1000),
-            dedupe_ttl_ms=int(s.dedupe_ttl * 1000),
-            max_dedupe_ids=s.max_dedupe_ids,
-            timeout_s=s.send_timeout,
-        )
+    @property
+    def broker(self) -> Broker:
+        """Where its messages are."""
+        return self.sender.pool.broker
+
+    @property
+    def results(self) -> ResultStore | None:
+        """Where its results are."""
+        return self.sender.results
 
     # Tasks
 
@@ -176,12 +153,12 @@ class StreamTask:
                 raise ConfigError(
                     f"{function.name!r} is a task already: @app.task takes its function, {function.name}.function"
                 )
-            task: Task[..., Any] = Task(self, function, task_name(function, name), TaskOptions(**options))
+            task: Task[..., Any] = Task(self, self.sender, function, task_name(function, name), TaskOptions(**options))
             before = self._tasks.get(task.name)
             if before is not None:
                 say_taken(task.name, function, before.function)
             own = task.options.serializer
-            self._accepted_of[task.name] = self._accepted | _content_types([own] if own else [])
+            self._accepted_of[task.name] = self._accepted | wire.content_types([own] if own else [])
             self._tasks[task.name] = task
             return task
 
@@ -222,13 +199,7 @@ class StreamTask:
 
     def queue(self, name: str) -> Queue:
         """The queue of that name, whether it exists in Redis or not."""
-        found = self._queues.get(name)
-        if found is None:
-            if len(self._queues) >= MOST_QUEUES:
-                self._queues, self._revokers = {}, {}
-            shards = self.settings.queue_shards.get(name, self.settings.shards)
-            found = self._queues.setdefault(name, Queue(self.pool, self.settings.namespace, self.name, name, shards))
-        return found
+        return self.sender.queue(name)
 
     def queue_names(self) -> list[str]:
         """The queues that this app's tasks name, ``default`` first."""
@@ -236,67 +207,6 @@ class StreamTask:
         return sorted(names, key=lambda name: (name != "default", name))
 
     # Sending
-
-    def send_plain(
-        self, task: Task[..., Any], key: bytes | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> AsyncResult[Any]:
-        """``send`` for a message without options, hooks or headers: what ``task.delay`` nearly always sends."""
-        if self._hooks or not task.is_plain:
-            return self.send(task, key, args, kwargs)
-        fork.check()
-        queue = self._queues.get(task.options.queue) or self.queue(task.options.queue)
-        if not queue.declared:
-            self.producer.declare(queue)
-        message_id = new_id()
-        envelope = self._encode(task, key, message_id, args, kwargs, None)
-        self.producer.append(queue, queue.shard_for(key), envelope)
-        return AsyncResult(message_id, self._store_of(task), self._revoker(queue))
-
-    def send(
-        self,
-        task: Task[..., Any],
-        key: bytes | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        *,
-        queue: str | None = None,
-        timeout: Seconds | None = None,
-        **options: Any,
-    ) -> AsyncResult[Any]:
-        """Stores one message; ``task.delay`` and ``apply_async`` are the ways to call it."""
-        to, timeout_s = self._where_to(task, queue, timeout)
-        options = call_options(options)
-        if not to.declared:
-            self.producer.declare(to, timeout_s)
-        call, outgoing = self._call(task, to, key, args, kwargs, **options)
-        stored = self.producer.send(call, timeout_s)
-        return self._sent(task, call, outgoing, stored)
-
-    async def asend(
-        self,
-        task: Task[..., Any],
-        key: bytes | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        *,
-        queue: str | None = None,
-        timeout: Seconds | None = None,
-        **options: Any,
-    ) -> AsyncResult[Any]:
-        """As ``send``, for asyncio."""
-        to, timeout_s = self._where_to(task, queue, timeout)
-        options = call_options(options)
-        if self._async_producer is None:
-            self._async_producer = AsyncProducer(self.producer, self.broker)
-        if not to.declared:
-            await asyncio.to_thread(self.producer.declare, to, timeout_s)
-        call, outgoing = self._call(task, to, key, args, kwargs, **options)
-        stored = await self._async_producer.send(call, timeout_s)
-        return self._sent(task, call, outgoing, stored)
-
-    def _where_to(self, task: Task[..., Any], queue: str | None, timeout: Seconds | None) -> tuple[Queue, float | None]:
-        name = task.options.queue if queue is None else check("queue", TEXT, queue)
-        return self.queue(name), None if timeout is None else check("timeout", TIMEOUT, timeout)
 
     def send_task(
         self,
@@ -331,158 +241,7 @@ class StreamTask:
         return self.tasks.get(check("name", TEXT, name)) or self._stranger(name)
 
     def _make_stranger(self, name: str) -> Task[..., Any]:
-        return Task(self, _anything, name, TaskOptions())
-
-    def _call(
-        self,
-        task: Task[..., Any],
-        queue: Queue,
-        key: bytes | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        *,
-        countdown: float | None = None,
-        eta: dt.datetime | None = None,
-        expires: float | dt.datetime | None = None,
-        dedupe_id: str | None = None,
-        task_id: str | None = None,
-        headers: Mapping[str, Any] | None = None,
-    ) -> tuple[Call, Outgoing | None]:
-        fork.check()
-        call_id = new_id()
-        message_id: bytes | str = call_id
-        dedupe = None
-        if dedupe_id is not None:
-            message_id = dedupe = dedupe_hash(queue.name, key, dedupe_id)
-        if task_id is not None:
-            message_id = wire.id_bytes(task_id)
-        due_ms: int | None = None
-        relative = False
-        head: dict[str, Any] = dict(headers) if headers else {}
-        if countdown is not None or eta is not None:
-            due_ms, relative = _due(countdown, eta)
-            if due_ms is not None:
-                head[wire.H_PRODUCED] = wall_ms()
-                head[wire.H_ETA] = wall_ms() + due_ms if relative else due_ms
-        if expires is None:
-            expires = task.options.expires
-        if expires is not None:
-            head[wire.H_EXPIRES] = _deadline_ms(expires)
-        outgoing = None
-        if self._hooks:
-            outgoing = Outgoing(task.name, wire.id_text(message_id), args, kwargs, queue.name, key, head)
-            for hook in self._before_send:
-                hook(outgoing)
-            head = outgoing.headers
-        envelope = self._encode(task, key, message_id, args, kwargs, head or None)
-        call = Call(queue, queue.shard_for(key), envelope, due_ms, relative, dedupe, message_id, call_id)
-        return call, outgoing
-
-    def _serializer(self, task: Task[..., Any]) -> str:
-        return task.options.serializer or self.settings.serializer
-
-    def _encode(
-        self,
-        task: Task[..., Any],
-        key: bytes | None,
-        message_id: bytes | str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        headers: dict[str, Any] | None,
-    ) -> bytes:
-        serializer = self._serializer(task)
-        if serializer == "msgpack":
-            envelope = wire.encode(task.name, key, message_id, args, kwargs, headers)
-        else:
-            envelope = _encode_with_kombu(task.name, serializer, key, message_id, args, kwargs, headers)
-        if len(envelope) > self.settings.max_message_bytes:
-            raise MessageTooLarge(
-                f"the message of task {task.name!r} has {len(envelope)} bytes; max_message_bytes is "
-                f"{self.settings.max_message_bytes}. Store the data elsewhere and send where it is"
-            )
-        return envelope
-
-    def _sent(self, task: Task[..., Any], call: Call, outgoing: Outgoing | None, stored: bool) -> AsyncResult[Any]:
-        if outgoing is not None:
-            for hook in self._after_send:
-                hook(outgoing, stored)
-            message_id: bytes | str = outgoing.id
-        else:
-            message_id = call.message_id
-        return AsyncResult(message_id, self._store_of(task), self._revoker(call.queue), stored)
-
-    def _store_of(self, task: Task[..., Any]) -> ResultStore | str:
-        """Where the task's results lie, or why there are none."""
-        if task.options.ignore_result:
-            return f"task {task.name!r} keeps no results: it has ignore_result=True"
-        return self.results or NO_BACKEND
-
-    def send_bulk(
-        self,
-        task: Task[..., Any],
-        calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
-        *,
-        timeout: Seconds | None = None,
-    ) -> list[AsyncResult[Any]]:
-        """Stores many messages of one task; ``task.send_many`` is the way to call it."""
-        queue, timeout_s = self._where_to(task, None, timeout)
-        calls = many_calls(calls, task.name)
-        self.producer.declare(queue, timeout_s)
-        messages, results, outgoing = self._many(task, queue, calls)
-        self.producer.send_many(queue, messages, timeout_s)
-        self._many_sent(outgoing)
-        return results
-
-    async def asend_bulk(
-        self,
-        task: Task[..., Any],
-        calls: Iterable[Mapping[str, Any] | tuple[Sequence[Any], Mapping[str, Any]]],
-        *,
-        timeout: Seconds | None = None,
-    ) -> list[AsyncResult[Any]]:
-        """As ``send_bulk``, for asyncio: a thread talks to Redis meanwhile."""
-        queue, timeout_s = self._where_to(task, None, timeout)
-        calls = many_calls(calls, task.name)
-        await asyncio.to_thread(self.producer.declare, queue, timeout_s)
-        messages, results, outgoing = self._many(task, queue, calls)
-        await asyncio.to_thread(self.producer.send_many, queue, messages, timeout_s)
-        self._many_sent(outgoing)
-        return results
-
-    def _many(
-        self, task: Task[..., Any], queue: Queue, calls: Iterable[Any]
-    ) -> tuple[list[tuple[int | str, bytes]], list[AsyncResult[Any]], list[Outgoing]]:
-        fork.check()
-        messages: list[tuple[int | str, bytes]] = []
-        results: list[AsyncResult[Any]] = []
-        outgoing: list[Outgoing] = []
-        revoke = self._revoker(queue)
-        expires = task.options.expires
-        base_headers = {wire.H_EXPIRES: _deadline_ms(expires)} if expires is not None else None
-        key_of, results_store, name = task.shard_key, self._store_of(task), task.name
-        msgpack = self._serializer(task) == "msgpack"
-        most = self.settings.max_message_bytes
-        shards = queue.shape().shards
-        for one, message_id in zip(calls, new_ids(), strict=False):
-            args, kwargs = ((), one) if type(one) is dict else item_arguments(one, name)
-            key = key_of(args, kwargs)
-            headers = base_headers
-            if self._hooks:
-                out = Outgoing(name, wire.id_text(message_id), args, kwargs, queue.name, key, dict(headers or {}))
-                for hook in self._before_send:
-                    hook(out)
-                outgoing.append(out)
-                headers = out.headers or None
-            if not msgpack or len(envelope := wire.encode(name, key, message_id, args, kwargs, headers)) > most:
-                envelope = self._encode(task, key, message_id, args, kwargs, headers)
-            messages.append((SHARED if key is None else shard_of(key, shards), envelope))
-            results.append(AsyncResult(message_id, results_store, revoke))
-        return messages, results, outgoing
-
-    def _many_sent(self, outgoing: Iterable[Outgoing]) -> None:
-        for out in outgoing:
-            for hook in self._after_send:
-                hook(out, True)
+        return Task(self, self.sender, _anything, name, TaskOptions())
 
     # Results
 
@@ -490,24 +249,7 @@ class StreamTask:
         """The result of a task id; ``queue`` is where ``revoke`` looks for its message."""
         check("the task id", TEXT, task_id)
         to = self.queue(check("queue", TEXT, queue))
-        return AsyncResult(wire.id_bytes(task_id), self.results or NO_BACKEND, self._revoker(to))
-
-    def _revoker(self, queue: Queue) -> Callable[[str], None]:
-        found = self._revokers.get(queue)
-        if found is None:
-            found = self._revokers[queue] = self._make_revoker(queue)
-        return found
-
-    def _make_revoker(self, queue: Queue) -> Callable[[str], None]:
-        def revoke(task_id: str) -> None:
-            key = queue.keys.revoked
-            self._revocations += 1
-            try:
-                self.pool.run("revoke", [key], [task_id, REVOKED_MS, queue.keys.channel(self.settings.group)])
-            finally:
-                self._revocations += 1  # whoever looked meanwhile looks again
-
-        return revoke
+        return AsyncResult(wire.id_bytes(task_id), self.results or NO_BACKEND, self.sender.revoker(to))
 
     # Working
 
@@ -565,34 +307,22 @@ class StreamTask:
 
         __tracebackhide__ = True  # pytest shows where it was called, and where the task failed
         # Also those that a call alone has named.
-        settings = self.worker_settings(queues=sorted({*self.queue_names(), *self._queues}))
+        settings = self.worker_settings(queues=sorted({*self.queue_names(), *self.sender.queues}))
         timeout_s = check("timeout", TIMEOUT, timeout)
         return run_until_idle(
-            settings, self.runner(), lambda: self._revocations, timeout_s=timeout_s, fail_fast=fail_fast
+            settings, self.runner(), lambda: self.sender.revocations, timeout_s=timeout_s, fail_fast=fail_fast
         )
 
     @contextmanager
     def on_broker(self, url: str) -> Iterator[None]:
         """Inside the block the app works with another broker, which keeps its results too; for tests."""
-        before = self.broker, self.pool, self.results, self.producer, self._queues, self._async_producer
-        self.broker = Broker(url, timeout_s=self.settings.redis_timeout)
-        self.pool = Pool(self.broker)
-        self.results = self._result_store(True)
-        self.producer = Producer(self._producer_settings(), self.pool)
-        self._queues, self._async_producer = {}, None
-        try:
+        pool = Pool(Broker(url, timeout_s=self.settings.redis_timeout))
+        with self.sender.elsewhere(pool, self._result_store(True, pool)):
             yield
-        finally:
-            self.close()
-            self.broker, self.pool, self.results, self.producer, self._queues, self._async_producer = before
 
     def close(self) -> None:
         """Closes the app's connections."""
-        self.producer.close()
-        if self.results is not None and self.results.pool is not self.pool:
-            self.results.pool.close()
-            self.results.broker.close()
-        self.broker.close()
+        self.sender.close()
 
     def __repr__(self) -> str:
         return f"<StreamTask {self.name!r} at {self.broker.safe_url}>"
@@ -600,57 +330,6 @@ class StreamTask:
 
 def _anything(*args: Any, **kwargs: Any) -> None:
     """Stands for the function of a task whose code is elsewhere."""
-
-
-def _due(countdown: float | None, eta: dt.datetime | None) -> tuple[int | None, bool]:
-    if eta is not None:
-        due = int(eta.timestamp() * 1000)
-        return (due if due > wall_ms() else None), False
-    # Never early: a part of a millisecond counts as a whole one.
-    return (-int(-countdown * 1000 // 1), True) if countdown else (None, False)
-
-
-def _deadline_ms(expires: float | dt.datetime) -> int:
-    if isinstance(expires, dt.datetime):
-        return int(expires.timestamp() * 1000)
-    return wall_ms() + int(expires * 1000)
-
-
-def _content_types(serializers: Iterable[str]) -> set[str]:
-    from kombu.serialization import registry
-
-    found = set()
-    for name in serializers:
-        try:
-            found.add(registry.name_to_type[name])
-        except KeyError:
-            raise ConfigError(
-                f"no serializer {name!r} is registered with kombu: known are {', '.join(sorted(registry.name_to_type))}"
-            ) from None
-    return found
-
-
-def _encode_with_kombu(
-    task: str,
-    serializer: str,
-    key: bytes | None,
-    message_id: bytes | str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    headers: dict[str, Any] | None,
-) -> bytes:
-    from kombu.serialization import dumps, loads
-
-    try:
-        content_type, encoding, body = dumps((list(args), dict(kwargs)), serializer)
-        raw = body.encode(encoding or "utf-8") if isinstance(body, str) else bytes(body)
-        if content_type == wire.JSON_CONTENT:
-            wire.check_json_keys((args, kwargs))
-            if b"\\u" in raw:
-                wire.refuse_surrogates(loads(raw, content_type, "utf-8", accept={content_type}))
-    except Exception as exc:
-        raise EncodeError(f"the arguments of task {task!r} can't be serialised as {serializer}: {said(exc)}") from None
-    return wire.encode(task, key, message_id, raw, None, {**(headers or {}), wire.H_CONTENT: content_type})
 
 
 def find_app(name: str) -> StreamTask:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from .checks import ANY_TEXT, INSTANT, TEXT, Rule, check, either, seconds, shown
 from .errors import ConfigError, EncodeError
+from .settings import Seconds
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -24,6 +26,19 @@ CALL_RULES: Mapping[str, Rule] = {
     "headers": Rule("a mapping from names, which are text, to values", _named),
 }
 """What the options of a call may be, where they are given; see also ``queue``, ``timeout`` and ``shard_key``."""
+
+
+class SendOptions(TypedDict, total=False):
+    """What a call may say of its message beside the shard key, for type checkers; see ``Task.apply_async``."""
+
+    countdown: Seconds | None
+    eta: dt.datetime | None
+    expires: Seconds | dt.datetime | None
+    task_id: str | None
+    dedupe_id: str | None
+    queue: str | None
+    headers: Mapping[str, Any] | None
+    timeout: Seconds | None
 
 
 def call_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from .arguments import arguments
 from .checks import INSTANT, MOST_S, Rule, check, optional, seconds, whole
@@ -17,8 +17,9 @@ from .sharding import canonical, compile_key
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # type checkers know it without its being installed
 
-    from .app import StreamTask
+    from .arguments import SendOptions
     from .results import AsyncResult
+    from .sending import Sender
     from .settings import Seconds, TaskOptions
 
 P = ParamSpec("P")
@@ -43,30 +44,21 @@ RETRY_RULES = {
 }
 
 
-class SendOptions(TypedDict, total=False):
-    """What a call may say of its message beside the shard key, for type checkers; see ``Task.apply_async``."""
-
-    countdown: Seconds | None
-    eta: dt.datetime | None
-    expires: Seconds | dt.datetime | None
-    task_id: str | None
-    dedupe_id: str | None
-    queue: str | None
-    headers: Mapping[str, Any] | None
-    timeout: Seconds | None
-
-
 class Task(Generic[P, R]):
     """A registered task. Calling it calls the function; ``delay`` sends a message.
 
     ``P``: the arguments of a call, without ``self``; ``R``: what the function returns, for an ``async def`` a coroutine.
     """
 
-    def __init__(self, app: StreamTask, function: Callable[..., R], name: str, options: TaskOptions) -> None:
+    app: Any
+    """The ``StreamTask`` that has it."""
+
+    def __init__(self, app: Any, sender: Sender, function: Callable[..., R], name: str, options: TaskOptions) -> None:
         functools.update_wrapper(self, function, updated=())
         # What stands on the function stands on the task, unless it would hide what a task has.
         self.__dict__.update({k: v for k, v in getattr(function, "__dict__", {}).items() if not hasattr(Task, k)})
         self.app = app
+        self._sender = sender
         self.function = function
         self.name = name
         self.options = options
@@ -98,7 +90,7 @@ class Task(Generic[P, R]):
         Raises ``ShardKeyError``, ``EncodeError``, ``MessageTooLarge``, ``QueueFull`` or ``BrokerUnavailable``;
         TypeError if the arguments don't fit the function.
         """
-        return self.app.send_plain(self, self._key_of(*args, **kwargs), args, kwargs)
+        return self._sender.send_plain(self, self._key_of(*args, **kwargs), args, kwargs)
 
     def apply_async(
         self,
@@ -124,7 +116,7 @@ class Task(Generic[P, R]):
         ``ConfigError`` for a wrong option.
         """
         args, kwargs = arguments(args, kwargs, self.name)
-        return self.app.send(
+        return self._sender.send(
             self,
             self._key(args, kwargs, shard_key),
             args,
@@ -147,7 +139,7 @@ class Task(Generic[P, R]):
 
     async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
         """As ``delay``, for asyncio."""
-        return await self.app.asend(self, self._key_of(*args, **kwargs), args, kwargs)
+        return await self._sender.asend(self, self._key_of(*args, **kwargs), args, kwargs)
 
     async def aapply_async(
         self,
@@ -159,7 +151,7 @@ class Task(Generic[P, R]):
     ) -> AsyncResult[R]:
         """As ``apply_async``, for asyncio."""
         args, kwargs = arguments(args, kwargs, self.name)
-        return await self.app.asend(self, self._key(args, kwargs, shard_key), args, kwargs, **options)
+        return await self._sender.asend(self, self._key(args, kwargs, shard_key), args, kwargs, **options)
 
     def send_many(
         self,
@@ -172,7 +164,7 @@ class Task(Generic[P, R]):
         Some hundreds of messages of one shard take one script call. Raises ``BulkSendError``, which says what is
         stored; other errors as ``delay``, before anything is sent.
         """
-        return self.app.send_bulk(self, calls, timeout=timeout)
+        return self._sender.send_many(self, calls, timeout=timeout)
 
     async def asend_many(
         self,
@@ -181,7 +173,7 @@ class Task(Generic[P, R]):
         timeout: Seconds | None = None,
     ) -> list[AsyncResult[R]]:
         """As ``send_many``, for asyncio. If it is cancelled, what is under way goes on."""
-        return await self.app.asend_bulk(self, calls, timeout=timeout)
+        return await self._sender.asend_many(self, calls, timeout=timeout)
 
     def retry(
         self,

@@ -144,7 +144,7 @@ def worker_process(ctx: click.Context, concurrency: int, queues: str, check: boo
         name_tasks()
         names = [one for one in queues.split(",") if one]
         settings = app.worker_settings(queues=names, concurrency=concurrency)
-        app.producer.full_timeout_s = 0.0
+        app.sender.producer.full_timeout_s = 0.0
         runner = app.runner()
         if check:
             _check_tasks(app, names)

@@ -25,14 +25,14 @@ import operator
 import re
 import threading
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 import msgpack
 
-from ..errors import DecodeError, EncodeError
+from ..errors import ConfigError, DecodeError, EncodeError
 from ..text import said
 
 MSGPACK = b"m"
@@ -51,6 +51,21 @@ SAFE_CONTENT = frozenset((JSON_CONTENT, "application/x-msgpack"))
 def only_safe(task: str) -> Collection[str]:
     """The content types that messages of a task may have: no others than these."""
     return SAFE_CONTENT
+
+
+def content_types(serializers: Iterable[str]) -> set[str]:
+    """Those of serializers that are registered with kombu. Raises ``ConfigError`` for another."""
+    from kombu.serialization import registry
+
+    found = set()
+    for name in serializers:
+        try:
+            found.add(registry.name_to_type[name])
+        except KeyError:
+            raise ConfigError(
+                f"no serializer {name!r} is registered with kombu: known are {', '.join(sorted(registry.name_to_type))}"
+            ) from None
+    return found
 
 
 _INSTANTS = frozenset((H_EXPIRES, H_PRODUCED, H_ETA))
@@ -241,6 +256,30 @@ def encode(
             f"the arguments of task {task!r} can't be serialised: {said(exc)}. Pass plain values (numbers, text, bytes, "
             "lists, dicts, dates, UUIDs), or name another serializer"
         ) from None
+
+
+def encode_as(
+    serializer: str,
+    task: str,
+    key: bytes | None,
+    message_id: bytes | str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    headers: dict[str, Any] | None,
+) -> bytes:
+    """As ``encode``, with arguments as a serializer of kombu's registry writes them. Raises ``EncodeError``."""
+    from kombu.serialization import dumps, loads
+
+    try:
+        content_type, encoding, body = dumps((list(args), dict(kwargs)), serializer)
+        raw = body.encode(encoding or "utf-8") if isinstance(body, str) else bytes(body)
+        if content_type == JSON_CONTENT:
+            check_json_keys((args, kwargs))
+            if b"\\u" in raw:
+                refuse_surrogates(loads(raw, content_type, "utf-8", accept={content_type}))
+    except Exception as exc:
+        raise EncodeError(f"the arguments of task {task!r} can't be serialised as {serializer}: {said(exc)}") from None
+    return encode(task, key, message_id, raw, None, {**(headers or {}), H_CONTENT: content_type})
 
 
 def _check_headers(headers: dict[Any, Any], args: object) -> None:

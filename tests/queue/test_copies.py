@@ -47,7 +47,7 @@ COPY = """
         session = connection.transport.session
         producer = session.producer
     else:
-        producer = app.producer
+        producer = app.sender.producer
     one(0)
     # What a copy has of its connections is of no use to it.
     producer.pool.close()

@@ -152,7 +152,7 @@ def test_a_call_that_was_never_sent_waits_as_long_as_it_may(redis_server, proxy,
     through = proxy(redis_server)
     app = make(through, **SHORT)
     app.queue("default").shape()
-    app.pool.close()
+    app.sender.pool.close()
     connections = through.connections
     through.refuse()
     began = time.monotonic()

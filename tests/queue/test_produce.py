@@ -436,8 +436,8 @@ def test_two_calls_with_one_dedupe_id_and_by_chance_one_number_store_once_and_ar
     def send():
         call = Call(queue, 0, b"x", due_ms, due_ms is not None, dedupe=id16, call_id=b"ab")
         if how == "asyncio":
-            return asyncio.run(AsyncProducer(app.producer, app.broker).send(call))
-        return app.producer.send(call)
+            return asyncio.run(AsyncProducer(app.sender.producer, app.broker).send(call))
+        return app.sender.producer.send(call)
 
     assert [send(), send(), send()] == [True, False, False]
 
@@ -449,7 +449,7 @@ def test_every_id_is_recognised_through_the_growth_of_the_set(redis_server_all, 
 
     fill_ids(app, 5000)
 
-    assert len(app.producer.target(app.queue("default"), 0).layout.split(";")) > 1, "the set has never grown"
+    assert len(app.sender.producer.target(app.queue("default"), 0).layout.split(";")) > 1, "the set has never grown"
     client.delete("streamtask:{t.default.0.0}:stream")
     for n in range(0, 5000, 7):
         assert not dedupe(other, f"id{n}").stored, n
@@ -486,7 +486,7 @@ def fill_ids(app, count):
     from streamtask.redis.scripts import Code
 
     queue = app.queue("default")
-    target = app.producer.target(queue, 0)
+    target = app.sender.producer.target(queue, 0)
     link = app.broker.link()
     # 20,000 round trips of the whole API are too slow for a test; these are the same calls, prepared by the same code.
     left = [dedupe_hash("default", b"42", f"id{n}") for n in range(count)]
@@ -496,7 +496,7 @@ def fill_ids(app, count):
         for one, answer in zip(batch, answers, strict=True):
             if isinstance(answer, list):
                 assert answer[0] == Code.SEEN_LAYOUT
-                app.producer.refusal(queue, 0, answer)
+                app.sender.producer.refusal(queue, 0, answer)
                 left.append(one)
             else:
                 assert type(answer) is bytes, answer
@@ -526,7 +526,7 @@ def test_dedupe_ids_take_at_most_30_bytes_each(redis_server_all, make):
 
 def test_produce_ids_take_less_than_a_byte_each(redis_server_all, make):
     app = make(redis_server_all, shards=1)
-    target = app.producer.target(app.queue("default"), 0)
+    target = app.sender.producer.target(app.queue("default"), 0)
     link = app.broker.link()
     for _ in range(50):
         answers = link.pipeline([target.pack_append(b"x") for _ in range(400)])
@@ -1067,11 +1067,11 @@ def test_a_call_that_is_interrupted_leaves_no_reply_for_the_next(redis_server, m
         # The first call with a dedupe_id is answered with the set's layout, and repeated with that: with the
         # interrupted call's reply in its place it would be taken for stored.
         fresh = make(redis_server)
-        fresh.producer = app.producer
+        fresh.sender.producer = app.sender.producer
         assert dedupe(fresh, f"after-{send}").stored
         keyed.send_many([{"user": 1, "n": 2}, {"user": 2, "n": 2}])
         client.delete("streamtask:{t.default.0.0}:state")
-        app.producer._targets.clear()
+        app.sender.producer._targets.clear()
 
     found = numbers(client)
     assert found.count(1) == 2

@@ -233,7 +233,7 @@ def test_a_connection_under_the_name_of_another_node_is_not_kept(
     nodes = {shard: app.broker.node(queue.shard_keys(shard).stream) for shard in range(8)}
     elsewhere = next(shard for shard, node in nodes.items() if node != nodes[mine])  # type: ignore[index]
     keyed.delay(user=1)
-    links = app.producer.target(queue, mine).links
+    links = app.sender.producer.target(queue, mine).links
     for _ in range(3):
         links.append(app.broker.link(queue.shard_keys(elsewhere).stream))
     if how == "one":

@@ -46,12 +46,12 @@ def test_of_an_app(redis_server, way):
     tasks = [task_of(f"q{n}") for n in range(5 * MOST)]
     busy = tasks[0]
     ways[way](busy)
-    (kept,) = app.producer._targets.values()
+    (kept,) = app.sender.producer._targets.values()
     for task in tasks[1:]:
         ways[way](task)
         ways[way](busy)
-        assert remembered(app.producer) <= 2 * MOST
-    assert kept in app.producer._targets.values(), "what is in use keeps its ids"
+        assert remembered(app.sender.producer) <= 2 * MOST
+    assert kept in app.sender.producer._targets.values(), "what is in use keeps its ids"
     for task in tasks:
         ways[way](task)
     client = redis_server.client()
