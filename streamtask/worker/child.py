@@ -97,7 +97,7 @@ def collect_garbage_less() -> None:
 
 def run(settings: WorkerSettings, runner: TaskRunner, fds: Fds) -> None:
     """Runs a worker process until its supervisor lets it end."""
-    leave_to_supervisor()  # whatever the app's modules have set
+    leave_to_supervisor(fds.stacks)  # whatever the app's modules have set
     memory = SharedMemory(fds.memory, settings.concurrency)
     wire = _SupervisorWire(socket.socket(fileno=fds.socket))
     control = Control(settings, runner, memory, wire)

@@ -17,6 +17,8 @@ from .. import fork
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 FOLLOWED = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STUCK = getattr(signal, "SIGRTMIN", signal.SIGXCPU)
+"""Makes a child write its stacks though something holds Python's lock."""
 
 Handler = signal.Handlers | int | None
 
@@ -84,15 +86,27 @@ class Signals:
 
 def leave_to_supervisor(stacks: int = -1) -> None:
     """In a child: no signal that its supervisor follows does anything. ``stacks``: a descriptor to which SIGUSR1 writes what
-    all threads do, also while something holds Python's lock."""
+    all threads do, once the main thread can; ``STUCK`` does so at once.
+
+    That is for who does not answer alone: frames of threads that run meanwhile change under the hands of who reads them
+    without Python's lock, and that has ended processes."""
     for number in FOLLOWED:
         if number == signal.SIGUSR1:
             if stacks >= 0:
-                faulthandler.register(number, file=stacks, all_threads=True)
+                signal.signal(number, _StacksTo(stacks))
+                faulthandler.register(STUCK, file=stacks, all_threads=True)
         elif number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             # No SIG_IGN, which what is started from here would inherit.
             signal.signal(number, _left_alone)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOLLOWED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FOLLOWED, STUCK))
+
+
+class _StacksTo:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        faulthandler.dump_traceback(self._fd, all_threads=True)
 
 
 def default_in_forks() -> None:
@@ -107,9 +121,10 @@ def default_in_forks() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
 
     def in_fork() -> None:
-        faulthandler.unregister(signal.SIGUSR1)
+        faulthandler.unregister(STUCK)
         for number in FOLLOWED:
-            if signal.getsignal(number) is _left_alone:
+            handler = signal.getsignal(number)
+            if handler is _left_alone or isinstance(handler, _StacksTo):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if hasattr(masks, "before"):  # else Python's hooks did not run
             after()

@@ -38,7 +38,7 @@ from ..redis.keys import SHARED
 from ..text import counted, logger
 from .child import ENV_FDS, reaps_orphans
 from .ports import WorkerSettings
-from .signals import FOLLOWED, Signals
+from .signals import FOLLOWED, STUCK, Signals
 
 log = logger("streamtask.supervisor")
 
@@ -57,6 +57,8 @@ milliseconds where Redis can be reached."""
 STOPPED, COLD = "stopped", "cold shutdown"
 END_S = 5.0
 """How long a child has to end by itself: to write what it has buffered, and to do what its modules do at exit."""
+ANSWERS_S = 1.0
+"""In which time a child shows its stacks, unless something holds Python's lock."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -78,6 +80,7 @@ class Child(Member):
     killed_for: str = ""
     overran: list[tuple[int, int, str]] = field(default_factory=list)  # the bodies that it was killed for
     told: dict[str, set[str]] = field(default_factory=dict)  # by queue, the revoked ids that it knows or is about to
+    asked_at: float | None = None  # for its stacks, which have not come yet
 
     @property
     def ready(self) -> bool:
@@ -230,6 +233,7 @@ class Supervisor:
             self._spawn_at.remove((at, index))
             if not self._stopping:
                 self._spawn(index)
+        self._ask_again_for_stacks(now)
         if self._stopping:
             self._see_them_off(now)
         if now >= self._estates_at:
@@ -252,6 +256,7 @@ class Supervisor:
     def _timeout_s(self) -> float:
         now = mono_s()
         wake = min([self._coordinator.wake_at(), *(at for at, _ in self._spawn_at)])
+        wake = min([wake, *(c.asked_at + ANSWERS_S for c in self._children if c.asked_at is not None)])
         if self.settings.has_time_limits:
             wake = min(wake, now + 0.05)
         if self._stopping:
@@ -366,23 +371,35 @@ class Supervisor:
                         held.shard,
                         entry_id,
                     )
-            with suppress(ProcessLookupError):
-                os.kill(child.process.pid, signal.SIGUSR1)
+            self._kill(child, signal.SIGUSR1)
+            child.asked_at = mono_s()
+
+    def _ask_again_for_stacks(self, now: float) -> None:
+        """Whoever holds Python's lock shows what it does without it."""
+        for child in self._children:
+            if child.asked_at is not None and now >= child.asked_at + ANSWERS_S:
+                child.asked_at = None
+                self._kill(child, STUCK)
+
+    def _kill(self, child: Child, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(child.process.pid, number)
 
     def _log_stacks(self, fd: int) -> None:
-        pid = next((child.process.pid for child in self._children if child.stacks == fd), None)
+        child = next((child for child in self._children if child.stacks == fd), None)
         try:
             data = os.read(fd, 65536)
         except BlockingIOError:
             return
-        if pid is None or not data:
+        if child is None or not data:
             self._selector.unregister(fd)
             return
+        child.asked_at = None
         *lines, rest = (self._stack_lines.get(fd, b"") + data).split(b"\n")
         self._stack_lines[fd] = rest
         for line in lines:
             if line.strip():
-                log.warning("stacks pid=%d %s", pid, line.decode("utf-8", "backslashreplace"))
+                log.warning("stacks pid=%d %s", child.process.pid, line.decode("utf-8", "backslashreplace"))
 
     # Children
 
@@ -438,7 +455,7 @@ class Supervisor:
         self, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()
     ) -> subprocess.Popen[bytes]:
         """Starts a process that no signal which this one follows ends before it has said what it does with that."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOLLOWED)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (*FOLLOWED, STUCK))
         try:
             return subprocess.Popen(argv, env=env, pass_fds=pass_fds, stdin=subprocess.DEVNULL)
         finally:

@@ -157,7 +157,7 @@ def test_each_signal_does_what_users_of_celery_expect(redis_server, site, state)
     if state == "busy":
         site.send_gated("a", 0)
         site.wait_started("a", 0)
-        site.task("holds_the_gil").delay(1, 1.0)
+        site.task("holds_the_gil").delay(1, 2.5)
         site.wait_started(None, 1)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         pod.spawned.signal(number)
@@ -203,6 +203,38 @@ def test_each_signal_does_what_users_of_celery_expect(redis_server, site, state)
     site.wait_empty()
     assert site.dead() == []
     last.stop()
+
+
+def test_showing_stacks_ends_nobody(redis_server, site):
+    """However often they are asked for, and whatever runs meanwhile: frames come and go in four threads."""
+    site = site(
+        redis_server,
+        TASKS + """
+def deep(n):
+    return n and 1 + deep(n - 1)
+
+@app.task(name="dives", max_retries=0)
+def dives(n):
+    note("S", None, n)
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        [deep(m) for m in range(0, 300, 7)]
+    note("E", None, n)
+""",
+    )
+    pod = site.pod(1, 4)
+    site.ready(1)
+    (child,) = pod.children()
+    for n in range(4):
+        site.task("dives").delay(n)
+    for n in range(4):
+        site.wait_started(None, n)
+    for _ in range(1500):
+        os.kill(child, signal.SIGUSR1)
+        time.sleep(0.001)
+    site.wait_ended(4)
+    assert pod.children() == [child], pod.log[-3000:]
+    pod.stop()
 
 
 @pytest.mark.parametrize("number", sampled([signal.SIGTERM, signal.SIGINT, signal.SIGQUIT], signal.SIGTERM))
