@@ -209,7 +209,8 @@ def test_showing_stacks_ends_nobody(redis_server, site):
     """However often they are asked for, and whatever runs meanwhile: frames come and go in four threads."""
     site = site(
         redis_server,
-        TASKS + """
+        TASKS
+        + """
 def deep(n):
     return n and 1 + deep(n - 1)
 
