@@ -6,9 +6,11 @@ all at once. What children start has the default handling again: who terminates 
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import signal
 import socket
+import sys
 import threading
 from collections import deque
 from types import FrameType
@@ -95,10 +97,28 @@ def leave_to_supervisor(stacks: int = -1) -> None:
             if stacks >= 0:
                 signal.signal(number, _StacksTo(stacks))
                 faulthandler.register(STUCK, file=stacks, all_threads=True)
+                _widen_signal_stack()
         elif number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             # No SIG_IGN, which what is started from here would inherit.
             signal.signal(number, _left_alone)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FOLLOWED, STUCK))
+
+
+def _widen_signal_stack() -> None:
+    """``faulthandler`` gives the main thread a stack of its own for signals, on which Python's handlers run, too. It holds one
+    or two: where a processor has many registers, as with AMX, a few different signals at once would end the process."""
+    if sys.platform != "linux":
+        return
+
+    class Stack(ctypes.Structure):  # stack_t of sigaltstack(2)
+        _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    stack = Stack(ctypes.addressof(_signal_stack), 0, ctypes.sizeof(_signal_stack))
+    ctypes.CDLL(None, use_errno=True).sigaltstack(ctypes.byref(stack), None)
+
+
+_signal_stack = (ctypes.c_char * (1 << 18))()
+"""Its pages are not there before they are used."""
 
 
 class _StacksTo:
