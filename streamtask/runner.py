@@ -19,7 +19,7 @@ from .clock import mono_s, wall_ms
 from .errors import ConfigError, Ignore, Reject, Retry, TimeLimitExceeded
 from .limits import SoftLimitWatch, call_with_alarm, within
 from .middleware import Middleware, overriding
-from .queue.delivery import Delivery, Outcome
+from .queue.delivery import Delivery, Kind, Outcome
 from .redis import wire
 from .redis.links import Prepared
 from .request import Request, here, in_coroutine
@@ -198,7 +198,7 @@ class Runner:
         if task is None:
             known = short(", ".join(sorted(self._tasks)) or "none")
             outcome = Outcome(
-                "dead",
+                Kind.DEAD,
                 reason=UNKNOWN_TASK,
                 message=f"no task is registered as {short(delivery.task, 200)!r} (registered: {known}). Deploy the code "
                 "that has it, or name its module with -A, then replay the dead letter",
@@ -216,13 +216,13 @@ class Runner:
                 log.info("expired task=%s id=%s", delivery.task, wire.id_text(delivery.id))
                 stored = self._store(delivery, place, task, REVOKED, error="expired before it ran")
                 if self._settings.on_expired == "dead":
-                    return Outcome("dead", reason=EXPIRED, message="expired before it ran"), stored
+                    return Outcome(Kind.DEAD, reason=EXPIRED, message="expired before it ran"), stored
                 return None, stored
         rate = task.options.rate_per_s() if task.options.rate_limit else None
         if rate is not None:
             wait = self._rate_wait(task.name, rate)
             if wait > 0:
-                return Outcome("requeue", delay_s=wait), None
+                return Outcome(Kind.REQUEUE, delay_s=wait), None
         return None
 
     def _rate_wait(self, name: str, rate: float) -> float:
@@ -297,22 +297,22 @@ class Runner:
         options = task.options
         attempt = delivery.note.attempt if delivery.note else 0
         if isinstance(exc, Ignore):
-            return Outcome("ignored")
+            return Outcome(Kind.IGNORED)
         if isinstance(exc, Reject):
             if exc.requeue:
-                return Outcome("again")
-            return Outcome("dead", reason=REJECTED, message=_reason(exc.reason), traceback=_text(exc))
+                return Outcome(Kind.AGAIN)
+            return Outcome(Kind.DEAD, reason=REJECTED, message=_reason(exc.reason), traceback=_text(exc))
         limit, cause, delay = options.max_retries, exc, None
         if isinstance(exc, Retry):
             try:
                 check_retry(exc)
             except ConfigError as wrong:
-                return Outcome("dead", reason=FAILED, message=_brief(wrong), traceback=_text(exc))
+                return Outcome(Kind.DEAD, reason=FAILED, message=_brief(wrong), traceback=_text(exc))
             limit = exc.max_retries if exc.max_retries is not None else limit
             cause = exc if exc.exc is None else exc.exc
             delay = _asked_delay_s(exc)
         elif isinstance(exc, ConfigError) and exc.__dict__.get(FINAL):  # of a retry that was asked for wrongly
-            return Outcome("dead", reason=FAILED, message=_brief(exc), traceback=_text(exc))
+            return Outcome(Kind.DEAD, reason=FAILED, message=_brief(exc), traceback=_text(exc))
         elif exc.__dict__.get(FINAL):
             limit = 0
         elif (
@@ -322,11 +322,11 @@ class Runner:
             or (options.autoretry_for is None and not isinstance(exc, Exception | asyncio.CancelledError))
         ):
             reason = TIME_LIMIT if isinstance(exc, TimeLimitExceeded) else FAILED
-            return Outcome("dead", reason=reason, message=_brief(exc), traceback=_text(exc))
+            return Outcome(Kind.DEAD, reason=reason, message=_brief(exc), traceback=_text(exc))
         if limit is not None and attempt >= limit:
             reason = TIME_LIMIT if isinstance(exc, TimeLimitExceeded) else EXHAUSTED
             message = f"{_brief(cause)} (after {counted(attempt, 'retry', 'retries')})"
-            return Outcome("dead", reason=reason, message=message, traceback=_text(exc))
+            return Outcome(Kind.DEAD, reason=reason, message=message, traceback=_text(exc))
         if delay is None:
             backoff = options.retry_backoff
             delay = 0.0
@@ -344,7 +344,7 @@ class Runner:
             request = Request(delivery, place)
             for hook in self._on_retry:
                 _quietly(hook, request, cause, delay)
-        return Outcome("retry", delay_s=delay, message=_brief(cause))
+        return Outcome(Kind.RETRY, delay_s=delay, message=_brief(cause))
 
     def dead(self, delivery: Delivery, place: Place, outcome: Outcome) -> Prepared | None:
         """Told of each dead letter once it is stored; answers the result to store, if the body did not."""
@@ -358,7 +358,7 @@ class Runner:
         return self._store(delivery, place, self._tasks.get(delivery.task), REVOKED, error="revoked")
 
     def _failure(self, delivery: Delivery, place: Place, outcome: Outcome) -> Prepared | None:
-        if outcome.kind != "dead":
+        if outcome.kind is not Kind.DEAD:
             return None
         return self._store(
             delivery,
@@ -389,7 +389,7 @@ class Runner:
 def broken(delivery: Delivery, exc: BaseException) -> Outcome:
     """What becomes of a message when what stands around its body raises: a repetition would, too."""
     log.error("a message can't be run task=%s id=%s", delivery.task, wire.id_text(delivery.id), exc_info=exc)
-    return Outcome("dead", reason=BROKEN, message=short(f"it can't be run: {_brief(exc)}"), traceback=_text(exc))
+    return Outcome(Kind.DEAD, reason=BROKEN, message=short(f"it can't be run: {_brief(exc)}"), traceback=_text(exc))
 
 
 def _asked_delay_s(exc: Retry) -> float | None:

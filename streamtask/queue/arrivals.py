@@ -14,7 +14,7 @@ from ..redis.scripts import Code, script
 from ..redis.wire import Note
 from ..text import counted, logger
 from .backlog import Backlog, Lacking, Recovered
-from .delivery import Dead, Delivery, Entry, Outcome, deliveries_of
+from .delivery import Dead, Delivery, Entry, Kind, Outcome, deliveries_of
 from .fence import Fence
 from .seen import generation_keys
 
@@ -166,7 +166,7 @@ class Arrivals:
         for entry_id in deadly:
             said = f"its process died {counted(notes[entry_id].crashes, 'time')}, at last while it was read"
             message = f"{said} (max_crashes is {self._settings.max_crashes})"
-            self._backlog.dead.append(Dead(entry_id, Outcome("dead", reason="crashed", message=message)))
+            self._backlog.dead.append(Dead(entry_id, Outcome(Kind.DEAD, reason="crashed", message=message)))
         return [entry for entry in entries if entry[0] not in deadly]
 
     def first_of_their_ids(self, arrived: list[Delivery]) -> list[Delivery]:

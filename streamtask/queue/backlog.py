@@ -21,7 +21,7 @@ from ..clock import mono_s, wall_ms
 from ..redis import wire
 from ..redis.wire import Note, id_order
 from ..text import counted, logger
-from .delivery import CLOSES, Dead, Delivery, Entry, Outcome, deliveries_of, entry_id_of, lacks_body
+from .delivery import CLOSES, Dead, Delivery, Entry, Kind, Outcome, deliveries_of, entry_id_of, lacks_body
 from .lanes import KEEP_BODIES, Lane, LaneSet, put_in_place
 from .rules import ConsumerSettings
 
@@ -503,7 +503,7 @@ class Backlog:
             return False
         note = delivery.note
         if note is not None and note.crashes > self.settings.max_crashes:
-            self.bury(delivery, Outcome("dead", reason="crashed", message=self.too_many_crashes(note)))
+            self.bury(delivery, Outcome(Kind.DEAD, reason="crashed", message=self.too_many_crashes(note)))
             return False
         return True
 
@@ -579,7 +579,7 @@ class Backlog:
                 delivery = batch.delivery(position)
                 self._apply(delivery, outcome)
                 lanes.finish(delivery.lane_key)
-                ran -= outcome.kind == "unstarted"
+                ran -= outcome.kind is Kind.UNSTARTED
             elif type(item) is list:
                 self.finished.append(item[0])
                 if (key := item[1][1]) is not None:
@@ -622,22 +622,22 @@ class Backlog:
 
     def _apply(self, delivery: Delivery, outcome: Outcome) -> None:
         kind = outcome.kind
-        if kind == "ignored":
+        if kind is Kind.IGNORED:
             self.finish(delivery.entry_id)
             return
-        if kind == "revoked":
+        if kind is Kind.REVOKED:
             self._leave_out(delivery)
             return
-        if kind in ("retry", "again", "dead"):
+        if kind in (Kind.RETRY, Kind.AGAIN, Kind.DEAD):
             delivery.spent = True
         if kind in CLOSES and delivery.lane is not None:
             self._closed.add(delivery.lane_key)
         note = delivery.note
-        if note is not None and note.mark and kind not in ("retry", "dead"):
+        if note is not None and note.mark and kind not in (Kind.RETRY, Kind.DEAD):
             # It waits again: should this process end before its body begins, that is none of its crashes.
             note.mark = 0
             self.notes.append((delivery.entry_id, note))
-        if kind == "retry":
+        if kind is Kind.RETRY:
             note = delivery.note = delivery.note or Note()
             note.attempt += 1
             note.held = 0
@@ -645,12 +645,12 @@ class Backlog:
             note.mark = 0
             self.notes.append((delivery.entry_id, note))
             self.let_wait(delivery, max(0.0, outcome.delay_s))
-        elif kind == "requeue":
+        elif kind is Kind.REQUEUE:
             self.let_wait(delivery, outcome.delay_s)
-        elif kind == "again":
+        elif kind is Kind.AGAIN:
             delivery.given_back += 1
             self.let_wait(delivery, min(PAUSE_S * 2 ** min(delivery.given_back - 1, 20), LONGEST_PAUSE_S))
-        elif kind == "dead":
+        elif kind is Kind.DEAD:
             self.bury(delivery, outcome)
         else:
             self.put_back((delivery,))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..errors import DecodeError
 from ..redis import wire
 from .backlog import Backlog
-from .delivery import Dead, Delivery, Entry, Outcome
+from .delivery import Dead, Delivery, Entry, Kind, Outcome
 
 
 class Decoder:
@@ -59,7 +59,7 @@ class Decoder:
                     raise DecodeError(f"it has {size} bytes; max_message_bytes is {largest}")
                 envelope = wire.decode(fields, envelope, self._settings.accepts)
             except DecodeError as exc:
-                self._backlog.dead.append(Dead(entry_id, Outcome("dead", reason="undecodable", message=str(exc))))
+                self._backlog.dead.append(Dead(entry_id, Outcome(Kind.DEAD, reason="undecodable", message=str(exc))))
                 continue
             delivery = Delivery(entry_id, envelope)
             if unordered and delivery.task in unordered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from ..redis.wire import Note
@@ -61,24 +62,37 @@ def entry_id_of(item: Delivery | Entry | bytes) -> bytes:
     return item[0] if type(item) is list else item.entry_id  # type: ignore[union-attr]
 
 
+class Kind(Enum):
+    """What can become of a message that did not simply succeed."""
+
+    RETRY = "retry"
+    """Its body failed: it runs again after a delay, and this counts as an attempt."""
+    REQUEUE = "requeue"
+    """It has not run, and does after a delay; not counted."""
+    AGAIN = "again"
+    """Its body gave it back: it runs again after a pause that grows; not counted."""
+    DEAD = "dead"
+    SKIPPED = "skipped"
+    """Its lane is closed."""
+    UNSTARTED = "unstarted"
+    """The owner stopped handing out."""
+    IGNORED = "ignored"
+    REVOKED = "revoked"
+
+
+CLOSES = frozenset((Kind.RETRY, Kind.REQUEUE, Kind.AGAIN, Kind.DEAD))
+"""After these the message's key waits."""
+
+
 @dataclass(slots=True)
 class Outcome:
-    """What becomes of a message that did not simply succeed.
+    """What becomes of a message that did not simply succeed."""
 
-    ``kind``: ``retry`` (after ``delay_s``, counted as an attempt), ``requeue`` (after ``delay_s``, not counted: it has
-    not run), ``again`` (its body gave it back: after a pause that grows, not counted), ``dead``,
-    ``skipped`` (its lane is closed), ``unstarted`` (the owner stopped handing out), ``ignored`` or ``revoked``.
-    """
-
-    kind: str
+    kind: Kind
     delay_s: float = 0.0
     reason: str = ""
     message: str = ""
     traceback: str | None = None
-
-
-CLOSES = frozenset(("retry", "requeue", "again", "dead"))
-"""Outcomes after which the message's key waits."""
 
 
 @dataclass(slots=True)

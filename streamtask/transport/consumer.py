@@ -14,7 +14,7 @@ from ..queue.arrivals import Arrivals
 from ..queue.backlog import Backlog, Batch
 from ..queue.claimer import Claimer
 from ..queue.decoder import Decoder
-from ..queue.delivery import Dead, Delivery, Entry, Outcome, entry_id_of
+from ..queue.delivery import Dead, Delivery, Entry, Kind, Outcome, entry_id_of
 from ..queue.fence import Fence, LinksByKey
 from ..queue.rules import ConsumerSettings
 from ..queue.settler import Settler
@@ -78,7 +78,7 @@ class StreamConsumer:
                 try:
                     check(item.args)
                 except Exception as exc:
-                    outcome = Outcome("dead", reason="undecodable", message=str(exc))
+                    outcome = Outcome(Kind.DEAD, reason="undecodable", message=str(exc))
                     self.backlog.dead.append(Dead(item, outcome))
                     continue
                 if replacement is not None:
@@ -138,9 +138,9 @@ class StreamConsumer:
         note = batch.deliveries[0].note
         if note is not None and note.crashes > self.backlog.settings.max_crashes:
             said = f"{self.backlog.too_many_crashes(note)}: {why}" if why else self.backlog.too_many_crashes(note)
-            outcome = Outcome("dead", reason="crashed", message=said)
+            outcome = Outcome(Kind.DEAD, reason="crashed", message=said)
         else:
-            outcome = Outcome("dead", reason=reason, message=why or "the consumer rejected it")
+            outcome = Outcome(Kind.DEAD, reason=reason, message=why or "the consumer rejected it")
         batch.outcomes.append((0, outcome))
         self.backlog.complete_singly(batch)
 
@@ -197,7 +197,7 @@ class StreamConsumer:
             self.backlog.lanes.finish(delivery.lane_key)
             self._returned.append(delivery.entry_id)
             return
-        batch.outcomes.append((0, Outcome("requeue")))
+        batch.outcomes.append((0, Outcome(Kind.REQUEUE)))
         self.backlog.complete_singly(batch)
 
     def put_off(self, batch: Batch, wait_s: float) -> None:

@@ -21,7 +21,7 @@ from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, Stream
 from ..queue.acknowledger import Acknowledger
 from ..queue.backlog import Backlog, Batch
 from ..queue.consumer import ShardConsumer
-from ..queue.delivery import Entry
+from ..queue.delivery import Entry, Kind
 from ..queue.fetcher import Fetcher
 from ..redis import wire
 from ..redis.link import Link
@@ -513,7 +513,7 @@ class Control:
             executor.out.remove(batch)
             last, outcome = batch.outcomes[-1] if batch.outcomes else (0, None)
             # Unless it came back early. What was cut off is no part of it any more, and its last body has taken long.
-            if outcome is None or outcome.kind != "unstarted" or last >= len(batch.ids):
+            if outcome is None or outcome.kind is not Kind.UNSTARTED or last >= len(batch.ids):
                 ended += len(batch.ids) - batch.collected
             self._outbox.add(batch.take_results())
             batch.backlog.complete(batch)

@@ -20,7 +20,7 @@ from ..coordination.lease import Lease, Refused, acquire, join_shared, reap
 from ..coordination.shared import SharedMemory, create_file
 from ..errors import ConfigError, TaskError
 from ..queue.consumer import ShardConsumer
-from ..queue.delivery import Delivery, Outcome
+from ..queue.delivery import Delivery, Kind, Outcome
 from ..redis import commands, wire
 from ..redis.keys import SHARED
 from ..redis.links import Links
@@ -176,7 +176,7 @@ def _turn(
         executor.run_batch(batch)
         executor.ended.clear()
         backlog.complete(batch)
-        ran += len(batch.ids) - sum(1 for _, o in batch.outcomes if o.kind in ("skipped", "unstarted"))
+        ran += len(batch.ids) - sum(1 for _, o in batch.outcomes if o.kind in (Kind.SKIPPED, Kind.UNSTARTED))
         well += len(batch.ids) - len(batch.outcomes)
         if results is not None:
             for _, (key, packed) in batch.results:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from ..clock import mono_s
 from ..coordination.shared import SharedMemory, Slot
 from ..queue.backlog import Backlog, Batch
-from ..queue.delivery import Outcome
+from ..queue.delivery import Kind, Outcome
 
-SKIPPED = Outcome("skipped")
-UNSTARTED = Outcome("unstarted")
-REVOKED = Outcome("revoked")
+SKIPPED = Outcome(Kind.SKIPPED)
+UNSTARTED = Outcome(Kind.UNSTARTED)
+REVOKED = Outcome(Kind.REVOKED)
 EXIT_FORKED = 70
 """Exit status of a process that a body has forked, and that came back out of the body."""
 

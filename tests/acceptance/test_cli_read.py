@@ -30,7 +30,7 @@ from streamtask.cli.logs import JsonFormatter, TextFormatter
 from streamtask.cli.status import ranges, status
 from streamtask.coordination import lease as leases
 from streamtask.queue.consumer import ShardConsumer
-from streamtask.queue.delivery import Outcome
+from streamtask.queue.delivery import Kind, Outcome
 from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
 from streamtask.text import harmless, printable
@@ -101,7 +101,7 @@ def seeded(redis_server: RedisServer) -> StreamTask:
     batch = consumer.hand_out(1)
     assert batch is not None
     message = "ValueError: \x1b[31mno [bold]device[/bold]"
-    batch.outcomes.append((0, Outcome("dead", reason="failed", message=message, traceback="Traceback:\n  here")))
+    batch.outcomes.append((0, Outcome(Kind.DEAD, reason="failed", message=message, traceback="Traceback:\n  here")))
     consumer.backlog.complete(batch)
     consumer.settler.flush()
     for i in range(3):

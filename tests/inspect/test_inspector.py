@@ -16,7 +16,7 @@ from streamtask.coordination import lease as leases
 from streamtask.coordination.membership import Membership
 from streamtask.operations import Inspector
 from streamtask.queue.consumer import ShardConsumer
-from streamtask.queue.delivery import Outcome
+from streamtask.queue.delivery import Kind, Outcome
 from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis.link import Link
 from tests.fix_redis import RedisServer, chosen_binaries
@@ -84,7 +84,7 @@ class Rig:
         for _ in range(count):
             batch = consumer.hand_out(1)
             assert batch is not None
-            batch.outcomes.append((0, Outcome("dead", reason="failed", message=message, traceback="Traceback ...")))
+            batch.outcomes.append((0, Outcome(Kind.DEAD, reason="failed", message=message, traceback="Traceback ...")))
             consumer.backlog.complete(batch)
             consumer.settler.flush()
 

@@ -7,7 +7,7 @@ import pytest
 from streamtask.coordination.lease import reap
 from streamtask.errors import BrokerUnavailable
 from streamtask.queue.arrivals import pack_fetch
-from streamtask.queue.delivery import Outcome
+from streamtask.queue.delivery import Kind, Outcome
 from streamtask.queue.fetcher import Fetcher
 from streamtask.redis.keys import SHARED
 from streamtask.redis.scripts import Code
@@ -82,7 +82,7 @@ def test_a_dead_letter_whose_reply_was_lost_is_said_once(redis_server_all, caplo
     rig.send(2, KEYS[:1])
     rig.fetch(consumer)
     batch = consumer.hand_out(1)
-    batch.outcomes.append((0, Outcome("dead", reason="failed", message="as it has to be")))
+    batch.outcomes.append((0, Outcome(Kind.DEAD, reason="failed", message="as it has to be")))
     consumer.backlog.complete(batch)
 
     class Lossy:

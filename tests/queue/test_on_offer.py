@@ -8,7 +8,7 @@ from streamtask.clock import mono_s
 from streamtask.coordination.lease import reap
 from streamtask.errors import BrokerUnavailable
 from streamtask.queue.backlog import Batch
-from streamtask.queue.delivery import Outcome, deliveries_of, entry_id_of
+from streamtask.queue.delivery import Kind, Outcome, deliveries_of, entry_id_of
 from streamtask.redis.keys import SHARED
 from tests.helpers import end_batch
 from tests.queue.test_takeover import GROUP, Rig
@@ -73,13 +73,13 @@ def test_what_has_not_begun_is_offered_again(redis_server):
     rig.fetch(busy)
     ids = [entry_id_of(item) for item in busy.backlog.buffer]
     failed = busy.hand_out(1)
-    failed.outcomes.append((0, Outcome("retry")))
+    failed.outcomes.append((0, Outcome(Kind.RETRY)))
     busy.backlog.complete(failed)
     busy.settler.flush()
     busy.backlog.lanes.open_due(mono_s())
     batch = busy.hand_out(1)
     assert batch.ids == ids[:1]
-    batch.outcomes.append((0, Outcome("retry")))
+    batch.outcomes.append((0, Outcome(Kind.RETRY)))
     busy.backlog.complete(batch)
     busy.backlog.lanes.open_due(mono_s())  # not written down yet
 
@@ -128,7 +128,7 @@ def test_what_did_not_run_is_charged_with_nothing(redis_server, kind, parallel):
     assert reap(rig.link, rig.keys, GROUP, former.fence.lease.incarnation, 60_000, gone=True)
     stops.arrivals.look()
     batch = (stops.hand_out_free if parallel else stops.hand_out)(1)
-    end_batch(batch, [(0, Outcome(kind))])
+    end_batch(batch, [(0, Outcome(Kind(kind)))])
     stops.settler.flush()
     assert reap(rig.link, rig.keys, GROUP, stops.fence.lease.incarnation, 60_000, gone=True)
     heir.arrivals.look()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamtask.queue.delivery import Outcome
+from streamtask.queue.delivery import Kind, Outcome
 from tests.helpers import end_batch
 from tests.queue.test_takeover import KEYS, Rig
 
@@ -87,7 +87,7 @@ def test_a_second_attempt_is_not_forgotten_either(rig):
     mark = rig.server.written()
     consumer.backlog.lanes.open_due(float("inf"))
     batch = consumer.hand_out(1)
-    batch.outcomes.append((0, Outcome("retry")))
+    batch.outcomes.append((0, Outcome(Kind.RETRY)))
     consumer.backlog.complete(batch)
     consumer.settler.flush()
     ((entry_id, note),) = rig.client.hgetall(rig.keys.notes("workers")).items()
@@ -170,7 +170,7 @@ def test_what_a_lost_reply_brought_does_not_overtake_what_is_here(rig, parallel)
         order.append(0)
     else:
         batch = consumer.hand_out(1)
-        batch.outcomes.append((0, Outcome("retry")))
+        batch.outcomes.append((0, Outcome(Kind.RETRY)))
         consumer.backlog.complete(batch)
         consumer.settler.flush()
     consumer.arrivals.fetch(2)  # the reply with 2 and 3 is lost

@@ -16,7 +16,7 @@ from streamtask.errors import LeaseLost
 from streamtask.queue.backlog import Batch
 from streamtask.queue.calls import Call, ProducerSettings
 from streamtask.queue.consumer import ShardConsumer
-from streamtask.queue.delivery import Dead, Outcome
+from streamtask.queue.delivery import Dead, Kind, Outcome
 from streamtask.queue.producer import Producer, new_id
 from streamtask.queue.queues import Queue
 from streamtask.queue.rules import ConsumerSettings
@@ -166,10 +166,10 @@ class ShardMachine(RuleBasedStateMachine):
         for index, delivery in enumerate(batch.deliveries):
             if owner.consumer.backlog.halted or index >= stop:
                 owner.consumer.backlog.halted = True
-                batch.outcomes.append((index, Outcome("unstarted")))
+                batch.outcomes.append((index, Outcome(Kind.UNSTARTED)))
                 continue
             if delivery.lane in owner.failed:
-                batch.outcomes.append((index, Outcome("skipped")))
+                batch.outcomes.append((index, Outcome(Kind.SKIPPED)))
                 continue
             self.start(delivery, owner.lease.token)
             fate = fates[index % len(fates)]
@@ -177,7 +177,7 @@ class ShardMachine(RuleBasedStateMachine):
             if fate == "retry" and attempt >= MAX_ATTEMPTS:
                 fate = "ok"
             if fate != "ok":
-                batch.outcomes.append((index, Outcome(fate)))
+                batch.outcomes.append((index, Outcome(Kind(fate))))
                 owner.failed.add(delivery.lane)
         owner.consumer.backlog.complete(batch)
         if not owner.consumer.backlog.handed:
@@ -270,7 +270,7 @@ class ShardMachine(RuleBasedStateMachine):
         for step in (
             lambda: consumer.fence.checked(self.link.call(consumer.settler.pack_settle(pending or [b"1-1"]))),
             lambda: consumer.settler.write([(e, _note()) for e in pending or [b"1-1"]]),
-            lambda: consumer.settler.bury(Dead((pending or [b"1-1"])[0], Outcome("dead", reason="x"))),
+            lambda: consumer.settler.bury(Dead((pending or [b"1-1"])[0], Outcome(Kind.DEAD, reason="x"))),
             lambda: consumer.arrivals.fetch(0),
             lambda: owner.lease.renewed(self.link.call(owner.lease.pack_renew()), 0.0),
         ):

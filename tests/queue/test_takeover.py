@@ -10,7 +10,7 @@ from streamtask.coordination.lease import Lease, acquire, join_shared
 from streamtask.errors import BrokerUnavailable
 from streamtask.queue.calls import ProducerSettings
 from streamtask.queue.consumer import ShardConsumer
-from streamtask.queue.delivery import Outcome
+from streamtask.queue.delivery import Kind, Outcome
 from streamtask.queue.producer import Producer, new_id
 from streamtask.queue.queues import Queue
 from streamtask.queue.rules import ConsumerSettings
@@ -72,9 +72,9 @@ class Rig:
         for index, delivery in enumerate(batch.deliveries if batch else ()):
             number = delivery.args[0]
             if delivery.key in closed:
-                odd.append((index, Outcome("skipped")))
+                odd.append((index, Outcome(Kind.SKIPPED)))
             elif (delivery.key, number) in fail and not delivery.note:
-                odd.append((index, Outcome("retry")))
+                odd.append((index, Outcome(Kind.RETRY)))
                 closed.add(delivery.key)
             else:
                 self.started[delivery.key].append(number)

@@ -15,7 +15,7 @@ from streamtask import StreamTask
 from streamtask.coordination.lease import Lease
 from streamtask.coordination.shared import SharedMemory, create_file
 from streamtask.queue.backlog import Backlog, Batch
-from streamtask.queue.delivery import Delivery
+from streamtask.queue.delivery import Delivery, Kind
 from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis.keys import SHARED, QueueKeys
 from streamtask.worker.coroutines import Coroutines
@@ -65,7 +65,7 @@ def test_each_message_of_a_batch_that_is_cut_short_runs_or_is_left():
                 backlog.buffer.clear()
             thread.join()
             assert executor.ended.pop() is batch
-            unstarted = [index for index, outcome in batch.outcomes if outcome.kind == "unstarted"]
+            unstarted = [index for index, outcome in batch.outcomes if outcome.kind is Kind.UNSTARTED]
             assert ran == list(range(len(ran)))
             if end is not None:
                 assert len(ran) == end == len(batch.ids)
@@ -123,7 +123,7 @@ def test_a_body_that_begins_while_its_batch_is_cut_is_seen():
             gate.set()
         thread.join()
     assert not begun[2].is_set()
-    assert [(index, outcome.kind) for index, outcome in batch.outcomes] == [(2, "unstarted")]
+    assert [(index, outcome.kind) for index, outcome in batch.outcomes] == [(2, Kind.UNSTARTED)]
 
 
 @pytest.mark.parametrize("retries,kind", [(0, "dead"), (1, "retry")])
@@ -159,7 +159,7 @@ def test_a_coroutine_that_is_cancelled_has_failed(early, retries, kind):
     app.close()
     ((outcome, result),) = found
     assert begun == ([] if early else [True])
-    assert outcome.kind == kind
+    assert outcome.kind.value == kind
     assert "CancelledError" in outcome.message
     if kind == "dead":
         assert b"FAILURE" in result[1]

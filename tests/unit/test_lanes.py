@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from streamtask.coordination.lease import Lease
 from streamtask.queue import lanes as lanes_module
 from streamtask.queue.consumer import ShardConsumer
-from streamtask.queue.delivery import Delivery, Outcome
+from streamtask.queue.delivery import Delivery, Kind, Outcome
 from streamtask.queue.lanes import KEEP_BODIES, LaneSet, put_in_place
 from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis import wire
@@ -345,7 +345,7 @@ def fail_a_head(followers):
     link = Stream()
     consumer, lane = owner_of_a_lane(followers, link)
     batch = consumer.hand_out(200)
-    batch.outcomes = [(0, Outcome("retry", delay_s=0.0)), *((n, Outcome("skipped")) for n in range(1, 200))]
+    batch.outcomes = [(0, Outcome(Kind.RETRY, delay_s=0.0)), *((n, Outcome(Kind.SKIPPED)) for n in range(1, 200))]
     consumer.backlog.complete(batch)
     assert [entry_id(lane.waiting.popleft()) for _ in range(300)] == [b"%d-0" % n for n in range(1000, 1300)]
     return lane.waiting.touched, link.round_trips
