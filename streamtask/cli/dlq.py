@@ -38,9 +38,7 @@ def list_(ctx: click.Context, queue: str | None, task: str | None, limit: int, o
     """Lists dead letters, the newest first."""
     inspector = inspector_of(ctx)
     counts = inspector.count_dead(queue)
-    rows = [row for name in counts for row in inspector.dead_letters(name, limit, not oldest, task)]
-    rows.sort(key=lambda row: [int(part) for part in row["id"].rpartition(":")[2].split("-")], reverse=not oldest)
-    rows = rows[:limit]
+    rows = inspector.dead_letters(queue, limit, not oldest, task)
     if as_json:
         print_json(rows)
         return

@@ -28,30 +28,30 @@ Entry = tuple[bytes, list[bytes]]
 # Reading
 
 
-def find(reader: Reader, queue: RecordedQueue, limit: int, newest_first: bool, task: str | None) -> list[Row]:
+def find(
+    reader: Reader, queues: Sequence[RecordedQueue], limit: int, newest_first: bool, task: str | None
+) -> list[Row]:
     """See ``Inspector.dead_letters``."""
-    found: dict[int | str, list[Row]] = {shard: [] for shard in queue.shards()}
-    cursors: dict[int | str, str] = dict.fromkeys(found, "+" if newest_first else "-")
+    found: list[Row] = []
     page = min(limit, BATCH) if task is None else BATCH
-    while cursors and limit > 0:
-        shards = list(cursors)
+    # Of each list: its queue, its shard, where its next page begins, and how many were found in it.
+    lists = [(queue, shard, "+" if newest_first else "-", 0) for queue in queues for shard in queue.shards()]
+    while lists and limit > 0:
         calls = []
-        for shard in shards:
+        for queue, shard, start, _ in lists:
             key = queue.shard(shard).dlq
-            if newest_first:
-                calls.append((key, commands.newest(key, page, last=cursors[shard])))
-            else:
-                calls.append((key, commands.entries(key, cursors[shard], most=page)))
-        for shard, entries in zip(shards, reader.ask(calls), strict=True):
+            asked = commands.newest(key, page, last=start) if newest_first else commands.entries(key, start, most=page)
+            calls.append((key, asked))
+        going_on = []
+        for (queue, shard, _, had), entries in zip(lists, reader.ask(calls), strict=True):
             rows = [row_of(reader.app, queue.name, shard, entry) for entry in entries]
-            found[shard] += [row for row in rows if task is None or row["task"] == task]
-            if len(entries) < page or len(found[shard]) >= limit:
-                del cursors[shard]
-            else:
-                cursors[shard] = _behind(entries)
-    rows = [row for some in found.values() for row in some]
-    rows.sort(key=lambda row: _order(row["id"]), reverse=newest_first)
-    return rows[:limit]
+            rows = [row for row in rows if task is None or row["task"] == task]
+            found += rows
+            if len(entries) == page and had + len(rows) < limit:
+                going_on.append((queue, shard, _behind(entries), had + len(rows)))
+        lists = going_on
+    found.sort(key=lambda row: _order(row["id"]), reverse=newest_first)
+    return found[:limit]
 
 
 def count(reader: Reader, queues: Sequence[RecordedQueue]) -> dict[str, int]:

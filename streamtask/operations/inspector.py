@@ -89,14 +89,14 @@ class Inspector:
     # Dead letters
 
     def dead_letters(
-        self, queue: str, limit: int = 50, newest_first: bool = True, task: str | None = None
+        self, queue: str | None = None, limit: int = 50, newest_first: bool = True, task: str | None = None
     ) -> list[Row]:
-        """The dead letters of a queue, in the order in which they died.
+        """Dead letters, in the order in which they died.
 
-        ``limit``: most to return; ``newest_first``: from the last one back; ``task``: only this task's. Rows: see
-        ``dead_letter``. Raises: see the class.
+        ``queue``: only this one's; ``limit``: most to return; ``newest_first``: from the last one back; ``task``: only
+        this task's. Rows: see ``dead_letter``. Raises: see the class.
         """
-        return dead_letters.find(self.reader, self._one(queue), limit, newest_first, task)
+        return dead_letters.find(self.reader, self.reader.asked(queue), limit, newest_first, task)
 
     def count_dead(self, queue: str | None = None) -> dict[str, int]:
         """How many dead letters each queue has. ``queue``: only this one. Raises: see the class."""

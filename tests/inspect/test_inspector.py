@@ -383,6 +383,17 @@ def test_lists_are_ordered_limited_and_filtered(rig: Rig, monkeypatch: pytest.Mo
     assert times == sorted(times)
 
 
+def test_dead_letters_of_all_queues_are_one_list(rig: Rig) -> None:
+    for name, times in (("default", (1, 4)), ("other", (2, 3))):
+        queue = rig.app.queue(name)
+        queue.declare()
+        for ms in times:
+            rig.link.command("XADD", queue.shard_keys(0).dlq, f"{ms}-0", "error", "{}")
+    newest = [(row["queue"], row["id"]) for row in rig.inspector.dead_letters(limit=3)]
+    assert newest == [("default", "0:4-0"), ("other", "0:3-0"), ("other", "0:2-0")]
+    assert [row["id"] for row in rig.inspector.dead_letters(limit=2, newest_first=False)] == ["0:1-0", "0:2-0"]
+
+
 def test_replay_of_one_some_and_all(
     redis_server_all: RedisServer, make_rig: Callable[..., Rig], monkeypatch: Any
 ) -> None:
