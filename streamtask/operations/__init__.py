@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..redis.keys import SHARED
 from .inspector import Inspector
 
-__all__ = ["Inspector"]
+__all__ = ["SHARED", "Inspector"]

@@ -50,7 +50,7 @@ from streamtask.redis.embedded_guardian import ForeignServer, is_ready, open_loc
 from .. import fork
 from ..clock import mono_s
 
-__all__ = ["EmbeddedServer", "default_data_dir", "find_server", "join"]
+__all__ = ["EmbeddedServer", "default_data_dir", "find_server", "join", "remove"]
 
 MIN_VERSION = (6, 2)
 WHEELS_MAJOR = 8
@@ -400,6 +400,23 @@ def _leave_all() -> None:
     with _lock:
         for membership in list(_memberships.values()):
             _leave(membership)
+
+
+def remove(data_dir: str, timeout_s: float) -> None:
+    """Removes a data directory with all that belongs to it, when its server has stopped, as it does when its last user has
+    left; at the latest after ``timeout_s``."""
+    with contextlib.suppress(OSError):
+        fd = os.open(os.path.join(data_dir, "guardian.lock"), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            deadline = mono_s() + timeout_s
+            while not try_lock(fd) and mono_s() < deadline:
+                time.sleep(0.005)
+        finally:
+            os.close(fd)
+    with contextlib.suppress(OSError):
+        socket_path = os.fsdecode(Path(data_dir, "socket-path").read_bytes())
+        shutil.rmtree(os.path.dirname(socket_path), ignore_errors=True)
+    shutil.rmtree(data_dir, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -21,8 +20,7 @@ from typing import Any
 from ...app import ENV_URL, StreamTask
 from ...clock import mono_s
 from ...errors import StreamTaskError
-from ...operations import Inspector
-from ...redis.keys import SHARED
+from ...operations import SHARED, Inspector, scratch
 from ...sharding import canonical, shard_of
 from .app import ENV_JOURNAL, ENV_PARENT, ENV_SHARDS, QUEUE, RECORD, build, content_hash, key_hash
 from .check import Sent, Start, Verdict, check, first_starts, percentile
@@ -280,7 +278,7 @@ class Demo:
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="streamtask-demo-")).resolve()
         (self._folder / "journal").mkdir()
-        url = f"embedded://{self._folder}/redis"
+        url = scratch.url_in(self._folder)
         self._app = build(url, self.plan.shards)
         self._app.queue(QUEUE).shape()
         version = ".".join(map(str, self._app.broker.check_version()))
@@ -333,8 +331,7 @@ class Demo:
             self._sender.join(5)
         self._app.close()
         if self._folder != Path():
-            _wait_free(self._folder / "redis" / "guardian.lock")
-            _remove_socket_folder(self._folder)
+            scratch.remove(self._folder, STOP_TIMEOUT_S)
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wait_ready(self, inspector: Inspector) -> None:
@@ -605,27 +602,3 @@ def _signals_ignored() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _wait_free(lock: Path) -> None:
-    """Waits until nobody holds the lock: the guardian lets it go when its server has stopped."""
-    try:
-        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        deadline = mono_s() + STOP_TIMEOUT_S
-        while mono_s() < deadline:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                time.sleep(0.005)
-    finally:
-        os.close(fd)
-
-
-def _remove_socket_folder(folder: Path) -> None:
-    """Where the temporary folder's path is too long for a socket, the server has made a second folder."""
-    with contextlib.suppress(OSError):
-        shutil.rmtree(os.path.dirname((folder / "redis" / "socket-path").read_text()), ignore_errors=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...clock import mono_s
-from ...redis.keys import SHARED
+from ...operations import SHARED
 from ...text import printable
 from .run import AT_REST_EVERY_S, WINDOW, Latency, Plan, Report, State, View
 
