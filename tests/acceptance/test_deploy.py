@@ -165,10 +165,7 @@ def used_commands() -> set[str]:
     for path in sorted((ROOT / "streamtask").rglob("*.lua")):
         found |= set(re.findall(r"""\.p?call\(\s*['"](\w+)""", path.read_text()))
     for path in sorted((ROOT / "streamtask").rglob("*.py")):
-        if "migration" not in path.parts:  # of the old broker
-            found |= set(
-                re.findall(r"""\b(?:command|pack|_bulk|pack_command)\(\s*\(?\s*"([A-Z]+)\"""", path.read_text())
-            )
+        found |= set(re.findall(r"""\b(?:command|pack|_bulk|pack_command)\(\s*\(?\s*"([A-Z]+)\"""", path.read_text()))
     return {name.lower() for name in found}
 
 
