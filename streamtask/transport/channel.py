@@ -125,7 +125,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
     def consume_again(self) -> None:
         """Says to the session of a forked child what this channel consumes."""
         for queue in list(self._receivers):
-            self._begin_to_take(queue, self._no_ack.get(queue, False))
+            self._begin_to_consume(queue, self._no_ack.get(queue, False))
 
     # What is declared
 
@@ -304,7 +304,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
     # Consuming
 
     def consumed_queues(self) -> Collection[str]:
-        """The queues with streams that this channel takes messages from."""
+        """The queues with streams that this channel consumes."""
         return self._no_ack
 
     @property
@@ -343,9 +343,9 @@ class Channel(virtual.Channel):  # type: ignore[misc]
 
         self._receivers[queue] = receive
         self.connection.set_callback(queue, receive)
-        self._begin_to_take(queue, bool(no_ack))
+        self._begin_to_consume(queue, bool(no_ack))
 
-    def _begin_to_take(self, queue: str, no_ack: bool) -> None:
+    def _begin_to_consume(self, queue: str, no_ack: bool) -> None:
         fanout = self.session.vhost.fanout_queues.get(queue)
         if fanout is not None:
             self.poller.listener.subscribe(queue, *fanout)

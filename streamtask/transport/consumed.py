@@ -201,7 +201,7 @@ class Consumed:
         if streams:
             calls.append((streams[0].keys.stream, pack_fetch([c.arrivals for c in streams], room, True)))
         calls += [(c.keys.stream, pack_fetch([c.arrivals], SHARD_READ if c in readable else 0, True)) for c in looked]
-        left = [*streams, *looked]  # whose replies are not taken yet
+        left = [*streams, *looked]  # whose replies are not received yet
         try:
             try:
                 replies = self._links.pipeline(calls)

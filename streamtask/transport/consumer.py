@@ -99,7 +99,7 @@ class StreamConsumer:
         elif not takeover:
             # Before any of it is fetched again: then it would be on offer while it is worked on.
             self.settler.write_notes()
-            self._take_marks_back()
+            self._remove_marks()
             self._put_on_offer()
         count = self.claimer.recover(takeover=takeover, beside=self._returned)
         self._suspects_first()
@@ -314,7 +314,7 @@ class StreamConsumer:
                 self.settler.requeue(some, "")
             self._returned = []
 
-    def _take_marks_back(self) -> None:
+    def _remove_marks(self) -> None:
         # Not with the rest of a note, beside which a retry may have been stored meanwhile.
         if self._unmarked:
             keys = [self.lease.key, self.keys.notes(self.lease.group)]
@@ -324,9 +324,9 @@ class StreamConsumer:
 
     def flush(self) -> None:
         """Writes all that is to be written."""
-        self.settler.flush()  # the notes first: whoever takes the message next has to know of its crashes
+        self.settler.flush()  # the notes first: whoever has the message next has to know of its crashes
         self.settler.died.clear()  # kombu knows no results
-        self._take_marks_back()
+        self._remove_marks()
         self._put_on_offer()
         self.settler.settle()
 

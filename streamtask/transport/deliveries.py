@@ -49,7 +49,7 @@ class Handed:
 
 
 class Deliveries:
-    """See the module. ``lock`` guards it, and is taken by what is called from without.
+    """See the module. ``lock`` guards it, and is held by what is called from without.
 
     ``receives`` is told which entry of which lease is about to be shown, and None when it was; ``mark`` writes down that the
     body of a message that comes again starts here, and answers False if the message is another's.

@@ -1,6 +1,6 @@
 """Brings the messages of one kombu connection to its channels, in kombu's event loop or in ``drain_events``.
 
-A *bell* wakes it (``queue/bells.py``), which brings no message itself. Fetching and settling are short calls of the session.
+A *bell* wakes it (``queue/bells.py``), which brings no message itself. Fetching and settling are short calls of its source.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost
-from ..queue.bells import BLOCK_S, Bells
-from ..redis.links import IDLE_S
+from ..queue.bells import BLOCK_S, Bells, Rang, Streams
+from ..redis.connection import Broker
+from ..redis.links import IDLE_S, Admission
 from ..text import logger
 from . import hooks
 from .fanout import Listener
-from .session import Session
-
-if TYPE_CHECKING:
-    from .channel import Channel
 
 log = logger("streamtask.transport")
 
@@ -60,31 +57,68 @@ def readable(fds: Iterable[int], timeout_s: float) -> list[int]:
     return select.select(list(fds), [], [], timeout_s)[0]
 
 
-Fetched = tuple["Channel", str, dict[str, Any], str]
+class Source(Protocol):
+    """Where messages come from, and what has ended is written: the session of this process."""
+
+    epoch: int
+    """Grows when messages that were delivered have become others'."""
+    admission: Admission
+
+    def upkeep(self) -> None: ...
+    def listen(self) -> Listener: ...
+
+    def ready(self, name: str) -> bool: ...
+    def fetch(self, name: str, most: int) -> list[tuple[dict[str, Any], str]]: ...
+    def may_be_shown(self, tag: str) -> bool: ...
+    def give_back(self, tag: str) -> bool: ...
+    def has_to_flush(self) -> bool: ...
+    def flush(self) -> None: ...
+
+    def bell(self, names: Iterable[str]) -> Streams: ...
+    def rang(self, rang: Rang) -> None: ...
+    def next_wake(self, names: Iterable[str]) -> float | None: ...
+    def orders_fd(self) -> int: ...
+    def orders_stamp(self) -> object: ...
+    def receive_orders(self) -> None: ...
+
+
+class Receiver(Protocol):
+    """A channel, to which messages are delivered."""
+
+    def after_fork(self) -> None: ...
+    def consume_again(self) -> None: ...
+    def consumed_queues(self) -> Collection[str]: ...
+    def listens_to(self, queue: str) -> bool: ...
+    def acknowledges(self, queue: str) -> bool: ...
+    def room(self) -> int | None: ...
+    def deliver(self, payload: dict[str, Any], tag: str, queue: str) -> None: ...
+
+
+Fetched = tuple[Receiver, str, dict[str, Any], str]
 """A message on its way to a channel: the channel, the queue, the message, its delivery tag."""
 
 
 class Poller:
     """See the module."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.channels: list[Channel] = []
+    def __init__(self, source: Source, broker: Broker, queue_order: str) -> None:
+        self._source = source
+        self._broker = broker
+        self._queue_order = queue_order
+        self.channels: list[Receiver] = []
         self.closed = False
         self._begin()
-        session.wakers.add(self)
         fork.in_child(fork.Turn.POLLERS, self._after_fork)
 
     def _begin(self) -> None:
         """Waits for nothing yet: at first, and in a forked child, whose parent goes on with its sockets."""
-        session = self.session
-        self.listener = Listener(session.broker, session.options, session.admission, session.deliveries.new_tag)
+        self.listener = self._source.listen()
         self.loop: Any = None
-        self._inherited = False  # its channels have consumers that the session does not know of
+        self._inherited = False  # its channels have consumers that the source does not know of
         self._thread = 0
-        self._bells = Bells(self.session.broker, self._dropped)
+        self._bells = Bells(self._broker, self._dropped)
         self._waiting: deque[Fetched] = deque()  # for ``drain``, which delivers one a call
-        self._epoch = session.epoch
+        self._epoch = self._source.epoch
         self._checked_at = mono_s()
         self._turn = 0
         self._fds: dict[int, object] = {}
@@ -124,17 +158,17 @@ class Poller:
                 end.setblocking(False)
         return self._wakers[0].fileno()
 
-    # What to take
+    # What to fetch
 
-    def _wanted(self) -> list[tuple[Channel, str]]:
-        """Channel and queue of all that may take messages now, each queue in its turn."""
+    def _wanted(self) -> list[tuple[Receiver, str]]:
+        """Channel and queue of all that may be given messages now, each queue in its turn."""
         pairs = [
             (channel, queue)
             for channel in self.channels
             if self._room(channel) > 0
             for queue in channel.consumed_queues()
         ]
-        order = self.session.options.queue_order
+        order = self._queue_order
         if order == "sorted":
             pairs.sort(key=lambda pair: pair[1])
         elif order == "round_robin" and len(pairs) > 1:
@@ -143,9 +177,9 @@ class Poller:
             pairs = pairs[at:] + pairs[:at]
         return pairs
 
-    def _room(self, channel: Channel) -> int:
+    def _room(self, channel: Receiver) -> int:
         """How many messages a channel may be given. Without a prefetch limit: many in the event loop; elsewhere one at a
-        time, for what lies here can't be taken by another process."""
+        time, for what lies here can't be fetched by another process."""
         room = channel.room()
         if room is None:
             room = 1 if self.loop is None else MOST
@@ -154,8 +188,7 @@ class Poller:
         return room
 
     def _check(self) -> None:
-        session = self.session
-        session.upkeep()
+        self._source.upkeep()
         if self._inherited:
             for channel in self.channels:
                 channel.consume_again()
@@ -165,14 +198,14 @@ class Poller:
         if self.listener.overdue() and not self._look(self.listener.fileno()):
             self.listener.fail()
         now = mono_s()
-        rested = now - self._checked_at > BLOCK_S + session.broker.timeout_s + IDLE_S
+        rested = now - self._checked_at > BLOCK_S + self._broker.timeout_s + IDLE_S
         self._checked_at = now
         for bell in self._bells.overdue():
             try:
                 if self._look(bell.link.fileno()):
                     continue
                 self._bells.forget(bell)
-                raise BrokerUnavailable(f"Redis at {session.broker.safe_url} does not answer")
+                raise BrokerUnavailable(f"Redis at {self._broker.safe_url} does not answer")
             except BrokerUnavailable:
                 # Where nobody has looked for so long, its end says nothing of now: another is armed, and tells.
                 if not rested:
@@ -180,23 +213,23 @@ class Poller:
 
     def check_epoch(self) -> None:
         """Raises ``LeaseLost``, once, where messages that were delivered to this process have become others'."""
-        if self.session.epoch != self._epoch:
-            self._epoch = self.session.epoch
+        if self._source.epoch != self._epoch:
+            self._epoch = self._source.epoch
             self._give_back()
             raise LeaseLost("messages that were delivered to this process are others' now; it begins anew")
 
     def _give_back(self) -> None:
-        """What waits here goes back, as far as it is still this process'; what was taken for good is delivered yet."""
+        """What waits here goes back, as far as it is still this process'; what was fetched for good is delivered yet."""
         waiting, self._waiting = self._waiting, deque()
         for item in waiting:
-            if not self.session.deliveries.reject(item[3], requeue=True) and not item[0].acknowledges(item[1]):
+            if not self._source.give_back(item[3]) and not item[0].acknowledges(item[1]):
                 self._waiting.append(item)
 
     def _look(self, fd: int) -> bool:
         """Reads from a socket if there is something to read."""
         if fd < 0 or not readable([fd], 0.0):
             return False
-        self._take(fd)
+        self._receive(fd)
         return True
 
     def waits(self) -> bool:
@@ -204,16 +237,16 @@ class Poller:
 
     def _fetch(self) -> Iterator[Fetched]:
         """Fetches for all queues with room; what is not taken from this iterator goes back."""
-        session = self.session
+        source = self._source
         for channel, queue in self._wanted():
-            while session.ready(queue):
+            while source.ready(queue):
                 room = self._room(channel)
                 if not channel.acknowledges(queue):
-                    # What is taken for good would be gone with its consumer: no more than is delivered at once.
+                    # What is fetched for good would be gone with its consumer: no more than is delivered at once.
                     room = min(room, 1 - sum(not waiting[0].acknowledges(waiting[1]) for waiting in self._waiting))
                 if room <= 0:
                     break
-                found = deque(session.fetch(queue, room))
+                found = deque(source.fetch(queue, room))
                 if not found:
                     break
                 try:
@@ -222,22 +255,22 @@ class Poller:
                         yield channel, queue, payload, tag
                 finally:
                     for _, tag in found:
-                        session.deliveries.reject(tag, requeue=True)
+                        source.give_back(tag)
                 if self.loop is not None and channel.room() is None:
                     break  # without a limit all that there is would come before others have their turn
 
-    def deliver(self, channel: Channel, queue: str, payload: dict[str, Any], tag: str) -> bool:
+    def deliver(self, channel: Receiver, queue: str, payload: dict[str, Any], tag: str) -> bool:
         """False where a message goes back instead, or is another's. Time may have gone by since it was fetched."""
-        deliveries = self.session.deliveries
-        if self.session.epoch != self._epoch and (deliveries.reject(tag, requeue=True) or channel.acknowledges(queue)):
+        source = self._source
+        if source.epoch != self._epoch and (source.give_back(tag) or channel.acknowledges(queue)):
             self.check_epoch()
-        if not self.session.may_be_shown(tag):
+        if not source.may_be_shown(tag):
             return False
         if queue not in channel.consumed_queues():
             # It was cancelled meanwhile.
             channel = next((other for other in self.channels if queue in other.consumed_queues()), channel)
         if queue not in channel.consumed_queues():
-            deliveries.reject(tag, requeue=True)
+            source.give_back(tag)
             return False
         channel.deliver(payload, tag, queue)
         return True
@@ -258,12 +291,12 @@ class Poller:
     # Waiting
 
     def _arm(self) -> None:
-        """Sees to it that a bell waits for whatever may be taken now."""
+        """Sees to it that a bell waits for whatever may be fetched now."""
         names = dict.fromkeys(queue for _, queue in self._wanted())
         if not names:
             return
-        wanted = self.session.bell(names)
-        due = self.session.next_wake(names)
+        wanted = self._source.bell(names)
+        due = self._source.next_wake(names)
         block_s = BLOCK_S if due is None else min(BLOCK_S, max(0.001, due - mono_s()))
         self._bells.arm(wanted, block_s)
 
@@ -279,12 +312,12 @@ class Poller:
         }
         found[self.listener.fileno()] = self.listener.stamp
         if ONE_WAITS_FOR_ALL:
-            found[self.session.ownership.fileno()] = self.session.ownership.stamp()
+            found[self._source.orders_fd()] = self._source.orders_stamp()
         found[self._wake_fd()] = id(self._wakers)
         found.pop(-1, None)
         return found
 
-    def _take(self, fd: int) -> None:
+    def _receive(self, fd: int) -> None:
         """Reads from a socket that is readable."""
         if self._wakers is not None and fd == self._wakers[0].fileno():
             try:
@@ -294,13 +327,13 @@ class Poller:
                 pass
         elif fd == self.listener.fileno():
             self.listener.receive()
-        elif fd == self.session.ownership.fileno():
-            self.session.receive_orders()
+        elif fd == self._source.orders_fd():
+            self._source.receive_orders()
         else:
-            with self.session.admission.asked():
+            with self._source.admission.asked():
                 rang = self._bells.receive(fd)
             if rang is not None:
-                self.session.rang(rang)
+                self._source.rang(rang)
 
     # kombu's event loop
 
@@ -369,12 +402,12 @@ class Poller:
             for item in self._fetch():
                 count += self.deliver(*item)
                 # A pool that runs bodies in this very thread takes its time.
-                if mono_s() > written_at + WRITE_S and self.session.has_to_flush():
-                    self.session.flush()
+                if mono_s() > written_at + WRITE_S and self._source.has_to_flush():
+                    self._source.flush()
                     written_at = mono_s()
-            if not self.session.has_to_flush():
+            if not self._source.has_to_flush():
                 break
-            self.session.flush()  # which may open lanes
+            self._source.flush()  # which may open lanes
         self._delivered |= count > 0
 
     def _pump_soon(self) -> None:
@@ -418,11 +451,11 @@ class Poller:
         deadline = None if timeout is None else mono_s() + timeout
         fork.check()
         while True:
-            self.session.receive_orders()
+            self._source.receive_orders()
             self._check()
             if self._deliver_fanout(1) or self.listener.confirmed():
-                if self.session.has_to_flush():
-                    self.session.flush()
+                if self._source.has_to_flush():
+                    self._source.flush()
                 return
             if not self._waiting:
                 # The room counts what lies here already, so this must grow one by one.
@@ -435,8 +468,8 @@ class Poller:
                 if self.deliver(*self._waiting.popleft()):
                     return
                 continue
-            if self.session.has_to_flush():
-                self.session.flush()
+            if self._source.has_to_flush():
+                self._source.flush()
                 continue
             left = None if deadline is None else deadline - mono_s()
             if left is not None and left <= 0:
@@ -446,7 +479,7 @@ class Poller:
 
     def _wait(self, timeout_s: float) -> None:
         fds = self._sockets()
-        due = self.session.next_wake(dict.fromkeys(queue for _, queue in self._wanted()))
+        due = self._source.next_wake(dict.fromkeys(queue for _, queue in self._wanted()))
         if due is not None:
             timeout_s = min(timeout_s, max(0.0, due - mono_s()))
         if not ONE_WAITS_FOR_ALL:
@@ -457,7 +490,7 @@ class Poller:
         finally:
             self._asleep = False
         for fd in ready:
-            self._take(fd)
+            self._receive(fd)
 
     # Channels
 
@@ -474,17 +507,17 @@ class Poller:
         if self._asleep:
             self.wake()  # who waits there writes it, together with what others have ended
         else:
-            self.session.flush()
+            self._source.flush()
 
-    def forget(self, channel: Channel, queue: str) -> None:
+    def forget(self, channel: Receiver, queue: str) -> None:
         """A channel consumes a queue no longer: what waits for it here goes back."""
         waiting, self._waiting = self._waiting, deque()
         for item in waiting:
             if item[0] is channel and item[1] == queue:
-                self.session.deliveries.reject(item[3], requeue=True)
+                self._source.give_back(item[3])
             else:
                 self._waiting.append(item)
-        if self.session.broker.is_cluster:
+        if self._broker.is_cluster:
             # One for each slot: that of this queue may never be waited for again, and the others are made again.
             self._bells.forget_all()
 

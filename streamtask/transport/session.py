@@ -16,7 +16,7 @@ import uuid
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
@@ -33,6 +33,7 @@ from ..text import logger
 from .consumed import SHARD_READ, Consumed, Fetched
 from .consumer import StreamConsumer
 from .deliveries import Deliveries
+from .fanout import Listener
 from .options import Options
 from .ownership import Ownership
 from .publish import Publisher
@@ -43,6 +44,12 @@ from .vhost import Touched, VHost
 log = logger("streamtask.transport")
 
 UPKEEP_S = 1.0
+
+
+class Waker(Protocol):
+    """Who waits for messages."""
+
+    def wake(self) -> None: ...
 
 
 class Session:
@@ -61,8 +68,8 @@ class Session:
         self.producer = Producer(options.producer_settings(), self.pool)
         self.vhost = VHost(options, self.pool, self.is_kept)
         self.publisher = Publisher(self.producer, self.vhost, options, is_cluster=broker.is_cluster)
-        # Pollers that may sleep while there is something for them.
-        self.wakers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.wakers: weakref.WeakSet[Waker] = weakref.WeakSet()
+        """Who may sleep while there is something for them: pollers."""
         self.begin()
 
     def begin(self) -> None:
@@ -357,6 +364,18 @@ class Session:
         consumed = self.consumed.get(name)
         return (consumed is not None and bool(consumed.users)) or name in self.listened
 
+    def listen(self) -> Listener:
+        """For the fanout exchanges that one kombu connection listens to."""
+        return Listener(self.broker, self.options, self.admission, self.deliveries.new_tag)
+
+    def orders_fd(self) -> int:
+        """The socket that the keeper's orders come by, -1 without a keeper."""
+        return self.ownership.fileno()
+
+    def orders_stamp(self) -> object:
+        """Tells it from a later one of its number."""
+        return self.ownership.stamp()
+
     def is_kept(self, name: str) -> bool:
         """Whether what is known of a queue is not to be forgotten: something of it is held here, or heard."""
         return name in self.consumed or name in self.listened
@@ -407,6 +426,10 @@ class Session:
                 self.lost(consumer, "")
         self.deliveries.reject(tag, requeue=True)
         return False
+
+    def give_back(self, tag: str) -> bool:
+        """A message is to be delivered again; False where it is another's, or was fetched for good."""
+        return self.deliveries.reject(tag, requeue=True)
 
     def trusted_until(self, tag: str) -> float:
         """Until when (monotonic) a body of a shard may start though Redis can't be asked; takes no lock."""

@@ -50,7 +50,8 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         hooks.load_plugins()
         _keep_failover(client)
         self.session: Session = session_of(broker_of(client), options_of(client))
-        self.poller = Poller(self.session)
+        self.poller = Poller(self.session, self.session.broker, self.session.options.queue_order)
+        self.session.wakers.add(self.poller)
         if "://" in (client.hostname or ""):
             # kombu has not parsed it, and could not: so that it asks ``as_uri`` below.
             self.can_parse_url = True
