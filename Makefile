@@ -59,11 +59,12 @@ fuzz: $(VENV)/.test ## Decode bytes near valid messages, then feed workers with 
 	PYTHONPATH=. PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz_workers $(ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.lint ## Check style, format, types, layers, and known vulnerabilities of what we depend on
+lint: $(VENV)/.lint ## Check style, format, types, layers, names, and known vulnerabilities of what we depend on
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.static
 	$(BIN)/python -m tests.audit
 
 .PHONY: check

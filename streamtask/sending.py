@@ -15,6 +15,7 @@ from .clock import wall_ms
 from .errors import MessageTooLarge
 from .middleware import Middleware, Outgoing, overriding
 from .queue.aproducer import AsyncProducer
+from .queue.bulk import send_many
 from .queue.calls import Call, ProducerSettings
 from .queue.producer import Producer, new_id, new_ids
 from .queue.queues import Queue
@@ -267,7 +268,7 @@ class Sender:
         calls = many_calls(calls, task.name)
         self.producer.declare(queue, timeout_s)
         messages, results, outgoing = self._many(task, queue, calls)
-        self.producer.send_many(queue, messages, timeout_s)
+        send_many(self.producer, queue, messages, timeout_s)
         self._many_sent(outgoing)
         return results
 
@@ -283,7 +284,7 @@ class Sender:
         calls = many_calls(calls, task.name)
         await asyncio.to_thread(self.producer.declare, queue, timeout_s)
         messages, results, outgoing = self._many(task, queue, calls)
-        await asyncio.to_thread(self.producer.send_many, queue, messages, timeout_s)
+        await asyncio.to_thread(send_many, self.producer, queue, messages, timeout_s)
         self._many_sent(outgoing)
         return results
 

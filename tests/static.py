@@ -2,6 +2,8 @@
 
 - **private**: a name with a leading underscore is used in its own module only. ``FOREIGN`` has those of other packages that
   have no public way, and why.
+- **cycles**: no module imports one that imports it, on whatever ways, not even for types. Where a lower room has to know what a
+  higher one gives it, a protocol of its own says what that is.
 - **names**: a file, class, method or dotted module that a page, a docstring or a comment names is there.
 - **heads**: the comment at a script's head explains all KEYS and ARGV that its code uses, in order, and what it returns.
 
@@ -95,8 +97,14 @@ def imported(path: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
-            yield from (one for one in (folder.with_suffix(".py"), folder / "__init__.py") if one.is_file())
-            yield from (one for one in (folder / f"{name.name}.py" for name in node.names) if one.is_file())
+            for name in node.names:
+                ways = (
+                    folder / f"{name.name}.py",
+                    folder / name.name / "__init__.py",
+                    folder / "__init__.py",
+                    folder.with_suffix(".py"),
+                )
+                yield from [way for way in ways if way.is_file()][:1]
 
 
 def near_private_names(path: Path) -> set[str]:
@@ -104,6 +112,28 @@ def near_private_names(path: Path) -> set[str]:
     direct = set(imported(path))
     further = {two for one in direct for two in imported(one) if two.parent == one.parent}
     return {name for one in direct | further for name in own_private_names(one)}
+
+
+# Cycles
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def cycles() -> Iterator[str]:
+    """Modules that import each other, under ``TYPE_CHECKING`` and inside of functions, too."""
+    graph = {path: set(imported(path)) - {path} for path in sorted(SOURCE.rglob("*.py"))}
+    while ends := [path for path, below in graph.items() if not below & graph.keys()]:
+        for path in ends:  # it imports nothing that may lead back
+            del graph[path]
+    while tops := [path for path in graph if not any(path in below for below in graph.values())]:
+        for path in tops:  # nothing that is left imports it
+            del graph[path]
+    for path, below in graph.items():
+        others = ", ".join(sorted(map(module_name, below & graph.keys())))
+        yield f"{path.relative_to(ROOT).as_posix()}: in a cycle with {others}"
 
 
 # Names in pages, docstrings and comments
@@ -307,7 +337,7 @@ def heads() -> Iterator[str]:
 
 
 def main() -> int:
-    found = [*private_names(), *names_that_are_not_there(), *heads()]
+    found = [*private_names(), *cycles(), *names_that_are_not_there(), *heads()]
     for line in found:
         print(line)
     return 1 if found else 0

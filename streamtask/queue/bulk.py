@@ -8,22 +8,31 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, ReplyError, StreamTaskError
 from ..redis.scripts import Code
 from ..text import counted
 from .calls import Waiting, window_s
+from .producer import Producer
 from .queues import Queue
-
-if TYPE_CHECKING:
-    from .producer import Producer
 
 BATCH = 250
 """Messages of one shard that one script call appends."""
 
 BATCH_BYTES = 1 << 20
+
+
+def send_many(
+    producer: Producer, queue: Queue, messages: Sequence[tuple[int | str, bytes]], timeout_s: float | None
+) -> None:
+    """Stores messages ``(shard, envelope)``; within a shard in their order.
+
+    One script call for some hundreds of messages of one shard, one call in flight per shard. Raises
+    ``BulkSendError`` saying which are stored.
+    """
+    Bulk(producer, queue, messages, producer.waiting(timeout_s, mono_s())).run()
 
 
 def batches(messages: Sequence[tuple[int | str, bytes]]) -> dict[int | str, deque[list[int]]]:

@@ -19,7 +19,6 @@ from ..redis.link import REPLIES, too_late
 from ..redis.links import Pool
 from ..redis.scripts import Code
 from ..text import counted, logger
-from .bulk import Bulk
 from .calls import Call, ProducerSettings, Target, Waiting, window_s
 from .queues import Queue
 from .seen import Pages
@@ -269,14 +268,6 @@ class Producer:
                 f"{where} of queue {queue.name!r} is being resharded; the call was repeated in vain"
             )
         raise ReplyError(f"unexpected answer of a produce script: {answer!r}")
-
-    def send_many(self, queue: Queue, messages: Sequence[tuple[int | str, bytes]], timeout_s: float | None) -> None:
-        """Stores messages ``(shard, envelope)``; within a shard in their order.
-
-        One script call for some hundreds of messages of one shard, one call in flight per shard. Raises
-        ``BulkSendError`` saying which are stored.
-        """
-        Bulk(self, queue, messages, self.waiting(timeout_s, mono_s())).run()
 
     def _call(self, target: Target, packed: bytes, queue: Queue, until: float | None = None) -> Any:
         """``until``: not to be sent later than that."""

@@ -58,6 +58,18 @@ def test_what_is_the_modules_own_is_free(tree: Any) -> None:
     assert list(static.private_names()) == []
 
 
+def test_a_cycle_is_found_and_what_hangs_on_it_is_not(tree: Any) -> None:
+    tree("streamtask/__init__.py", "")
+    tree("streamtask/one.py", "def late():\n    from .two import b\n")
+    tree(
+        "streamtask/two.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .one import a\nfrom . import low\n",
+    )
+    tree("streamtask/high.py", "from .one import a\n")
+    tree("streamtask/low.py", "")
+    assert [line.split(":")[0] for line in static.cycles()] == ["streamtask/one.py", "streamtask/two.py"]
+
+
 @pytest.mark.parametrize(
     "said",
     ["`queue/gone.py`", "`gone.lua`", "`tests/gone.py::test_x`", "`Owner.gone`", "`streamtask.owner.Gone`", "`gone/`"],
