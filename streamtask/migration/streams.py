@@ -5,20 +5,15 @@ from __future__ import annotations
 import base64
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 from ..clock import mono_s
 from ..errors import QueueFull
 from ..queue.seen import PAGE
-from ..redis import commands
 from ..transport.message import DELIVERY, PRODUCE_ID
-from ..transport.queues import GROUP
+from ..transport.vhost import VHost
 from .messages import NotMoved
 from .side import Outcome, Side
-
-DUE = 500
-"""Delayed messages that one call makes due."""
 
 WAIT_S = 15.0
 """How long a queue of streams is waited for that holds messages and gives none: longer than a lease."""
@@ -36,7 +31,8 @@ class Streams(Side):
         from kombu.utils.json import dumps
 
         for queue in dict.fromkeys(names):
-            self.make_due(queue)
+            # What waits in the broker for its eta is to be had now; its eta stays in its headers, for the worker.
+            self.vhost.make_due(queue)
             while (message := self.next(queue)) is not None:
                 payload, identity = self.plain(message._raw), self.identity(message.delivery_tag)
                 # If we die before the acknowledgement, or give up here, it comes back to its queue by itself.
@@ -46,24 +42,14 @@ class Streams(Side):
             if left := self.left(queue):
                 outcome.left[queue] = left
 
-    def keys(self, queue: str) -> Iterator[Any]:
-        """The keys of each of the queue's streams."""
-        found = self.channel.session.vhost.queue(queue)
-        for shard in found.recorded():
-            yield found.shard_keys(shard)
-
-    def make_due(self, queue: str) -> None:
-        """What waits in the broker for its eta is to be had now; its eta stays in its headers, for the worker."""
-        for keys in self.keys(queue):
-            while self.channel.session.pool.run("make_due", [keys.state, keys.delayed], [DUE]) == DUE:
-                pass
+    @property
+    def vhost(self) -> VHost:
+        vhost: VHost = self.channel.session.vhost
+        return vhost
 
     def left(self, queue: str) -> int:
         """Messages that wait, or that somebody holds."""
-        return self.size(queue) + sum(self.held(keys.stream) for keys in self.keys(queue))
-
-    def held(self, stream: str) -> int:
-        return int(self.channel.session.pool.call(stream, commands.count_pending(stream, GROUP))[0])
+        return self.vhost.size(queue) + self.vhost.held(queue)
 
     def next(self, queue: str) -> Any:
         """The next message; None if there is none, or none that live workers leave to us."""
@@ -78,8 +64,7 @@ class Streams(Side):
 
     def identity(self, tag: str) -> str:
         """What is the same in each delivery of a message: its entry in its stream."""
-        handed = self.channel.session.deliveries.handed[tag]
-        place = (handed.consumer.keys.stream, handed.batch.deliveries[0].entry_id)
+        place = self.channel.session.deliveries.place(tag)
         return f"{uuid.uuid5(uuid.NAMESPACE_OID, repr(place)).hex} 0"
 
     def plain(self, delivered: dict[str, Any]) -> dict[str, Any]:
@@ -98,12 +83,8 @@ class Streams(Side):
 
     def count(self, names: list[str], outcome: Outcome) -> None:
         for queue in dict.fromkeys(names):
-            if number := self.size(queue):
+            if number := self.vhost.size(queue):
                 outcome.moved[queue][0] = number
-
-    def size(self, queue: str) -> int:
-        number: int = self.channel._size(queue)
-        return number
 
     # --- as the target
 

@@ -74,6 +74,12 @@ class Deliveries:
     def add(self, tag: str, consumer: StreamConsumer, batch: Batch) -> None:
         self.handed[tag] = Handed(tag, consumer, batch)
 
+    def place(self, tag: str) -> tuple[str, bytes]:
+        """The stream and the entry of what was handed out: the same each time that a message is delivered."""
+        with self._lock:
+            handed = self.handed[tag]
+            return handed.consumer.keys.stream, handed.batch.deliveries[0].entry_id
+
     def ack(self, tag: str) -> bool:
         """A message has ended; False where this process does not hold it (any more)."""
         with self._lock:

@@ -30,6 +30,9 @@ MOST_UNUSED = 500
 """Queues of which something is remembered though nobody here consumes them. Each process that asks workers for something has a
 new one for the answers."""
 
+DUE = 500
+"""Delayed messages that one call makes due."""
+
 PURGE_REQUEUED = 500
 """Entries on offer that one call removes: about 10 ms of Redis."""
 
@@ -231,6 +234,20 @@ class VHost:
             names = [prefix.stream, prefix.requeued(GROUP), prefix.delayed, prefix.state]
             total += int(self._pool.run("ready", names, [GROUP]))
         return total
+
+    def held(self, queue: str) -> int:
+        """How many messages of a queue were given to somebody and have not ended."""
+        found = self.queue(queue)
+        streams = [found.shard_keys(shard).stream for shard in found.recorded()]
+        return sum(int(self._pool.call(stream, commands.count_pending(stream, GROUP))[0]) for stream in streams)
+
+    def make_due(self, queue: str) -> None:
+        """Delayed messages of a queue wait for their time no longer."""
+        found = self.queue(queue)
+        for shard in found.recorded():
+            prefix = found.shard_keys(shard)
+            while self._pool.run("make_due", [prefix.state, prefix.delayed], [DUE]) == DUE:
+                pass
 
     def purge(self, queue: str) -> int:
         """Removes what waits in a queue; what is being worked on stays. Returns how many messages were removed."""
