@@ -1,14 +1,17 @@
 """The connection on which a worker process acknowledges: a call for each of its shards may be on its way, and its answer is
-taken when it comes.
+taken when it comes. On a Cluster it serves the shards of one server.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from math import inf
 
 from ..errors import BrokerUnavailable, LeaseLost, ReplyError, StreamTaskError
 from ..redis.connection import Broker
+from ..redis.link import Link
+from ..redis.links import Links
 from ..redis.scripts import script
 from .consumer import ShardConsumer
 
@@ -17,12 +20,15 @@ class Acknowledger:
     """See the module. Used by one thread."""
 
     def __init__(self, broker: Broker) -> None:
-        self.link = broker.link()
+        self._links = Links(broker, idle_s=inf)
+        self.link: Link
+        """The connection, after the first call was sent."""
         self._where = broker.safe_url
         self._asked: deque[ShardConsumer] = deque()  # whose calls are on their way, in order
 
     def send(self, consumer: ShardConsumer) -> None:
         """Sends the call that settles the first of what a shard has finished; none of its calls is on its way."""
+        self.link = self._links.at(consumer.fence.keys.stream)
         packed = consumer.settler.begin()
         self._asked.append(consumer)
         self.link.send(packed)
@@ -55,7 +61,7 @@ class Acknowledger:
 
     def drop(self) -> None:
         """Closes the connection. What was not answered is sent again, before anything later."""
-        self.link.close()
+        self._links.close()
         for consumer in self._asked:
             consumer.settler.lost()
         self._asked.clear()

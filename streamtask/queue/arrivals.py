@@ -140,7 +140,7 @@ class Arrivals:
             # What a worker gives back it has not begun. Who ends one of which nobody knows what ran leaves a note.
             delivery.fresh = self.room is not None and delivery.entry_id not in notes
             if delivery.entry_id in notes:
-                self._backlog.take_note(delivery, notes[delivery.entry_id])
+                self._backlog.adopt_note(delivery, notes[delivery.entry_id])
             found.append(delivery)
         self._backlog.place(found, False)
 

@@ -201,8 +201,8 @@ class Backlog:
         self.finished.append(entry_id)
         self._in_order = False
 
-    def take_note(self, delivery: Delivery, note: Note) -> None:
-        """What stood beside an entry that was pending."""
+    def adopt_note(self, delivery: Delivery, note: Note) -> None:
+        """Gives a message what stood beside its entry."""
         delivery.note = note
         if note.mark and note.mark != self.lease.token:
             # An owner that vanished had written down that it starts this body: that owner's end is charged to it.

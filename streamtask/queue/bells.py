@@ -13,8 +13,7 @@ from ..clock import mono_s
 from ..errors import BrokerUnavailable, ReplyError
 from ..redis import commands
 from ..redis.connection import Broker
-from ..redis.link import Link
-from ..redis.links import IDLE_S
+from ..redis.links import Links
 from ..redis.misplaced import of_one_key
 
 BLOCK_S = 5.0
@@ -35,23 +34,22 @@ class Rang:
 class Bell:
     """Waits for something new in some streams of one server."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, links: Links, key: str) -> None:
+        self.link = links.at(key)
+        self._links = links
         self.asked: Streams = {}
         self.overdue_at = 0.0
         self.refused = 0
         """How often in a row Redis refused to wait."""
-        self._armed_at = mono_s()
 
     def arm(self, streams: Streams, block_s: float, grace_s: float) -> None:
         ids = [at for _, at in streams.values()]
         block_ms = max(1, int(block_s * 1000))
         now = mono_s()
-        if now - self._armed_at > IDLE_S:
-            self.link.drop_if_ended()  # also if it rang just now: who does not look for long hears that late
+        # Which looks whether it has ended, also if it rang just now: who does not look for long hears that late.
+        self.link = self._links.at(next(iter(streams)).decode())
         self.link.send(commands.first_behind(dict(zip(streams, ids, strict=True)), block_ms))
         self.asked = streams
-        self._armed_at = now
         self.overdue_at = now + block_s + grace_s
 
     def rang(self) -> Streams:
@@ -61,7 +59,7 @@ class Bell:
 
     def drop(self) -> None:
         self.asked = {}
-        self.link.close()
+        self._links.close()
 
 
 class Bells:
@@ -79,7 +77,7 @@ class Bells:
             bell = self._bells.get(place)
             if bell is None:
                 key = next(iter(streams)).decode()
-                bell = self._bells[place] = Bell(broker.link(key, timeout_s=BLOCK_S + broker.timeout_s))
+                bell = self._bells[place] = Bell(Links(broker, BLOCK_S + broker.timeout_s), key)
             if bell.asked:
                 if (
                     streams.keys() <= bell.asked.keys()

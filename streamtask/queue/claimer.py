@@ -186,7 +186,7 @@ class Claimer:
             delivery.fresh = self._backlog.is_fresh(delivery.entry_id)
             note = notes.get(delivery.entry_id)
             if note is not None:
-                self._backlog.take_note(delivery, note)
+                self._backlog.adopt_note(delivery, note)
                 if note.held == 2:
                     self._backlog.finish(delivery.entry_id)
                     continue

@@ -1,4 +1,5 @@
-"""The connection that a worker process drains its shards by, with one fetch for all of them on its way or blocked.
+"""The connection that a worker process drains its shards by, with one fetch for all of them on its way or blocked. On a
+Cluster, where one call is of one slot, it serves the shards of one.
 
 A worker's fetch is one write: ``[XREAD] MULTI XREADGROUP... EXEC WATCH guards HMGET leases``. The WATCH of one guards the next,
 so the fence costs no round trip: if a shard's token has changed, EXEC reads nothing. A shard that is new here is guarded by
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from ..errors import BrokerOutOfMemory, BrokerUnavailable, LeaseLost, ReplyError, StreamTaskError
 from ..redis import commands
 from ..redis.connection import Broker
-from ..redis.link import LARGE
+from ..redis.link import LARGE, Link
+from ..redis.links import Links
 from ..redis.misplaced import WRONGTYPE, by, misplaced, of_one_key
 from .consumer import ShardConsumer
 from .delivery import Entry
@@ -42,7 +45,9 @@ class Fetcher:
     """See the module. Used by one thread."""
 
     def __init__(self, broker: Broker) -> None:
-        self.link = broker.link(timeout_s=BLOCK_MS / 1000 + broker.timeout_s, buffer_bytes=LARGE)
+        self._links = Links(broker, BLOCK_MS / 1000 + broker.timeout_s, buffer_bytes=LARGE, idle_s=inf)
+        self.link: Link
+        """The connection, after the first fetch was sent."""
         self.asked: list[ShardConsumer] | None = None
         """The shards that the fetch under way reads; None where none is."""
         self.blocked = False
@@ -56,9 +61,10 @@ class Fetcher:
     def send(self, owned: list[ShardConsumer], chosen: list[ShardConsumer], *, look: bool, block: bool) -> None:
         """Reads new entries of ``chosen``, all of which are guarded, and guards all that are ``owned`` for the next fetch.
         ``look`` at what wakes these; with ``block`` until something comes."""
-        if not self.link.connected:
-            self.link.connect()
-            self._client_id = int(self.link.call(commands.CLIENT_ID))
+        link = self.link = self._links.at(owned[0].fence.keys.stream)
+        if not link.connected:
+            link.connect()
+            self._client_id = int(link.call(commands.CLIENT_ID))
         parts = [
             commands.MULTI,
             *(consumer.arrivals.read_command() for consumer in chosen),
@@ -69,7 +75,7 @@ class Fetcher:
             parts.insert(0, _look(owned, chosen, block))
         self.asked, self.blocked = chosen, look and block
         self._looks_at = owned if look else ()
-        self.link.send(b"".join(parts))
+        link.send(b"".join(parts))
 
     def _guard(self, owned: list[ShardConsumer]) -> bytes:
         """What to send to watch these shards and to learn who owns them; nearly always what was sent last."""
@@ -158,7 +164,7 @@ class Fetcher:
 
     def drop(self) -> None:
         """Closes the connection: nothing is under way and nothing guarded any more."""
-        self.link.close()
+        self._links.close()
         self.asked, self.blocked, self.guarded = None, False, []
 
 

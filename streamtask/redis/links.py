@@ -26,12 +26,21 @@ IDLE_S = 1.0
 
 class Links:
     """One link to each server, made at its first use; used by one thread at a time. ``timeout_s`` bounds the wait for a reply,
-    ``buffer_bytes`` is how much one read takes."""
+    ``buffer_bytes`` is how much one read takes. ``idle_s``: one that was not used for so long is looked at before its next
+    use; ``inf`` for one that somebody listens to, who learns of its end."""
 
-    def __init__(self, broker: Broker, timeout_s: float | None = None, *, buffer_bytes: int = SMALL) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        timeout_s: float | None = None,
+        *,
+        buffer_bytes: int = SMALL,
+        idle_s: float = IDLE_S,
+    ) -> None:
         self._broker = broker
         self._buffer_bytes = buffer_bytes
         self._timeout_s = timeout_s
+        self._idle_s = idle_s
         self._links: dict[str, Link] = {}
         self._used_at: dict[str, float] = {}
         fork.in_child(fork.Turn.CONNECTIONS, self._after_fork)
@@ -49,7 +58,7 @@ class Links:
                 key, timeout_s=self._timeout_s, buffer_bytes=self._buffer_bytes
             )
         now = mono_s()
-        if now - self._used_at.get(node, now) > IDLE_S:
+        if now - self._used_at.get(node, now) > self._idle_s:
             link.drop_if_ended()
         self._used_at[node] = now
         return link
