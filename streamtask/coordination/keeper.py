@@ -7,7 +7,6 @@ body that holds Python's lock. So it starts a process for that (``keeper_main``)
 from __future__ import annotations
 
 import base64
-import json
 import os
 import pickle
 import re
@@ -15,12 +14,25 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from ..errors import ConfigError, StreamTaskError
 from ..redis.connection import Broker
 from .lease import Lease
+from .orders import (
+    Cancel,
+    Close,
+    Consume,
+    Forget,
+    Keep,
+    Order,
+    Own,
+    Released,
+    Start,
+    Touch,
+    from_line,
+    to_line,
+)  # fmt: skip
 from .shared import SharedMemory, create_file
 
 ENV_KEEPER = "STREAMTASK_KEEPER"
@@ -61,16 +73,7 @@ class Keeper:
         self._out = bytearray()
         self._keyed = False
         self._died = False
-        start = {
-            "broker": _travelling(broker),
-            "namespace": namespace,
-            "app": app,
-            "group": group,
-            "incarnation": incarnation,
-            "lease_ms": lease_ms,
-            "handover_timeout_s": handover_timeout_s,
-            "last": last,
-        }
+        start = Start(_travelling(broker), namespace, app, group, incarnation, lease_ms, handover_timeout_s, last)
         self._sock, theirs = socket.socketpair()
         memory = create_file(1, LEASES)
         try:
@@ -94,7 +97,7 @@ class Keeper:
         finally:
             theirs.close()
             os.close(memory)
-        self._send("start", **start)
+        self._send(start)
 
     @property
     def pid(self) -> int:
@@ -107,54 +110,35 @@ class Keeper:
 
     def keep(self, lease: Lease) -> None:
         """Renews the lease of a consumer of a shared stream, and removes dead consumers of that stream."""
-        self._send(
-            "keep",
-            prefix=lease.keys.prefix,
-            group=lease.group,
-            incarnation=lease.incarnation,
-            lease_ms=lease.lease_ms,
-            token=lease.token,
-            alive=lease.alive,
-        )
+        keys = lease.keys
+        self._send(Keep(keys.prefix, lease.group, lease.incarnation, lease.lease_ms, lease.token, lease.alive))
 
     def forget(self, lease: Lease) -> None:
         """Renews it no longer, nor gives it back when the client dies; unless it is kept again it ends one lease time later."""
-        self._send("forget", prefix=lease.keys.prefix, token=lease.token)
+        self._send(Forget(lease.keys.prefix, lease.token))
 
-    def consume(self, queue: str, shards: int, owned: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Takes part in the assignment of a queue's shards, as soon as Redis has recorded how many there are, whatever
-        ``shards`` is here. ``owned`` tells a new keeper of shards that the client still owns: the orders with which the last
-        one gave them. They keep their numbers and tokens; what it is not told of it takes anew."""
+    def consume(self, queue: str, owned: Iterable[Own] = ()) -> None:
+        """Takes part in the assignment of a queue's shards, as soon as Redis has recorded how many there are. ``owned`` tells a
+        new keeper of shards that the client still owns, as the last one gave them. They keep their numbers and tokens; what it
+        is not told of it takes anew."""
         self._keyed = True
-        told = [{name: order[name] for name in ("number", "shard", "epoch", "token")} for order in owned]
-        self._send("consume", queue=queue, shards=shards, owned=told)
+        self._send(Consume(queue, list(owned)))
 
     def cancel(self, queue: str) -> None:
-        """Leaves the queue's members and gives back its shards, each when ``released`` answers its "release"."""
-        self._send("cancel", queue=queue)
+        """Leaves the queue's members and gives back its shards, each when ``released`` answers its ``Release``."""
+        self._send(Cancel(queue))
 
     def released(self, number: int) -> None:
         """Nothing of a shard runs or is unsettled here any more."""
-        self._send("released", number=number)
+        self._send(Released(number))
 
     def touch(self, queue: str, expires_ms: int) -> None:
         """Puts off the end of a queue that expires unless it is used, until it is told 0."""
-        self._send("touch", queue=queue, expires_ms=expires_ms)
+        self._send(Touch(queue, expires_ms))
 
-    def orders(self) -> list[dict[str, Any]]:
-        """What the keeper has said since: mappings with ``op`` and
-
-        - ``up``: it renews what it was told of. Its start takes a while, above a lease time where the machine is busy: until
-          then the client renews itself;
-        - ``own``: ``number queue shard epoch token by_expiry``: the client owns a shard; with a token that it knows, it
-          has owned it all the time;
-        - ``release``: ``number``: hand out nothing more of it, and say ``released`` when nothing of it runs;
-        - ``resume``: ``number``: go on with it after all;
-        - ``lost``: ``number queue shard token``: it is another's now;
-        - ``lost_shared``: ``prefix token``: so is what was delivered from a shared stream.
-
-        Raises ``StreamTaskError`` when the keeper has died: close this one, start another, and tell it all again.
-        """
+    def orders(self) -> list[Order]:
+        """What the keeper has said since. Raises ``StreamTaskError`` when it has died: close this one, start another, and tell
+        it all again."""
         self._flush()
         while not self._died:
             try:
@@ -168,7 +152,7 @@ class Keeper:
             self._in += data
         *lines, self._in = self._in.split(b"\n")
         if lines or not self._died:
-            return [json.loads(line) for line in lines]
+            return [from_line(line) for line in lines]
         self.close()
         raise StreamTaskError(
             f"the process that keeps the leases has ended (pid {self.pid}, status {self._process.returncode}): they run out "
@@ -181,7 +165,7 @@ class Keeper:
             self._sock.close()  # it is our parent's
             return
         if self._keyed and not self._died:
-            self._send("close")
+            self._send(Close())
             try:
                 self._sock.settimeout(CLOSE_S)
                 self._sock.sendall(self._out)
@@ -194,8 +178,8 @@ class Keeper:
         self._process.wait()
         self._sock.close()
 
-    def _send(self, op: str, **fields: Any) -> None:
-        self._out += json.dumps({"op": op, **fields}).encode() + b"\n"
+    def _send(self, order: Order) -> None:
+        self._out += to_line(order)
         self._flush()
 
     def _flush(self) -> None:

@@ -40,7 +40,25 @@ from ..version import installed
 from .coordinator import Coordinator, Held, Member, QueueWatch
 from .keeper import ENV_KEEPER, LEASES, unpack_broker
 from .lease import Lease, reap
-from .orders import Closed, PatientWire
+from .orders import (
+    Cancel,
+    Close,
+    Closed,
+    Consume,
+    Forget,
+    Keep,
+    Lost,
+    LostShared,
+    Order,
+    Own,
+    PatientWire,
+    Release,
+    Released,
+    Resume,
+    Start,
+    Touch,
+    Up,
+)  # fmt: skip
 from .shared import SharedMemory
 
 log = logger("streamtask.keeper")
@@ -108,28 +126,31 @@ class Client(Member):
         lease = held.lease
         self.trust(held, lease.trusted_until)
         self.wire.send(
-            "own",
-            number=held.number,
-            queue=held.watch.name,
-            shard=held.shard,
-            epoch=held.watch.epoch,
-            token=lease.token,
-            by_expiry=lease.by_expiry,
+            Own(
+                held.number,
+                held.watch.name,
+                held.shard,
+                held.watch.epoch,
+                lease.token,
+                self.incarnation,
+                shared=False,
+                by_expiry=lease.by_expiry,
+            )
         )
 
     def release(self, held: Held) -> None:
-        self.wire.send("release", number=held.number)
+        self.wire.send(Release(held.number))
 
     def resume(self, held: Held) -> None:
-        self.wire.send("resume", number=held.number)
+        self.wire.send(Resume(held.number))
 
     def lost(self, held: Held) -> None:
         token = held.lease.token
         self.trust(held, 0.0)
         if held.lease.shared:
-            self.wire.send("lost_shared", prefix=held.lease.keys.prefix, token=token)
+            self.wire.send(LostShared(held.lease.keys.prefix, token))
         else:
-            self.wire.send("lost", number=held.number, queue=held.watch.name, shard=held.shard, token=token)
+            self.wire.send(Lost(held.number, held.watch.name, held.shard, token))
 
     def trust(self, held: Held, until: float) -> None:
         """It asks for that before a body of a shard; of what is nobody's by order, Redis alone says whose it is."""
@@ -149,15 +170,15 @@ class KeeperProcess:
         wire: PatientWire,
         selector: selectors.BaseSelector,
         memory: SharedMemory,
-        start: Mapping[str, Any],
+        start: Start,
     ) -> None:
         self._process = process
         self._memory = memory
         self._wire = wire
         self._selector = selector
-        self._namespace, self._app, self._group = start["namespace"], start["app"], start["group"]
-        self._lease_ms = start["lease_ms"]
-        self._broker = unpack_broker(start["broker"])
+        self._namespace, self._app, self._group = start.namespace, start.app, start.group
+        self._lease_ms = start.lease_ms
+        self._broker = unpack_broker(start.broker)
         if self._broker.is_cluster:
             # A node that swallows packets must not cost the leases that lie on others.
             self._broker.timeout_s = min(self._broker.timeout_s, max(0.5, self._lease_ms / 3000))
@@ -168,9 +189,7 @@ class KeeperProcess:
             "pid": process.pid,
             "keeper": os.getpid(),
         }
-        self._client = Client(
-            incarnation=start["incarnation"], wire=wire, memory=memory, about=about, numbers=start["last"]
-        )
+        self._client = Client(incarnation=start.incarnation, wire=wire, memory=memory, about=about, numbers=start.last)
         self._below = count(-1, -1)  # the numbers of leases that have no place in the memory
         self._watches: list[QueueWatch] = []
         self._shared = self._watch("(shared streams)")  # of all leases that the client has itself joined
@@ -183,7 +202,7 @@ class KeeperProcess:
             self._broker,
             group=self._group,
             lease_ms=self._lease_ms,
-            handover_timeout_s=start["handover_timeout_s"],
+            handover_timeout_s=start.handover_timeout_s,
             members=[self._client],
             watches=self._watches,
             selector=selector,
@@ -197,7 +216,7 @@ class KeeperProcess:
 
     # The loop
 
-    def run(self, orders: Iterable[Mapping[str, Any]]) -> None:
+    def run(self, orders: Iterable[Order]) -> None:
         """Works until the client is dead, or wants no more of it."""
         for order in orders:
             self._obey(order)
@@ -301,37 +320,37 @@ class KeeperProcess:
             # Nobody is there any more to say what becomes of its messages, also if it went on as another program.
             self._gone = True
 
-    def _obey(self, order: Mapping[str, Any]) -> None:
-        op = order["op"]
+    def _obey(self, order: Order) -> None:
         try:
-            if op == "keep":
-                self._keep(order)
-            elif op == "forget":
-                self._forget(order["prefix"], order["token"])
-            elif op == "consume":
-                self._consume(order["queue"], order["owned"])
-            elif op == "cancel":
-                self._cancel(order["queue"])
-            elif op == "released":
-                self._coordinator.released(self._client, order["number"])
-                self._drop_left()
-            elif op == "touch":
-                self._set_touch(order["queue"], order["expires_ms"])
-            elif op == "close":
-                self._closed = True
-                for watch in list(self._watches):
-                    self._coordinator.leave(watch)
+            match order:
+                case Keep():
+                    self._keep(order)
+                case Forget(prefix, token):
+                    self._forget(prefix, token)
+                case Consume(queue, owned):
+                    self._consume(queue, owned)
+                case Cancel(queue):
+                    self._cancel(queue)
+                case Released(number):
+                    self._coordinator.released(self._client, number)
+                    self._drop_left()
+                case Touch(queue, expires_ms):
+                    self._set_touch(queue, expires_ms)
+                case Close():
+                    self._closed = True
+                    for watch in list(self._watches):
+                        self._coordinator.leave(watch)
         except StreamTaskError as exc:
             self._coordinator.outage(exc)
 
-    def _keep(self, order: Mapping[str, Any]) -> None:
-        keys = ShardKeys(order["prefix"])
+    def _keep(self, order: Keep) -> None:
+        keys = ShardKeys(order.prefix)
         held = self._client.holding(keys)
         if held is not None:
             del self._client.held[held.number]
         lease = Lease(
-            keys, order["group"], order["incarnation"], order["lease_ms"], shared=True, token=order["token"], trusted_until=0.0,
-            alive=order["alive"],
+            keys, order.group, order.incarnation, order.lease_ms, shared=True, token=order.token, trusted_until=0.0,
+            alive=order.alive,
         )  # fmt: skip
         self._let_go.pop(keys, None)
         number = next(self._below)
@@ -344,7 +363,7 @@ class KeeperProcess:
             del self._client.held[held.number]
             self._let_go[keys] = held.lease, mono_s() + held.lease.lease_ms / 1000
 
-    def _consume(self, queue: str, owned: Iterable[Mapping[str, Any]]) -> None:
+    def _consume(self, queue: str, owned: Iterable[Own]) -> None:
         watch = next((watch for watch in self._watches if watch.name == queue), None)
         if watch is None:
             watch = self._watch(queue)
@@ -353,10 +372,10 @@ class KeeperProcess:
         elif watch.leaving:
             self._coordinator.return_to(watch)
         for one in owned:
-            keys = watch.keys.shard(one["epoch"], one["shard"])
+            keys = watch.keys.shard(one.epoch, one.shard)
             if self._client.holding(keys) is None:
-                lease = Lease(keys, self._group, self._client.incarnation, self._lease_ms, False, one["token"], 0.0)
-                self._client.held[one["number"]] = Held(one["number"], watch, one["shard"], lease)
+                lease = Lease(keys, self._group, self._client.incarnation, self._lease_ms, False, one.token, 0.0)
+                self._client.held[one.number] = Held(one.number, watch, one.shard, lease)
                 self._coordinator.soon()
 
     def _cancel(self, queue: str) -> None:
@@ -385,7 +404,7 @@ class KeeperProcess:
         self._touch_at = 0.0
         if live and not self._up:
             self._up = True
-            self._wire.send("up")
+            self._wire.send(Up())
         for keys, (lease, ends_at) in list(self._let_go.items()):
             if mono_s() >= ends_at and live:
                 self._end(lease)
@@ -428,7 +447,7 @@ def main() -> None:
     wire = PatientWire(socket.socket(fileno=fd), selector, "wire")
     if process.fd >= 0:
         selector.register(process.fd, selectors.EVENT_READ, "client")
-    orders: list[dict[str, Any]] = []
+    orders: list[Order] = []
     while not orders:
         selector.select(TICK_S)
         dead = process.is_dead()
@@ -438,7 +457,9 @@ def main() -> None:
             return
         if dead and not orders:
             return
-    KeeperProcess(process, wire, selector, memory, orders[0]).run(orders[1:])
+    start, *further = orders
+    assert isinstance(start, Start)
+    KeeperProcess(process, wire, selector, memory, start).run(further)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..clock import mono_s
 from ..coordination.keeper import Keeper
 from ..coordination.lease import Lease, join_shared, reap
+from ..coordination.orders import Lost, LostShared, Own, Release, Resume, Up
 from ..errors import StreamTaskError
 from ..queue.fence import LinksByKey
 from ..queue.rules import ConsumerSettings
@@ -82,17 +83,9 @@ class Ownership:
         self._again_at: float | None = None
         self._up = False
         self._numbers: dict[int, tuple[Consumed, int]] = {}  # the keeper's numbers of shards
-        self._told: dict[int, dict[str, Any]] = {}  # the orders with which they came
+        self._told: dict[int, Own] = {}  # the orders with which they came
         self.releasing: set[int] = set()
         """Shards that are to go, by the keeper's numbers."""
-        self._orders: dict[str, Callable[[dict[str, Any]], None]] = {
-            "up": self._is_up,
-            "own": self._own,
-            "release": self._release,
-            "resume": self._resume,
-            "lost": lambda order: self._lost(int(order["number"])),
-            "lost_shared": self._lost_shared,
-        }
 
     def fileno(self) -> int:
         """The keeper's socket, -1 without one."""
@@ -125,9 +118,6 @@ class Ownership:
     def starting(self) -> bool:
         """Whether leases are kept by a keeper that is not there yet."""
         return self._again_at is not None or (self._keeper is not None and not self._up)
-
-    def _is_up(self, _: dict[str, Any]) -> None:
-        self._up = True
 
     def keep(self, lease: Lease) -> None:
         self.keeper().keep(lease)
@@ -179,9 +169,9 @@ class Ownership:
             self._keeper.touch(consumed.queue.name, 0)
         consumed.in_keeper = False
 
-    def _tell(self, consumed: Consumed, owned: Iterable[dict[str, Any]] = ()) -> None:
+    def _tell(self, consumed: Consumed, owned: Iterable[Own] = ()) -> None:
         name = consumed.queue.name
-        self.keeper().consume(name, self._options.shards, owned)
+        self.keeper().consume(name, owned)
         touched = self._touched.get(name)
         self.keeper().touch(name, touched.expires_ms if touched else 0)
 
@@ -230,7 +220,19 @@ class Ownership:
         if not orders:
             return None
         for order in orders:
-            self._orders[order["op"]](order)
+            match order:
+                case Up():
+                    self._up = True
+                case Own():
+                    self._own(order)
+                case Release(number):
+                    self._release(number)
+                case Resume(number):
+                    self._resume(number)
+                case Lost(number):
+                    self._lost(number)
+                case LostShared():
+                    self._lost_shared(order)
         told = Told(self._came, self._going)
         self._came, self._going = False, []
         return told
@@ -247,9 +249,9 @@ class Ownership:
                 numbers = [number for number, (of, _) in self._numbers.items() if of is consumed]
                 self._tell(consumed, [self._told[number] for number in numbers if number in self._told])
 
-    def _own(self, order: dict[str, Any]) -> None:
-        number, shard = int(order["number"]), int(order["shard"])
-        consumed = self._consumed.get(order["queue"])
+    def _own(self, order: Own) -> None:
+        number, shard = order.number, int(order.shard)
+        consumed = self._consumed.get(order.queue)
         if consumed is None or not consumed.users:
             self.keeper().released(number)
             return
@@ -260,9 +262,8 @@ class Ownership:
         self._numbers[number] = consumed, shard
         self._told = {known: told for known, told in self._told.items() if known in self._numbers}
         self._told[number] = order
-        names = consumed.queue.keys.shard(int(order["epoch"]), shard)
-        token, by_expiry = int(order["token"]), bool(order["by_expiry"])
-        lease = Lease(names, GROUP, self._incarnation, self._options.lease_ms, False, token, 0.0, by_expiry)
+        names = consumed.queue.keys.shard(order.epoch, shard)
+        lease = Lease(names, GROUP, self._incarnation, self._options.lease_ms, False, order.token, 0.0, order.by_expiry)
         held = consumed.shards.get(shard)
         if held is not None and held.lease.token == lease.token:
             held.backlog.closing = False  # told again by a new keeper
@@ -279,8 +280,7 @@ class Ownership:
         consumed.notified = True
         self._came = True
 
-    def _release(self, order: dict[str, Any]) -> None:
-        number = int(order["number"])
+    def _release(self, number: int) -> None:
         found = self._numbers.get(number)
         if found is None:
             self.keeper().released(number)
@@ -290,21 +290,20 @@ class Ownership:
         self.releasing.add(number)
         self._going.append(consumed.shards[shard])
 
-    def _resume(self, order: dict[str, Any]) -> None:
-        number = int(order["number"])
+    def _resume(self, number: int) -> None:
         self.releasing.discard(number)
         found = self._numbers.get(number)
         if found is not None and found[1] in found[0].shards:
             found[0].shards[found[1]].backlog.closing = False
             found[0].notified = True
 
-    def _lost_shared(self, order: dict[str, Any]) -> None:
+    def _lost_shared(self, order: LostShared) -> None:
         """Unless the lease has been replaced meanwhile."""
         for consumed in self._consumed.values():
             for consumer in consumed.streams.values():
                 lease = consumer.lease
-                if lease.keys.prefix == order["prefix"] and lease.token == order["token"]:
-                    self._tell_lost(consumer, f"the lease of {order['prefix']} ran out")
+                if lease.keys.prefix == order.prefix and lease.token == order.token:
+                    self._tell_lost(consumer, f"the lease of {order.prefix} ran out")
                     return
 
     def end_releases(self) -> None:

@@ -9,10 +9,11 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .. import fork
-from ..coordination.orders import Closed, Wire
+from ..coordination.orders import Closed, Order, Ready, Wire
 from ..coordination.shared import SharedMemory
 from ..text import logger
 from .control import Control
@@ -78,7 +79,7 @@ def reaps_orphans() -> bool:
 
 
 class _SupervisorWire(Wire):
-    def receive(self):  # type: ignore[no-untyped-def]
+    def receive(self) -> Iterator[Order]:
         try:
             yield from super().receive()
         except Closed:
@@ -113,7 +114,7 @@ def run(settings: WorkerSettings, runner: TaskRunner, fds: Fds) -> None:
     # A process that a body forks must not work with its parent's connections when it comes back out of the body.
     fork.in_child(fork.Turn.WORKERS, control.forked)
     fork.in_child(fork.Turn.WORKERS, executor.forked)
-    wire.send("ready")
+    wire.send(Ready())
     if isinstance(executor, SequentialExecutor):
         Turns(control, executor).run()
     else:

@@ -13,9 +13,10 @@ import functools
 import os
 import selectors
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..clock import mono_s
+from ..coordination.orders import End, Lost, Order, Own, Release, Released, Resume, Revoked, Stop
 from ..coordination.shared import MAX_BATCH, SharedMemory
 from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, StreamTaskError
 from ..queue.acknowledger import Acknowledger
@@ -60,8 +61,8 @@ class Supervisor(Protocol):
     """The supervisor's end of the wire, as the control thread sees it."""
 
     def fileno(self) -> int: ...
-    def receive(self) -> Iterator[dict[str, Any]]: ...
-    def send(self, op: str, **fields: Any) -> None: ...
+    def receive(self) -> Iterator[Order]: ...
+    def send(self, order: Order) -> None: ...
 
 
 class Control:
@@ -111,14 +112,6 @@ class Control:
         self._selector.register(supervisor.fileno(), selectors.EVENT_READ, self._obey)
         # Sockets that get another number whenever they connect anew: of what takes what they bring.
         self._sockets: dict[Callable[[], None], tuple[int, int]] = {}
-        self._orders: dict[str, Callable[..., None]] = {
-            "own": self._own,
-            "release": self._release,
-            "resume": self._resume,
-            "revoked": self._revoked,
-            "stop": self._stop,
-            "end": self._end,
-        }
 
     def forked(self) -> None:
         """In a child that a body has forked: nothing more starts there."""
@@ -217,7 +210,21 @@ class Control:
 
     def _obey(self) -> None:
         for order in self._supervisor.receive():
-            self._orders[order.pop("op")](**order)
+            match order:
+                case Own():
+                    self._own(order)
+                case Release(number):
+                    self._release(number)
+                case Resume(number):
+                    self._resume(number)
+                case Revoked(queue, ids, over):
+                    known = self._revoked_ids[queue]  # the set that the queue's consumers look at
+                    known.update(map(wire.id_bytes, ids))
+                    known.difference_update(map(wire.id_bytes, over))
+                case Stop():
+                    self._stop()
+                case End():
+                    self.over = True
 
     def _drain_wake(self) -> None:
         try:
@@ -268,26 +275,18 @@ class Control:
 
     # Orders of the supervisor
 
-    def _own(
-        self,
-        *,
-        number: int,
-        queue: str,
-        shard: int | str,
-        epoch: int,
-        token: int,
-        shared: bool,
-        by_expiry: bool,
-        incarnation: str,
-    ) -> None:
+    def _own(self, order: Own) -> None:
         from ..coordination.lease import Lease
 
+        number, shard, shared = order.number, order.shard, order.shared
         group = self._settings.consumer.group
-        home = self._queues[queue]
-        keys = home.keys.shard(epoch, shard)
-        lease = Lease(keys, group, incarnation, self._settings.lease_ms, shared, token, 0.0, by_expiry)
-        consumer = ShardConsumer(lease, queue, shard, self._settings.consumer, self._links)
-        consumer.backlog.revoked = self._revoked_ids[queue]
+        home = self._queues[order.queue]
+        keys = home.keys.shard(order.epoch, shard)
+        lease = Lease(
+            keys, group, order.incarnation, self._settings.lease_ms, shared, order.token, 0.0, order.by_expiry
+        )
+        consumer = ShardConsumer(lease, order.queue, shard, self._settings.consumer, self._links)
+        consumer.backlog.revoked = self._revoked_ids[order.queue]
         consumer.backlog.number = number
         if shared:
             consumer.arrivals.room = 0
@@ -297,16 +296,16 @@ class Control:
         if shared:
             self._shared.append(owned)
         self._turn_order.append(owned)
-        log.debug("owns queue=%s shard=%s token=%d", queue, shard, token)
+        log.debug("owns queue=%s shard=%s token=%d", order.queue, shard, order.token)
 
-    def _release(self, *, number: int) -> None:
+    def _release(self, number: int) -> None:
         owned = self._owned.get(number)
         if owned is not None:
             owned.consumer.backlog.closing = True
             owned.consumer.backlog.halted = True
             self.executor.withdraw(owned.consumer.backlog)
 
-    def _resume(self, *, number: int) -> None:
+    def _resume(self, number: int) -> None:
         owned = self._owned.get(number)
         if owned is not None and not self._stopping:
             owned.consumer.backlog.closing = False
@@ -314,15 +313,7 @@ class Control:
     def _stop(self) -> None:
         self._stopping = True
         for number in list(self._owned):
-            self._release(number=number)
-
-    def _end(self) -> None:
-        self.over = True
-
-    def _revoked(self, *, queue: str, ids: list[str], over: list[str]) -> None:
-        known = self._revoked_ids[queue]  # the set that the queue's consumers look at
-        known.update(map(wire.id_bytes, ids))
-        known.difference_update(map(wire.id_bytes, over))
+            self._release(number)
 
     def _forget(self, owned: Owned) -> None:
         self._store_results(owned.consumer)
@@ -343,7 +334,8 @@ class Control:
         )
         owned.consumer.backlog.halted = True
         self._forget(owned)
-        self._supervisor.send("lost", number=owned.number)
+        fence = owned.consumer.fence
+        self._supervisor.send(Lost(owned.number, owned.queue.name, fence.shard, fence.lease.token))
 
     def _suspect(self, owned: Owned) -> None:
         """A call was refused: is the lease another's, or is its record gone (a flush), to be written anew by the keeper?"""
@@ -841,7 +833,7 @@ class Control:
 
     def _handed_over(self, owned: Owned) -> None:
         self._forget(owned)
-        self._supervisor.send("released", number=owned.number)
+        self._supervisor.send(Released(owned.number))
 
     # Results
 

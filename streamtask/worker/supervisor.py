@@ -31,7 +31,19 @@ from ..backoff import delays
 from ..clock import mono_s, wall_ms
 from ..coordination.coordinator import Coordinator, Held, Member, QueueWatch
 from ..coordination.lease import AT_FAULT, OVERRAN, SPARED, join_shared
-from ..coordination.orders import Closed, PatientWire
+from ..coordination.orders import (
+    Closed,
+    End,
+    Lost,
+    Own,
+    PatientWire,
+    Ready,
+    Release,
+    Released,
+    Resume,
+    Revoked,
+    Stop,
+)  # fmt: skip
 from ..coordination.shared import MAX_LEASES, SharedMemory, create_file
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
@@ -102,22 +114,23 @@ class Child(Member):
         self.trust(held, lease.trusted_until)
         self.revoked(held.watch)  # before it runs anything of it
         self.wire.send(
-            "own",
-            number=held.number,
-            queue=held.watch.name,
-            shard=held.shard,
-            epoch=held.watch.epoch,
-            token=lease.token,
-            shared=lease.shared,
-            by_expiry=lease.by_expiry,
-            incarnation=self.incarnation,
+            Own(
+                held.number,
+                held.watch.name,
+                held.shard,
+                held.watch.epoch,
+                lease.token,
+                self.incarnation,
+                shared=lease.shared,
+                by_expiry=lease.by_expiry,
+            )
         )
 
     def release(self, held: Held) -> None:
-        self.wire.send("release", number=held.number)
+        self.wire.send(Release(held.number))
 
     def resume(self, held: Held) -> None:
-        self.wire.send("resume", number=held.number)
+        self.wire.send(Resume(held.number))
 
     def lost(self, held: Held) -> None:
         self.trust(held, 0.0)
@@ -128,11 +141,11 @@ class Child(Member):
 
     def revoked(self, watch: QueueWatch) -> None:
         if watch.revoked != self.told.get(watch.name, set()):
-            self.wire.send_late("revoked", watch.name, lambda: self._newly_revoked(watch))
+            self.wire.send_late(watch.name, lambda: self._newly_revoked(watch))
 
-    def _newly_revoked(self, watch: QueueWatch) -> Mapping[str, Any]:
+    def _newly_revoked(self, watch: QueueWatch) -> Revoked:
         told, self.told[watch.name] = self.told.get(watch.name, set()), watch.revoked
-        return {"queue": watch.name, "ids": list(watch.revoked - told), "over": list(told - watch.revoked)}
+        return Revoked(watch.name, list(watch.revoked - told), list(told - watch.revoked))
 
     def kill(self, why: str) -> None:
         if not self.killed_for:
@@ -291,7 +304,7 @@ class Supervisor:
         for child in self._children:
             if not child.stopping:
                 child.stopping = True
-                child.wire.send("stop")
+                child.wire.send(Stop())
                 for held in child.held.values():
                     child.trust(held, 0.0)
                 if not child.ready:
@@ -469,14 +482,14 @@ class Supervisor:
 
     def _take_messages(self, child: Child) -> None:
         try:
-            for message in child.wire.receive():
-                op = message["op"]
-                if op == "ready":
-                    self._child_ready(child)
-                elif op == "released":
-                    self._child_released(child, message["number"])
-                elif op == "lost":
-                    child.kill("it lost a lease")
+            for order in child.wire.receive():
+                match order:
+                    case Ready():
+                        self._child_ready(child)
+                    case Released(number):
+                        self._child_released(child, number)
+                    case Lost():
+                        child.kill("it lost a lease")
         except Closed:
             child.wire.close()
 
@@ -498,7 +511,7 @@ class Supervisor:
         child.stopping = True
         if child.ends_by is None:
             child.ends_by = mono_s() + END_S
-            child.wire.send("end")
+            child.wire.send(End())
 
     def _reap_children(self) -> None:
         self._follow_check()

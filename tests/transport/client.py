@@ -1,21 +1,20 @@
 """A keeper's client under test: in the test's own process, or, to be killed and stopped, in one of its own.
 
 ``python -m tests.transport.client URL NAME LEASE_MS`` consumes the queue "q", and writes the keeper's pid and each of its
-orders as a line of JSON. With ``fork`` as the last word it has a child that holds its end of the socket.
+orders as a line. With ``fork`` as the last word it has a child that holds its end of the socket.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from streamtask.coordination.keeper import Keeper
 from streamtask.coordination.lease import Lease, join_shared
+from streamtask.coordination.orders import Lost, Order, Own, Release, Resume, Up, to_line
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED, QueueKeys
 from streamtask.redis.link import pack
@@ -48,9 +47,9 @@ class Client:
         self.handover_timeout_s = handover_timeout_s
         self.queue = queue
         self.busy = False
-        self.owned: dict[int, dict[str, Any]] = {}
+        self.owned: dict[int, Own] = {}
         self.asked: set[int] = set()
-        self.seen: list[dict[str, Any]] = []
+        self.seen: list[Order] = []
         self.lost: list[int] = []
         self.shared: Lease | None = None
         self.start()
@@ -67,8 +66,8 @@ class Client:
             last=max(self.owned, default=0),
         )
 
-    def consume(self, owned: Iterable[Mapping[str, Any]] = ()) -> Client:
-        self.keeper.consume(self.queue, 8, owned)
+    def consume(self, owned: Iterable[Own] = ()) -> Client:
+        self.keeper.consume(self.queue, owned)
         return self
 
     def join(self) -> Lease:
@@ -83,20 +82,20 @@ class Client:
         self.keeper.keep(self.shared)
         return self.shared
 
-    def pump(self) -> list[dict[str, Any]]:
+    def pump(self) -> list[Order]:
         orders = self.keeper.orders()
         for order in orders:
-            number = order.get("number")
-            if order["op"] == "own":
-                self.owned = {n: one for n, one in self.owned.items() if one["shard"] != order["shard"]}
-                self.owned[number] = order
-            elif order["op"] == "release":
-                self.asked.add(number)
-            elif order["op"] == "resume":
-                self.asked.discard(number)
-            elif order["op"] == "lost":
-                self.lost.append(self.owned.pop(number)["shard"])
-        self.seen += [order for order in orders if order["op"] != "up"]
+            match order:
+                case Own(number):
+                    self.owned = {n: one for n, one in self.owned.items() if one.shard != order.shard}
+                    self.owned[number] = order
+                case Release(number):
+                    self.asked.add(number)
+                case Resume(number):
+                    self.asked.discard(number)
+                case Lost(number):
+                    self.lost.append(self.owned.pop(number).shard)
+        self.seen += [order for order in orders if not isinstance(order, Up)]
         if not self.busy:
             for number in self.asked & self.owned.keys():
                 del self.owned[number]
@@ -104,20 +103,20 @@ class Client:
             self.asked.clear()
         return orders
 
-    def ops(self) -> list[str]:
-        return [order["op"] for order in self.seen]
+    def said(self) -> list[type]:
+        return [type(order) for order in self.seen]
 
     @property
     def shards(self) -> list[int]:
-        return sorted(order["shard"] for order in self.owned.values())
+        return sorted(order.shard for order in self.owned.values())
 
     def trusted(self) -> dict[int, float]:
         """Until when the keeper vouches for each shard."""
-        return {order["shard"]: self.keeper.trusted[number] for number, order in self.owned.items()}
+        return {order.shard: self.keeper.trusted[number] for number, order in self.owned.items()}
 
     @property
     def tokens(self) -> dict[int, int]:
-        return {order["shard"]: order["token"] for order in self.owned.values()}
+        return {order.shard: order.token for order in self.owned.values()}
 
 
 def main(url: str, name: str, lease_ms: str, *words: str) -> None:
@@ -126,11 +125,11 @@ def main(url: str, name: str, lease_ms: str, *words: str) -> None:
     if "fork" in words and os.fork() == 0:
         time.sleep(60)
         os._exit(0)
-    print(json.dumps({"op": "keeper", "pid": client.keeper.pid}), flush=True)
+    print("keeper", client.keeper.pid, flush=True)
     while True:
         select.select([client.keeper], [], [])
         for order in client.pump():
-            print(json.dumps(order), flush=True)
+            print(to_line(order).decode(), end="", flush=True)
 
 
 if __name__ == "__main__":

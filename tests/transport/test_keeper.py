@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from streamtask.clock import mono_s
+from streamtask.coordination.orders import Lost, LostShared, Order, Own, Resume, from_line
 from streamtask.errors import ConfigError, StreamTaskError
 from streamtask.redis.connection import Broker
 from streamtask.redis.keys import SHARED, expiring
@@ -47,7 +48,7 @@ class Rig:
         spawned = self._stack.enter_context(
             spawn("-m", "tests.transport.client", self.server.url, name, str(lease_ms), *words)
         )
-        spawned.wait_line('"keeper"')
+        spawned.wait_line("keeper")
         return spawned
 
     def close(self) -> None:
@@ -65,7 +66,7 @@ class Rig:
             return condition()
 
         wait_until(
-            pumped, timeout, lambda: str({client.name: (client.shards, client.ops()) for client in self.clients})
+            pumped, timeout, lambda: str({client.name: (client.shards, client.said()) for client in self.clients})
         )
 
     def pass_time(self, seconds: float) -> None:
@@ -127,12 +128,16 @@ def own_rig(own_server: RedisServer) -> Iterator[Rig]:
         yield rig
 
 
-def orders_of(spawned: Spawned) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in spawned.lines]
+LOST = (Lost, LostShared)
+
+
+def orders_of(spawned: Spawned) -> list[Order]:
+    """Behind the keeper's pid."""
+    return [from_line(line.encode()) for line in list(spawned.lines)[1:]]
 
 
 def keeper_of(spawned: Spawned) -> int:
-    return int(orders_of(spawned)[0]["pid"])
+    return int(next(iter(spawned.lines)).split()[1])
 
 
 # A client that dies, stops, or goes away
@@ -178,17 +183,17 @@ def test_who_is_stopped_beyond_the_lease_loses_it(rig_all):
     other = rig_all.client("other").consume()
     other.join()
     rig_all.until(lambda: other.shards == list(range(8)))
-    assert all(order["by_expiry"] for order in other.owned.values())
+    assert all(order.by_expiry for order in other.owned.values())
     rig_all.until(lambda: rig_all.stream_consumers() == ["other"])
     other.busy = True
     stopped.signal(signal.SIGCONT)
-    rig_all.until(lambda: sum(order["op"].startswith("lost") for order in orders_of(stopped)) == 9)
-    owned = {order["number"]: order for order in orders_of(stopped) if order["op"] == "own"}
-    lost = [order for order in orders_of(stopped) if order["op"] == "lost"]
-    assert sorted(order["shard"] for order in lost) == list(range(8))
-    assert all(owned[order["number"]]["token"] == order["token"] for order in lost)
-    shared = next(order for order in orders_of(stopped) if order["op"] == "lost_shared")
-    assert shared["prefix"] == queue_keys().shard(0, SHARED).prefix
+    rig_all.until(lambda: sum(isinstance(order, Lost | LostShared) for order in orders_of(stopped)) == 9)
+    owned = {order.number: order for order in orders_of(stopped) if isinstance(order, Own)}
+    lost = [order for order in orders_of(stopped) if isinstance(order, Lost)]
+    assert sorted(int(order.shard) for order in lost) == list(range(8))
+    assert all(owned[order.number].token == order.token for order in lost)
+    shared = next(order for order in orders_of(stopped) if isinstance(order, LostShared))
+    assert shared.prefix == queue_keys().shard(0, SHARED).prefix
     # It is a member again, and gets its part.
     other.busy = False
     rig_all.until(lambda: rig_all.owners().count("stopped") == 4 and len(other.shards) == 4)
@@ -204,7 +209,7 @@ def test_who_was_stopped_and_not_missed_goes_on(rig):
     client.signal(signal.SIGCONT)
     wait_until(lambda: rig.owners() == ["client"] * 8 and rig.consumers() == ["client"])
     assert [rig.lease(shard)["token"] for shard in range(8)] == before
-    assert not [order for order in orders_of(client) if "lost" in order["op"]]
+    assert not [order for order in orders_of(client) if isinstance(order, Lost | LostShared)]
 
 
 def test_what_the_client_lets_go_of_runs_out(rig):
@@ -216,7 +221,7 @@ def test_what_the_client_lets_go_of_runs_out(rig):
     rig.until(lambda: rig.consumers() == ["client", "other"])
     client.keeper.forget(lease)
     rig.until(lambda: rig.stream_consumers() == ["other"])
-    assert client.ops() == []
+    assert client.said() == []
     # What was forgotten is another lease by now: the new one stays.
     again = client.join()
     assert again.token > lease.token
@@ -279,7 +284,7 @@ def test_cancel_hands_over(rig_all):
     two.busy = False
     rig_all.until(lambda: len(one.shards) == 8, timeout=5)
     assert two.shards == []
-    assert "resume" not in two.ops()
+    assert Resume not in two.said()
     # It may come back, also while it still gives back.
     one.busy = True
     two.consume()
@@ -287,7 +292,7 @@ def test_cancel_hands_over(rig_all):
     one.keeper.cancel("q")
     rig_all.until(lambda: rig_all.members() == ["two"])
     one.consume()
-    rig_all.until(lambda: sorted(rig_all.members()) == ["one", "two"] and one.ops().count("resume") == 8)
+    rig_all.until(lambda: sorted(rig_all.members()) == ["one", "two"] and one.said().count(Resume) == 8)
     one.busy = False
     rig_all.until(lambda: len(one.shards) == len(two.shards) == 4)
 
@@ -309,7 +314,7 @@ def test_shards_that_come_late_are_found_without_being_told(rig):
     rig.until(lambda: rig.redis.pubsub_numsub(queue_keys().channel(GROUP))[0][1] == 1)
     rig.redis.hset(queue_keys().meta, mapping={"epoch": 5, "shards": 2})
     rig.until(lambda: one.shards == [0, 1], timeout=5)
-    assert {order["epoch"] for order in one.owned.values()} == {5}
+    assert {order.epoch for order in one.owned.values()} == {5}
     assert rig.lease(1, epoch=5)["owner"] == "one"
 
 
@@ -321,7 +326,7 @@ def test_a_queue_that_is_made_anew_has_other_shards(rig):
     rig.until(lambda: one.shards == [0, 1])
     rig.until(lambda: [rig.lease(shard)["owner"] for shard in range(4)] == ["one", "one", "", ""])
     make_keyed(rig.broker, 3, epoch=1)
-    rig.until(lambda: one.shards == [0, 1, 2] and {order["epoch"] for order in one.owned.values()} == {1})
+    rig.until(lambda: one.shards == [0, 1, 2] and {order.epoch for order in one.owned.values()} == {1})
 
 
 def test_a_client_that_stays_busy_keeps_its_shards(rig):
@@ -330,7 +335,7 @@ def test_a_client_that_stays_busy_keeps_its_shards(rig):
     rig.until(lambda: len(one.shards) == 8)
     one.busy = True
     two = rig.client("two").consume()
-    rig.until(lambda: one.ops().count("resume") >= 8)
+    rig.until(lambda: one.said().count(Resume) >= 8)
     assert len(one.shards) == 8
     assert two.shards == []
     one.busy = False
@@ -392,14 +397,14 @@ def test_an_outage_moves_nothing(own_rig, proxy):
     wait_until(lambda: own_rig.consumers() == ["one", "three", "two"] and "" not in own_rig.owners())
     own_rig.pass_time(1.5)
     assert [client.tokens for client in (one, two, three)] == before
-    assert not any("lost" in op for client in own_rig.clients for op in client.ops())
+    assert not any(kind in LOST for client in own_rig.clients for kind in client.said())
     # One alone is cut off: its shards are the others'.
     way.refuse()
     way.cut()
     own_rig.until(lambda: len(one.shards) == len(two.shards) == 4)
     own_rig.until(lambda: own_rig.consumers() == ["one", "two"])  # to others it lives a moment longer there
     way.accept()
-    own_rig.until(lambda: three.lost and "lost_shared" in three.ops() and len(three.shards) >= 2)
+    own_rig.until(lambda: three.lost and LostShared in three.said() and len(three.shards) >= 2)
 
 
 def test_a_flush_moves_nothing(rig):
@@ -457,7 +462,7 @@ def test_on_a_cluster(cluster):
         assert [int(client.hget(lease, "token")) for lease in leases] == [before[shard] for shard in range(8)]
         consumers = queue_keys().shard(0, SHARED).consumers(GROUP)
         assert sorted(client.zrange(consumers, 0, -1)) == ["one", "two"]
-        assert [op for client in clients for op in client.ops() if "lost" in op] == []
+        assert [kind for client in clients for kind in client.said() if kind in LOST] == []
     finally:
         for client in clients:
             client.keeper.close()
@@ -612,7 +617,7 @@ def test_another_keeper_goes_on_where_one_died(rig):
     rig.pass_time(3.0)
     assert one.tokens == after
     assert rig.consumers() == ["one"]
-    assert not any("lost" in op for op in one.ops() + two.ops())
+    assert not any(kind in LOST for kind in one.said() + two.said())
 
 
 def test_a_new_keeper_can_be_told_of_shards(rig):
@@ -628,18 +633,18 @@ def test_a_new_keeper_can_be_told_of_shards(rig):
     two = rig.client("two", lease_ms=600)
     wait_until(lambda: rig.owners() == [""] * 8)
     keys = queue_keys().shard(0, 3)
-    rig.redis.hset(keys.lease(GROUP), mapping={"owner": "two", "token": before[next(iter(before))]["token"] + 10**6,
+    rig.redis.hset(keys.lease(GROUP), mapping={"owner": "two", "token": before[next(iter(before))].token + 10**6,
                                                "expires_at": rig.now_ms() + 60_000, "lease_ms": 60_000})  # fmt: skip
-    assert two.ops() == []
+    assert two.said() == []
     one.start()
     rig.clients.append(one)
     one.consume(before.values())
-    numbers = {order["shard"]: number for number, order in before.items()}
+    numbers = {order.shard: number for number, order in before.items()}
     rig.until(lambda: one.lost == [3])
     assert one.keeper.trusted[numbers[3]] == 0.0
     rig.until(lambda: min(one.trusted().values()) > mono_s())
     rig.pass_time(1.0)
-    assert {**one.owned} == {number: order for number, order in before.items() if order["shard"] != 3}
+    assert {**one.owned} == {number: order for number, order in before.items() if order.shard != 3}
     assert rig.owners() == ["one" if shard != 3 else "two" for shard in range(8)]
 
 

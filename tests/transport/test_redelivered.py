@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from kombu import Connection, Message
 
+from streamtask.coordination.orders import Release
 from streamtask.redis.scripts import script
 from streamtask.transport import hooks
 from tests.helpers import wait_until
@@ -137,7 +138,7 @@ def test_a_shard_that_goes_leaves_no_start_mark(kit: Kit, monkeypatch: pytest.Mo
     inbox.channel.received(tag)
     monkeypatch.setattr(hooks, "not_begun", [lambda tags: tags])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session.ownership.keeper(), "orders", lambda: [{"op": "release", "number": shard.backlog.number}])
+        patch.setattr(session.ownership.keeper(), "orders", lambda: [Release(shard.backlog.number)])
         session.receive_orders()
     wait_until(lambda: inbox.drain(0.1) or shards.get(shard.shard) is not shard)
     assert mark() == b"0"

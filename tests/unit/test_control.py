@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from streamtask.clock import mono_s
+from streamtask.coordination.orders import Own
 from streamtask.coordination.shared import SharedMemory, create_file
 from streamtask.queue.backlog import Batch
 from streamtask.queue.queues import Queue
@@ -48,7 +49,7 @@ def control():
 
 def own(control, shard):
     shared = shard == SHARED
-    control._own(number=5, queue="q", shard=shard, epoch=0, token=1, shared=shared, by_expiry=False, incarnation="i")
+    control._own(Own(5, "q", shard, epoch=0, token=1, incarnation="i", shared=shared, by_expiry=False))
     return control._owned[5]
 
 
