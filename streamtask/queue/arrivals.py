@@ -5,7 +5,7 @@ by the dedupe middleware, and put in its place: behind what waits, or into its l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 from zlib import crc32
 
 from ..clock import mono_s, wall_ms
@@ -28,6 +28,7 @@ class Reading(Protocol):
     def end(self) -> None: ...
 
 
+@final
 class Arrivals:
     """See the module."""
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 from ..clock import mono_s, wall_ms
 from ..redis import wire
@@ -104,6 +104,7 @@ class Batch:
         return taken
 
 
+@final
 class Backlog:
     """See the module.
 

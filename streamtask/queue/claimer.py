@@ -5,7 +5,7 @@ anything new, and put in its place. Where Redis itself has lost its last second,
 from __future__ import annotations
 
 from collections.abc import Collection, Container
-from typing import Any
+from typing import Any, final
 
 from ..clock import wall_ms
 from ..redis import commands
@@ -24,6 +24,7 @@ RECOVER_BODIES = 1000
 """Bodies kept when a takeover finds many pending entries; the rest is read again when its turn comes."""
 
 
+@final
 class Claimer:
     """See the module."""
 

@@ -9,6 +9,7 @@ when the lease is no longer the owner's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import final
 
 from ..coordination.lease import Lease
 from .arrivals import Arrivals
@@ -21,6 +22,7 @@ from .rules import ConsumerSettings
 from .settler import Settler
 
 
+@final
 class ShardConsumer:
     """See the module. Used by one thread. ``links``: its connections, which others may share."""
 
@@ -40,11 +42,6 @@ class ShardConsumer:
         """Whether there is anything to settle, write or hand over."""
         backlog = self.backlog
         return bool(backlog.finished or backlog.notes or backlog.dead or backlog.closing)
-
-    def idle(self) -> bool:
-        """Nothing is handed out and nothing is left to write."""
-        backlog = self.backlog
-        return not (backlog.handed or backlog.finished or self.settler.settling or backlog.has_writes())
 
     # Handing out. What talks to Redis comes first, or is undone: an outage in the middle must not lose what was chosen.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import final
 
 from ..errors import DecodeError
 from ..redis import wire
@@ -10,6 +11,7 @@ from .backlog import Backlog
 from .delivery import Dead, Delivery, Entry, Kind, Outcome
 
 
+@final
 class Decoder:
     """Of one owner. What it can't decode is a dead letter."""
 

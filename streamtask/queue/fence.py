@@ -4,7 +4,7 @@ the owner's."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 from ..coordination.lease import Lease
 from ..errors import LeaseLost
@@ -22,6 +22,7 @@ class LinksByKey(Protocol):
     def at(self, key: str) -> Link: ...
 
 
+@final
 class Fence:
     """See the module. ``links``: the consumer's connections; all keys of a shard are on one server."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, final
 
 from ..errors import BrokerUnavailable
 from ..redis import commands, wire
@@ -27,6 +27,7 @@ SENT_S = 3.0
 MOST_SENT = 10_000
 
 
+@final
 class Settler:
     """See the module. ``pack``: the call that acknowledges entries, if that is not ``pack_settle``; ``settled`` is told of the
     entries of a call, with its answer."""
@@ -51,6 +52,11 @@ class Settler:
         """Those of a call that settles."""
         self._pack = pack or self.pack_settle
         self._settled = settled
+
+    def idle(self) -> bool:
+        """Nothing is handed out and nothing is left to write."""
+        backlog = self._backlog
+        return not (backlog.handed or backlog.finished or self.settling or backlog.has_writes())
 
     # Acknowledging
 

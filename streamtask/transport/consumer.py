@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, final
 
 from ..coordination.lease import Lease
 from ..errors import ReplyError
@@ -29,6 +29,7 @@ COLD_S = (0.005, 0.1)
 nothing at all to do waits for a bell, which rings for all of them."""
 
 
+@final
 class StreamConsumer:
     """Of a shard, or of one shared stream. Its parts are those of ``queue.consumer.ShardConsumer``."""
 
@@ -277,11 +278,6 @@ class StreamConsumer:
             or self._unmarked
             or backlog.dead
         )
-
-    def idle(self) -> bool:
-        """Nothing is handed out and nothing is left to write of what has ended."""
-        backlog = self.backlog
-        return not (backlog.handed or backlog.finished or self.settler.settling or backlog.has_writes())
 
     def _pack_settle(self, ids: Sequence[bytes]) -> bytes:
         token, incarnation, group = self.fence.head

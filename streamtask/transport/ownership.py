@@ -311,7 +311,7 @@ class Ownership:
         for number in list(self.releasing):
             consumed, shard = self._numbers[number]
             consumer = consumed.shards[shard]
-            if consumer.backlog.handed or not consumer.idle() or consumer.has_something_to_write():
+            if not consumer.settler.idle() or consumer.has_something_to_write():
                 continue
             self.releasing.discard(number)
             del self._numbers[number]

@@ -200,7 +200,7 @@ class Session:
         except StreamTaskError as exc:
             log.info("a consumer could not be ended now: %s", exc)
             for consumer in consumed.streams.values():
-                if consumer.idle() and not consumer.backlog.handed:
+                if consumer.settler.idle():
                     self.ownership.forget(consumer.lease)  # which runs out
 
     def _end_idle(self, consumed: Consumed) -> None:
@@ -208,7 +208,7 @@ class Session:
         if consumed.in_keeper:
             self.ownership.leave(consumed)  # its channels were never closed
         for priority, consumer in list(consumed.streams.items()):
-            if consumer.backlog.handed or not consumer.idle() or consumer.has_to_flush():
+            if not consumer.settler.idle() or consumer.has_to_flush():
                 continue
             self.ownership.end(consumed, priority)
         if not consumed.streams and not consumed.shards:

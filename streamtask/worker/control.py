@@ -813,7 +813,7 @@ class Control:
         if stored and backlog.finished and not settler.settling and (settle or self._settle_now(backlog)):
             self._acknowledger.send(consumer)
             self._listen(self._acknowledger.link, self._receive_settled)
-        if backlog.closing and consumer.idle() and consumer not in (self._fetcher.asked or ()):
+        if backlog.closing and settler.idle() and consumer not in (self._fetcher.asked or ()):
             self._handed_over(owned)
 
     def _settle_now(self, backlog: Backlog) -> bool:
@@ -844,4 +844,4 @@ class Control:
 
     def idle(self) -> bool:
         """Whether nothing is buffered, running or unwritten; for the supervisor's display."""
-        return all(o.consumer.idle() and not o.consumer.backlog.buffer for o in self._owned.values())
+        return all(o.consumer.settler.idle() and not o.consumer.backlog.buffer for o in self._owned.values())
