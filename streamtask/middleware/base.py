@@ -1,4 +1,4 @@
-"""Middleware: hooks around sending and running, called in the order in which the app names them.
+"""Hooks around sending and running, called in the order in which the app names its middlewares.
 
 ``before_*`` hooks run in that order, ``after_*`` and ``on_*`` hooks in the reverse one, so that middlewares nest. A hook
 that raises in ``before_send`` refuses the call; in ``before_run`` it fails the run as the body would; elsewhere it is
@@ -7,13 +7,11 @@ logged.
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import TEXTS, check, seconds
-from .request import Request
+from ..request import Request
 
 
 @dataclass(slots=True)
@@ -49,19 +47,6 @@ class Middleware:
 
     def on_dead(self, request: Request, reason: str, message: str) -> None:
         """Called when the message has become a dead letter."""
-
-
-class Dedupe(Middleware):
-    """Runs a message once though it was appended twice with one id: by a foreign producer, or after the window in which
-    a produce call is recognised.
-
-    ``ttl``: seconds for which an id is remembered, per group and shard. ``tasks``: names of the tasks; None for all.
-    The first entry that carries an id runs, the others are acknowledged without running. Replayed dead letters run.
-    """
-
-    def __init__(self, *, ttl: float | dt.timedelta = 3600.0, tasks: Iterable[str] | None = None) -> None:
-        self.ttl_ms = int(check("the ttl of Dedupe", seconds(0.1), ttl) * 1000)
-        self.tasks = None if tasks is None else frozenset(check("tasks of Dedupe", TEXTS, tasks))
 
 
 def overriding(middlewares: Iterable[Middleware], hook: str) -> list[Any]:
