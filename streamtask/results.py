@@ -215,7 +215,7 @@ class AsyncResult(Generic[R]):
     """A handle on a sent message. ``id`` is the task id; ``R`` is what its function returns. ``store``: where its result will
     be, or why there will be none."""
 
-    __slots__ = ("_id", "_revoke", "_store", "_text", "stored")
+    __slots__ = ("_id", "_revoke", "_store", "stored")
 
     def __init__(
         self,
@@ -224,8 +224,7 @@ class AsyncResult(Generic[R]):
         revoke: Callable[[str], None] | None = None,
         stored: bool = True,
     ) -> None:
-        self._id = task_id
-        self._text: str | None = None
+        self._id = task_id  # made text when somebody asks for it
         self._store = store
         self._revoke = revoke
         self.stored = stored
@@ -233,9 +232,9 @@ class AsyncResult(Generic[R]):
 
     @property
     def id(self) -> str:
-        if self._text is None:
-            self._text = wire.id_text(self._id)
-        return self._text
+        if isinstance(self._id, bytes):
+            self._id = wire.id_text(self._id)
+        return self._id
 
     def _results(self) -> ResultStore:
         if isinstance(self._store, str):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
+from zlib import crc32
 
 from . import fork
 from .arguments import call_options, item_arguments, many_calls
@@ -81,6 +83,7 @@ class Sender:
         self._async_producer: AsyncProducer | None = None
         self.queues: dict[str, Queue] = {}
         self._revokers: dict[Queue, Callable[[str], None]] = {}
+        self._plain: dict[Sendable, tuple[Queue, int, ResultStore | str, Callable[[str], None]]] = {}
 
     @contextmanager
     def elsewhere(self, pool: Pool, results: ResultStore | None) -> Iterator[None]:
@@ -92,6 +95,7 @@ class Sender:
         finally:
             self.close()
             self.results, self.pool, self.producer, self._async_producer, self.queues, self._revokers = before
+            self._plain = {}
 
     def close(self) -> None:
         """Closes all connections."""
@@ -106,7 +110,7 @@ class Sender:
         found = self.queues.get(name)
         if found is None:
             if len(self.queues) >= MOST_QUEUES:
-                self.queues, self._revokers = {}, {}
+                self.queues, self._revokers, self._plain = {}, {}, {}
             shards = self.settings.queue_shards.get(name, self.settings.shards)
             found = self.queues.setdefault(name, Queue(self.pool, self.settings.namespace, self._app, name, shards))
         return found
@@ -118,13 +122,26 @@ class Sender:
         if self._hooks or not task.is_plain:
             return self.send(task, key, args, kwargs)
         fork.check()
-        queue = self.queues.get(task.options.queue) or self.queue(task.options.queue)
-        if not queue.declared:
+        queue, most, store, revoke = self._plain.get(task) or self._prepare(task)
+        shape = queue.known
+        if shape is None:
             self.producer.declare(queue)
-        message_id = new_id()
-        envelope = self._encode(task, key, message_id, args, kwargs, None)
-        self.producer.append(queue, queue.shard_for(key), envelope)
-        return AsyncResult(message_id, self._store_of(task), self.revoker(queue))
+            shape = queue.shape()
+        message_id = os.urandom(16)  # see new_id
+        if most < 0 or len(envelope := wire.encode(task.name, key, message_id, args, kwargs)) > most:
+            envelope = self._encode(task, key, message_id, args, kwargs, None)
+        self.producer.append(queue, SHARED if key is None else crc32(key) % shape.shards, envelope)
+        return AsyncResult(message_id, store, revoke)
+
+    def _prepare(self, task: Sendable) -> tuple[Queue, int, ResultStore | str, Callable[[str], None]]:
+        """What is the same for all plain messages of a task: queue, most bytes (-1 where another serializer writes them),
+        where their results will be, and what revokes them."""
+        queue = self.queue(task.options.queue)
+        most = self.settings.max_message_bytes if self._serializer(task) == "msgpack" else -1
+        if len(self._plain) >= MOST_QUEUES:
+            self._plain = {}
+        found = self._plain[task] = (queue, most, self._store_of(task), self.revoker(queue))
+        return found
 
     def send(
         self,

@@ -104,6 +104,10 @@ def compile_key(
         raise ConfigError(f"task {name} has no argument {first!r}, which its shard_key names")
     if path:
         source = f"_st_walk({source}, {tuple(path)!r}, {shard_key!r}, _st_name)"
+    if source == first:
+        # An int, as most keys are, without another call.
+        made = f"b'%d' % {first} if _st_type({first}) is _st_int else _st_canonical({first})"
+        return _with_signature(parameters, made, name, {})
     return _with_signature(parameters, f"_st_canonical({source})", name, {})
 
 
@@ -112,6 +116,8 @@ def _with_signature(
 ) -> Callable[..., bytes | None]:
     scope: dict[str, Any] = {
         "_st_canonical": canonical,
+        "_st_int": int,
+        "_st_type": type,
         "_st_need": _need,
         "_st_walk": _walk,
         "_st_name": name,

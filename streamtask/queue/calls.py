@@ -8,8 +8,9 @@ no longer: a repetition that comes later is a second message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from ..backoff import delays
@@ -42,14 +43,15 @@ def _bulk(*parts: str | bytes | int) -> bytes:
 
 
 _NUMBERS = [_bulk(number) for number in range(PAGE)]
+_SIZES = [b"$%d\r\n" % size for size in range(1024)]
 
 
 class Target:
     """One shard as a producer sees it: its keys, its produce ids, and what of its next calls is prepared."""
 
     __slots__ = (
-        "_page",
-        "_single",
+        "_next",
+        "_pages",
         "_tail",
         "batches",
         "calls",
@@ -70,27 +72,31 @@ class Target:
         self.batches = Pages("b")
         self.layout = ""  # of the generations of dedupe ids, as Redis last told it
         self.settings = settings
-        self._single = self.calls.number
-        self._page = (-1, b"")  # a page's number, and the start of its calls
+        self._pages = Pages("p")
+        self._next: Callable[[], tuple[bytes, bytes]] = iter(
+            ()
+        ).__next__  # start and number of a call, one step for threads
         self._tail = _bulk(settings.produce_ttl_ms, settings.max_backlog, wire.MSGPACK)
 
     def pack_append(self, envelope: bytes) -> bytes:
         """``produce.lua`` as bytes, with a produce id of its own: all but id and envelope is prepared once per page."""
-        number = self._single()
-        page = number // PAGE
-        prepared, head = self._page
-        if prepared != page:
-            head = self._prepare(page)
-        return b"".join((head, _NUMBERS[number % PAGE], self._tail, b"$%d\r\n" % len(envelope), envelope, b"\r\n"))
+        try:
+            head, number = self._next()
+        except StopIteration:
+            head, number = self._turn_page()
+        length = len(envelope)
+        size = _SIZES[length] if length < 1024 else b"$%d\r\n" % length
+        return b"".join((head, number, self._tail, size, envelope, b"\r\n"))
 
-    def _prepare(self, page: int) -> bytes:
+    def _turn_page(self) -> tuple[bytes, bytes]:
+        """Where two threads turn it at once, one page stays nearly empty."""
         keys = self.keys
-        seen = keys.seen(self.calls.name(page))
+        seen = keys.seen(self._pages.name(self._pages.number()))
         called = _bulk("EVALSHA", script("produce").sha, 4, keys.state, seen, keys.stream, keys.delayed)
-        head = b"*13\r\n" + called + _bulk(self.epoch)
-        # In one step: another thread may be at another page.
-        self._page = (page, head)
-        return head
+        calls = zip(repeat(b"*13\r\n" + called + _bulk(self.epoch)), _NUMBERS, strict=False)
+        first = next(calls)
+        self._next = calls.__next__
+        return first
 
     def pack_many(self, envelopes: Sequence[bytes]) -> bytes:
         """``produce_many.lua``, with a produce id for the whole batch."""

@@ -15,7 +15,7 @@ from .. import fork
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, QueueFull, ReplyError, StreamTaskError
 from ..redis.keys import SHARED
-from ..redis.link import REPLIES, too_late
+from ..redis.link import REPLIES, Link, too_late
 from ..redis.links import Pool
 from ..redis.scripts import Code
 from ..text import counted, logger
@@ -41,6 +41,15 @@ def new_ids() -> Iterator[bytes]:
 def new_id() -> bytes:
     """A random 16-byte id. Each is asked of the system: what is kept for later would be the same in a copy of this process."""
     return os.urandom(16)
+
+
+def put_away(link: Link, idle: list[Link], exc: BaseException) -> None:
+    """A link whose call has failed."""
+    if isinstance(exc, REPLIES):
+        idle.append(link)
+    else:
+        # It may still owe an answer, which its next user must not read; on a Cluster it may be another node's.
+        link.close()
 
 
 class Producer:
@@ -89,8 +98,18 @@ class Producer:
         try:
             target = self._targets.get((queue, shard)) or self.target(queue, shard)
             packed = target.pack_append(envelope)
-            answer = self._call(target, packed, queue)
-            if type(answer) is bytes or answer == 1:
+            links = target.links
+            try:
+                link = links.pop()
+            except IndexError:
+                link = self.pool.new(target.keys.stream)
+            try:
+                answer = link.call(packed)
+            except BaseException as exc:
+                put_away(link, links, exc)
+                raise
+            links.append(link)
+            if type(answer) is bytes:
                 return
         except (BrokerUnavailable, QueueFull) as exc:
             failure = exc
@@ -284,11 +303,7 @@ class Producer:
                     raise too_late()
             answer = link.call(packed)
         except BaseException as exc:
-            if isinstance(exc, REPLIES):
-                links.append(link)
-            else:
-                # It may still owe an answer, which its next user must not read; on a Cluster it may be another node's.
-                link.close()
+            put_away(link, links, exc)
             raise
         links.append(link)
         return answer

@@ -25,7 +25,8 @@ class Queue:
         self.name = name
         self.shards = shards
         self.keys = QueueKeys(namespace, app, name)
-        self._shape: Shape | None = None
+        self.known: Shape | None = None
+        """What Redis has recorded of it; None where this process has to ask first."""
         self._groups: set[str] = set()  # all that were ever seen: a flush forgets them
 
     def shape(self) -> Shape:
@@ -34,16 +35,16 @@ class Queue:
         Several threads may do so at once, which changes nothing. There is no lock: a signal handler may send its first
         task in the midst of this, and so may a handler of the log, whose own lock another thread holds.
         """
-        return self._shape or self.declare()
+        return self.known or self.declare()
 
     @property
     def declared(self) -> bool:
         """Whether this process knows the queue's shape."""
-        return self._shape is not None
+        return self.known is not None
 
     def forget(self) -> None:
         """Declares again at the next use: after a flush, or when a shard is sealed."""
-        self._shape = None
+        self.known = None
 
     def declare(self, groups: tuple[str, ...] = ()) -> Shape:
         """Records the queue and opens its shards, unless that is done; adds groups to all of them, from the beginning.
@@ -53,7 +54,7 @@ class Queue:
         """
         meta, pool = self.keys.meta, self.pool
         try:
-            if self._shape is None:
+            if self.known is None:
                 self.broker.check_version()
                 self.broker.warn_of_eviction()
             shards, epoch = pool.run("declare_queue", [meta], [self.shards])
@@ -73,14 +74,14 @@ class Queue:
             pool.run("record_queue", [app_queues(self.namespace, self.app)], [self.name])
         except ReplyError as exc:
             raise self.named(exc) from None
-        self._shape = shape
+        self.known = shape
         return shape
 
     def named(self, exc: ReplyError) -> ReplyError:
         """An error of a call of this queue's: where a key is of a wrong type it says which, what Redis' own does not."""
         if exc.code != WRONGTYPE:
             return exc
-        shape = self._shape or Shape(self.shards, 0)
+        shape = self.known or Shape(self.shards, 0)
         shards = [self.shard_keys(shard, shape) for shard in (*range(shape.shards), SHARED)]
         keys = [app_queues(self.namespace, self.app), self.keys.meta]
         keys += [key for one in shards for key in (one.state, one.stream, one.delayed, one.wake)]
@@ -99,7 +100,7 @@ class Queue:
 
     def shard_for(self, key: bytes | None) -> int | str:
         """The shard of a canonical shard key; the shared stream for None."""
-        return SHARED if key is None else shard_of(key, (self._shape or self.shape()).shards)
+        return SHARED if key is None else shard_of(key, (self.known or self.shape()).shards)
 
     def all_shards(self) -> list[int | str]:
         return [*range(self.shape().shards), SHARED]

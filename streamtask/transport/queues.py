@@ -63,10 +63,10 @@ class KombuQueue(Queue):
 
     def after_fork(self) -> None:
         self._opened = set()
-        self._shape = None
+        self.known = None
 
     def _open(self, wanted: set[int | str]) -> Shape:
-        if self._shape is None:
+        if self.known is None:
             self.broker.check_version()
             self.broker.warn_of_eviction()
         named = self._name(0)
@@ -112,15 +112,15 @@ class KombuQueue(Queue):
         return int(self.pool.run("name_queue", names, [self.name, least]))
 
     def _begin(self, shape: Shape) -> None:
-        if self._shape is not None and self._shape.epoch != shape.epoch:
+        if self.known is not None and self.known.epoch != shape.epoch:
             self._opened = set()
-        self._shape = shape
+        self.known = shape
 
     def remove(self, before: int) -> None:
         """Removes the streams of an epoch before that one. Harmless at any time: nothing is of it any more, who still writes to
         it finds out, and what is declared anew has other keys."""
         shards = self.recorded()
-        shape = self._shape
+        shape = self.known
         if not shards or shape is None or shape.epoch >= before:
             return
         self.forget()
@@ -158,10 +158,10 @@ class KombuQueue(Queue):
         if not meta:
             return []
         self._begin(self._shape_of(meta.get(b"shards"), meta.get(b"epoch")))
-        assert self._shape is not None
-        self.keyed = self._shape.shards > 0
+        assert self.known is not None
+        self.keyed = self.known.shards > 0
         self.priorities = _priorities(name[9:] for name in meta if name.startswith(b"priority:"))
-        return [*(shared(priority) for priority in self.priorities), *range(self._shape.shards)]
+        return [*(shared(priority) for priority in self.priorities), *range(self.known.shards)]
 
 
 def _priorities(steps: Iterable[bytes]) -> tuple[int, ...]:
