@@ -15,7 +15,7 @@
     │       └── BrokerOutOfMemory
     ├── BrokerUnavailable        Redis can't be reached
     │   ├── InDoubt              a produce call that can't be repeated any more: it may be stored or not
-    │   ├── AccessRefused        Redis refused the user or password (a ConfigError, too)
+    │   ├── AccessRefused        Redis refused the user or password
     │   └── EmbeddedServerError  the embedded redis-server is missing or did not start
     ├── ReplyError               Redis refused a call with an error that does not pass by itself
     │   └── Misconfigured        its ACL refuses a command or key, or it is a node of a Cluster (a ConfigError, too)
@@ -138,10 +138,10 @@ class InDoubt(BrokerUnavailable):
     it twice."""
 
 
-class AccessRefused(ConfigError, BrokerUnavailable):
+class AccessRefused(BrokerUnavailable):
     """Redis refused the user or password.
 
-    A wrong setting for a call and at a start, which fail at once. A worker that runs waits, as it does for a Redis that is
+    A call, and a start, fail at once: as a rule it is a wrong setting. A worker that runs waits, as it does for a Redis that is
     away: the password is being changed, or a replica that was promoted has not its users yet.
     """
 

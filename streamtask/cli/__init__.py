@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ..errors import ConfigError, ShardCountMismatch, StreamTaskError, UnsupportedServer
+from ..errors import AccessRefused, ConfigError, ShardCountMismatch, StreamTaskError, UnsupportedServer
 from .common import load_app, say
 from .logs import FORMATS, LEVELS, set_up
 
@@ -104,10 +104,9 @@ class LazyGroup(click.Group):
 
 
 def exit_status(exc: StreamTaskError) -> int:
-    """2 for what the caller gave wrongly (URL, app, option), 1 for what is wrong with the thing asked about."""
-    if isinstance(exc, ConfigError) and not isinstance(exc, ShardCountMismatch | UnsupportedServer):
-        return 2
-    return 1
+    """2 for what the caller gave wrongly (URL, password, app, option), 1 for what is wrong with the thing asked about."""
+    wrong = isinstance(exc, ConfigError | AccessRefused) and not isinstance(exc, ShardCountMismatch | UnsupportedServer)
+    return 2 if wrong else 1
 
 
 def _say(ctx: click.Context, message: str) -> None:

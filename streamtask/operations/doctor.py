@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from ..clock import mono_s, wall_ms
-from ..errors import BrokerUnavailable, ConfigError, ReplyError, StreamTaskError
+from ..errors import AccessRefused, BrokerUnavailable, ConfigError, ReplyError, StreamTaskError
 from ..redis import commands
 from ..redis.connection import MIN_VERSION
 from ..redis.keys import expiring, is_shared
@@ -50,7 +50,7 @@ def _check_server(reader: Reader, checks: list[Row]) -> None:
     checks.append(_check_access(reader, link))
     try:
         info = commands.info_fields(link.call(commands.info()))
-    except (ReplyError, ConfigError) as exc:
+    except (ReplyError, AccessRefused) as exc:
         advice = "allow this user INFO: without it version, memory and persistence are unknown"
         checks.append(_check("server", None, f"INFO is refused: {exc}", advice))
     else:
@@ -209,7 +209,7 @@ def _check_scripts(link: Link) -> Row:
         try:
             if link.call(one.pack_load()) != sha:
                 bad.append(f"{one.name}: another digest")
-        except (ReplyError, ConfigError) as exc:
+        except (ReplyError, AccessRefused) as exc:
             bad.append(f"{one.name}: {exc}")
     if bad:
         return _check(
@@ -251,7 +251,7 @@ def _setting(link: Link, name: str) -> str | None:
     """A setting of the server; None if it has none of that name or does not tell."""
     try:
         reply = link.call(commands.setting(name))
-    except (ReplyError, ConfigError):
+    except (ReplyError, AccessRefused):
         return None
     return as_text(reply[1]) if reply else None
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ..app import StreamTask
-from ..errors import ConfigError, ReplyError, StreamTaskError
+from ..errors import AccessRefused, ReplyError, StreamTaskError
 from ..redis import commands
 from ..redis.scripts import script
 from . import dead_letters, doctor
@@ -21,8 +21,8 @@ PURGE_BATCH = 1000
 class Inspector:
     """Reads and changes an app's queues for operators; see the methods. Used by one thread; close it after use.
 
-    ``app``: whose queues. Every method raises ``BrokerUnavailable`` where Redis can't be reached, ``ConfigError`` where
-    it refuses the password, and ``StreamTaskError`` for a queue that is not recorded.
+    ``app``: whose queues. Every method raises ``BrokerUnavailable`` where Redis can't be reached, or refuses the password,
+    and ``StreamTaskError`` for a queue that is not recorded.
     """
 
     def __init__(self, app: StreamTask) -> None:
@@ -79,7 +79,7 @@ class Inspector:
         """What is to be said where Redis' memory limit is reached, else ''; also where INFO is refused."""
         try:
             (answer,) = self.reader.ask([(self.reader.registry, commands.info("memory"))])
-        except (ReplyError, ConfigError):
+        except (ReplyError, AccessRefused):
             return ""
         used = next(check for check in doctor.check_memory(commands.info_fields(answer)) if check["name"] == "memory")
         if used["ok"] is not False:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..clock import mono_s
-from ..errors import BrokerUnavailable, BulkSendError, ConfigError, QueueFull, ReplyError, StreamTaskError
+from ..errors import AccessRefused, BrokerUnavailable, BulkSendError, QueueFull, ReplyError, StreamTaskError
 from ..redis.scripts import Code
 from ..text import counted
 from .calls import Waiting, window_s
@@ -97,7 +97,7 @@ class Bulk:
                 for shards in self._by_node().values():
                     errors += self._round(shards)
             except (BrokerUnavailable, QueueFull) as exc:
-                if isinstance(exc, ConfigError) and not (self.stored or self.unknown):
+                if isinstance(exc, AccessRefused) and not (self.stored or self.unknown):
                     raise
                 errors.append(exc)
                 self.producer.look_again(self.queue)
@@ -136,7 +136,7 @@ class Bulk:
         try:
             answers = self.producer.exchange(key, packed, self._until(shards), lambda: self._prepare_next(shards))
         except BrokerUnavailable as exc:
-            if exc.in_doubt and not isinstance(exc, ConfigError):
+            if exc.in_doubt and not isinstance(exc, AccessRefused):
                 for shard in shards:
                     self.unknown.update(self.prepared[shard][0])
                     self.sent_at.setdefault(shard, tried_at)

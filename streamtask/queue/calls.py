@@ -15,7 +15,7 @@ from typing import Any
 
 from ..backoff import delays
 from ..clock import mono_s
-from ..errors import BrokerUnavailable, ConfigError, InDoubt, QueueFull, StreamTaskError
+from ..errors import AccessRefused, BrokerUnavailable, InDoubt, QueueFull, StreamTaskError
 from ..redis import wire
 from ..redis.keys import ShardKeys
 from ..redis.scripts import Code, as_text, script
@@ -254,8 +254,8 @@ class Waiting:
     def pause(self, error: StreamTaskError, until: float | None = None, window: str = "") -> float:
         """``until``: when the window ends in which a call that is in doubt may be repeated; ``window``: how the setting is
         named that says so."""
-        if isinstance(error, ConfigError):
-            raise error  # a refused password
+        if isinstance(error, AccessRefused):
+            raise error  # waiting does not mend a wrong password
         now = mono_s()
         deadline = self._full_deadline if isinstance(error, QueueFull) else self._deadline
         left = deadline - now

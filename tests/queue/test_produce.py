@@ -16,6 +16,7 @@ import pytest
 
 from streamtask import StreamTask
 from streamtask.errors import (
+    AccessRefused,
     BrokerOutOfMemory,
     BrokerUnavailable,
     BulkSendError,
@@ -868,12 +869,12 @@ def test_an_unreachable_broker_is_said_in_time_without_its_password(make, url):
     assert SECRET not in repr(app)
 
 
-def test_a_wrong_password_is_a_config_error_at_once(redis_server, make):
+def test_a_wrong_password_is_said_at_once(redis_server, make):
     redis_server.config_set(requirepass="right")
     app = make(f"redis://:{SECRET}@127.0.0.1:{redis_server.port}/0")
 
     watch = Starved()
-    with pytest.raises(ConfigError, match="refused the user or password") as caught:
+    with pytest.raises(AccessRefused, match="refused the user or password") as caught:
         app.tasks["keyed"].delay(user=1)
     assert watch.spent < 2
     assert SECRET not in str(caught.value)

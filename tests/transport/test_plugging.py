@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES, get_transport_cls
 
 import streamtask.transport.options as options_module
-from streamtask.errors import ConfigError
+from streamtask.errors import AccessRefused, ConfigError
 from streamtask.transport import Transport
 from streamtask.transport.options import Options, broker_of, options_of
 from tests.fix_redis import RedisServer
@@ -196,7 +196,7 @@ def test_wrong_password(make_kit: Any, redis_server: RedisServer) -> None:
     redis_server.config_set(requirepass="right")
     connection = make_kit(redis_server).connect(f"streamtask://:wrongone@127.0.0.1:{redis_server.port}/0")
     began = time.monotonic()
-    with pytest.raises(ConfigError, match="refused the user or password") as info:
+    with pytest.raises(AccessRefused, match="refused the user or password") as info:
         connection.connect()
     assert "wrongone" not in str(info.value)
     assert time.monotonic() - began < 5

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from redis._parsers import BaseParser
 
-from streamtask.errors import AccessRefused, BrokerOutOfMemory, BrokerUnavailable, Misconfigured, ReplyError
+from streamtask.cli import exit_status
+from streamtask.errors import (
+    AccessRefused,
+    BrokerOutOfMemory,
+    BrokerUnavailable,
+    ConfigError,
+    Misconfigured,
+    ReplyError,
+)
 from streamtask.redis.link import MOVED, translate
 from streamtask.redis.replies import KINDS, Kind, code_of, translate_reply
 from tests.unit.test_docs import rows
@@ -75,3 +83,11 @@ def test_a_sentinel_in_the_place_of_a_redis_is_told() -> None:
         assert isinstance(error, Misconfigured)
         assert "redis://h:26379 keeps no data: of a Sentinel the URL begins with redis+sentinel://" in str(error)
     assert not isinstance(translate_reply("ERR unknown command 'CONFIG'", "redis://h"), Misconfigured)
+
+
+def test_a_refused_password_is_an_outage_and_no_wrong_setting():
+    """Of one kind: else what became of it would follow from which of two clauses stands first."""
+    assert issubclass(AccessRefused, BrokerUnavailable)
+    assert not issubclass(AccessRefused, ConfigError)
+    assert exit_status(AccessRefused("wrong")) == 2
+    assert exit_status(BrokerUnavailable("away")) == 1
