@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from enum import IntEnum
 from inspect import ismethod
-from weakref import WeakMethod
+from types import MethodType
+from weakref import ref
 
 
 class Turn(IntEnum):
@@ -36,17 +37,24 @@ class Turn(IntEnum):
 
 Call = Callable[[], object]
 
-_calls: dict[Turn, dict[Callable[[], Call | None], None]] = {turn: {} for turn in Turn}
+_calls: dict[Turn, dict[object, Callable[[], Call | None]]] = {turn: {} for turn in Turn}
 _pid = os.getpid()
 
 
 def in_child(turn: Turn, call: Call) -> None:
     """It is called in each forked child. What a method is of is not kept alive by that."""
-    calls = _calls[turn]
-    if ismethod(call):
-        calls[WeakMethod(call, lambda gone: calls.pop(gone, None))] = None
-    else:
-        calls[lambda: call] = None
+    calls, key = _calls[turn], object()
+    if not ismethod(call):
+        calls[key] = lambda: call
+        return
+    # No WeakMethod with a callback: one that lives to the end of its process has it called without itself, and says so.
+    function, owner = call.__func__, ref(call.__self__, lambda _: calls.pop(key, None))
+
+    def alive() -> Call | None:
+        holder = owner()
+        return None if holder is None else MethodType(function, holder)
+
+    calls[key] = alive
 
 
 def around(before: Call, in_parent: Call) -> None:
@@ -66,7 +74,7 @@ def _begin_anew() -> None:
     _pid = os.getpid()
     with ExitStack() as stack:  # makes all of its calls, the last one first, whatever one of them raises
         for turn in reversed(Turn):
-            for alive in reversed(_calls[turn].copy()):
+            for alive in reversed(_calls[turn].copy().values()):
                 call = alive()
                 if call is not None:
                     stack.callback(call)

@@ -3,6 +3,8 @@
 import gc
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,21 @@ def test_nothing_is_kept_alive(calls, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: -1)
     fork.check()
     assert seen == ["LOCKS"]
+
+
+def test_what_lives_to_the_end_of_its_process_says_nothing_then():
+    """Python takes a module's names away, and what they stood for, in no order that one could rely upon."""
+    script = """
+from streamtask import fork
+class Kept:
+    def __init__(self):
+        fork.in_child(fork.Turn.LOCKS, self.begin)
+        self.itself = self
+    def begin(self): ...
+kept = Kept()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
 
 
 def test_it_runs_in_a_real_child(calls):
