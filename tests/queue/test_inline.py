@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import datetime as dt
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 
 from streamtask import (
     ConfigError,
+    DecodeError,
     Dedupe,
     EncodeError,
     Ignore,
@@ -105,6 +108,23 @@ def test_what_an_app_or_a_task_accepts_it_accepts_for_itself(redis_server, tmp_p
         ran.clear()
         shutil.rmtree(file, ignore_errors=True)
         app.close()
+
+
+def test_no_app_loads_more_of_a_result_than_plain_values(make, tmp_path):
+    """Whatever its messages may be made of: whoever may write to Redis may write a result."""
+    file = tmp_path / "opened"
+    trusting, strict = make(serializer="pickle", accept_content=["yaml"]), make()
+    for app in (trusting, strict):
+        returned = app.task(lambda: Opened(file), name="return").delay()
+        forged = app.task(lambda: None, name="forged").delay()
+        app.run_until_idle()
+        with pytest.raises(TaskError, match="its result can't be serialised"):
+            returned.get(timeout=1)
+        with contextlib.closing(app.broker.link()) as link:
+            link.command("SET", app.results.key(forged.id), pickle.dumps(Opened(file)))
+        with pytest.raises(DecodeError, match="can't be decoded"):
+            forged.get(timeout=1)
+        assert not file.exists()
 
 
 def test_a_dead_letter_fails_fast_and_says_why(make):
