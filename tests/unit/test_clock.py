@@ -14,7 +14,7 @@ from streamtask.clock import mono_s
 SOURCE = Path(streamtask.__file__).parent
 OTHERS = {
     "clock.py": 1,  # where there is no better one
-    "celery/pools.py": 1,  # what billiard compares with its own
+    "celery/internals.py": 1,  # what billiard compares with its own
     "celery/worker.py": 1,  # an eta as kombu's timers reckon it
     "redis/embedded_guardian.py": 5,  # a program of its own that loads nothing of the package
 }
