@@ -49,10 +49,10 @@ class AsyncProducer:
                     await asyncio.to_thread(call.queue.shape)
                 target = producer.target(call.queue, call.shard)
                 answer = await self._answer(call.next_try(target), producer.until(call))
-                stored = call.outcome(answer)
-                if stored is not None:
-                    return stored
-                error = await asyncio.to_thread(producer.refused, call, answer)
+                outcome = call.outcome(target, answer)
+                if isinstance(outcome, bool):
+                    return outcome
+                error = await asyncio.to_thread(producer.refused, call, outcome)
                 if error is None:
                     continue
             except (BrokerUnavailable, QueueFull) as exc:

@@ -164,33 +164,27 @@ class Bulk:
                 self._upcoming[shard] = self._prepare(shard, self.runs[shard][1])
 
     def _answered(self, shard: int | str, answer: Any) -> StreamTaskError | None:
-        """Takes the answer to a shard's batch: an error that may pass, or raises one that does not."""
-        if isinstance(answer, StreamTaskError):
-            if isinstance(answer, QueueFull):
-                return answer  # what was in doubt still is
-            raise answer
+        """Takes the answer to a shard's batch: returns an error that may pass, or raises one: what was in doubt still is."""
+        stored, refusal = self.producer.target(self.queue, shard).read(answer, shard in self._repeated)
         batch, _ = self.prepared[shard]
         self.sent_at.pop(shard, None)
         self.unknown.difference_update(batch)
-        if answer in (Code.MORE_DUE, Code.FULL):
+        if refusal in (Code.MORE_DUE, Code.FULL):
             # It keeps its id: a try that had no answer may still be on its way.
-            return self.producer.refusal(self.queue, shard, answer)
+            return self.producer.refusal(self.queue, shard, refusal)
         del self.prepared[shard]
-        repeated = shard in self._repeated
         self._repeated.discard(shard)
-        if isinstance(answer, list) and answer[0] == Code.STORED_ALREADY:
-            answer = answer[1] if repeated else Code.STORED_ALREADY
-        if answer > 0:
-            self.stored += batch[:answer]
-            if answer < len(batch):
+        if refusal is None:
+            self.stored += batch[:stored]
+            if stored < len(batch):
                 # The shard had room for a part: the rest is a batch of its own.
-                self.runs[shard][0] = batch[answer:]
+                self.runs[shard][0] = batch[stored:]
             else:
                 self.runs[shard].popleft()
             return None
         # What is wrong may be the epoch, or the ids: nothing that was prepared is right then.
         self._upcoming.pop(shard, None)
-        return self.producer.refusal(self.queue, shard, answer)
+        return self.producer.refusal(self.queue, shard, refusal)
 
     def _until(self, shards: Iterable[int | str]) -> float | None:
         """When the first of these shards that are in doubt may be repeated no more."""

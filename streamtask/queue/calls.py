@@ -15,7 +15,7 @@ from typing import Any
 
 from ..backoff import delays
 from ..clock import mono_s
-from ..errors import AccessRefused, BrokerUnavailable, InDoubt, QueueFull, StreamTaskError
+from ..errors import AccessRefused, BrokerUnavailable, InDoubt, QueueFull, ReplyError, StreamTaskError
 from ..redis import wire
 from ..redis.keys import ShardKeys
 from ..redis.scripts import Code, as_text, script
@@ -163,6 +163,35 @@ class Target:
             ),
         )
 
+    def read(self, answer: Any, ours: bool) -> tuple[int, Code | None]:
+        """What a produce script has answered: how many messages are stored and, where it is none, why. Raises the error that
+        stands in the place of an answer.
+
+        ``ours``: what is said to be stored already was stored by this very call, at an earlier try. Where the next try needs
+        another layout of the dedupe ids, the target has it from then on.
+        """
+        if type(answer) is bytes:  # an entry's id
+            return STORED
+        if isinstance(answer, StreamTaskError):
+            raise answer
+        more = None
+        if type(answer) is list and len(answer) == 2:
+            answer, more = answer
+        if type(answer) is int:
+            if answer > 0:
+                return answer, None
+            if answer == Code.STORED_ALREADY and ours:
+                return (1 if more is None else more), None
+            if answer == Code.SEEN_LAYOUT and more is not None:
+                self.layout = more.decode()
+            if answer in _REFUSALS:
+                return 0, Code(answer)
+        raise ReplyError(f"unexpected answer of a produce script: {answer!r}")
+
+
+STORED = 1, None
+_REFUSALS = frozenset(Code) - {Code.LEASE_LOST}
+
 
 @dataclass(slots=True)
 class Call:
@@ -207,17 +236,22 @@ class Call:
         self.tried_at = mono_s()
         return self.packed
 
-    def outcome(self, answer: Any) -> bool | None:
-        """True: it is stored; False: its dedupe id was before; None: neither."""
-        # An entry id, or a number above 0 from the scripts that have none to tell.
-        if type(answer) is bytes or (type(answer) is int and answer > 0):
+    @property
+    def ours(self) -> bool:
+        """Whether what is said to be stored already was stored by this call."""
+        return self.repeated and self.dedupe is None
+
+    def outcome(self, target: Target, answer: Any) -> bool | Code:
+        """True: it is stored; False: its dedupe id was before; a ``Code``: neither, and why."""
+        _, refusal = target.read(answer, self.ours)
+        if refusal is None:
             return True
-        if answer == Code.STORED_ALREADY and (self.repeated or self.dedupe is not None):
-            return self.dedupe is None
+        if refusal is Code.STORED_ALREADY and self.dedupe is not None:
+            return False
         self.tried_at = None
-        if type(answer) is int:
+        if refusal is not Code.SEEN_LAYOUT:
             self.sent_at = None  # whatever was in doubt: it is not stored
-        return None
+        return refusal
 
     def failed(self, error: StreamTaskError) -> None:
         """The try had no answer. A refusal for want of memory says nothing of the tries before it."""

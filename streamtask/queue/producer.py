@@ -133,10 +133,10 @@ class Producer:
             try:
                 target = self.target(call.queue, call.shard)
                 answer = self._call(target, call.next_try(target), call.queue, self.until(call))
-                stored = call.outcome(answer)
-                if stored is not None:
-                    return stored
-                error = self.refused(call, answer)
+                outcome = call.outcome(target, answer)
+                if isinstance(outcome, bool):
+                    return outcome
+                error = self.refused(call, outcome)
                 if error is None:
                     continue
             except (BrokerUnavailable, QueueFull) as exc:
@@ -159,8 +159,13 @@ class Producer:
                 for call in calls:
                     call.failed(exc)
         for call, answer in zip(calls, answers, strict=True):
-            if answer is None or call.outcome(answer) is None:
-                self.send(call, started=started)
+            if isinstance(answer, StreamTaskError):
+                call.failed(answer)
+            elif answer is not None:
+                target = self.target(call.queue, call.shard)
+                if isinstance(call.outcome(target, answer), bool):
+                    continue
+            self.send(call, started=started)
 
     def exchange(
         self,
@@ -235,12 +240,12 @@ class Producer:
             return Waiting(timeout_s, timeout_s, started)
         return Waiting(self.settings.timeout_s, self.full_timeout_s, started)
 
-    def refused(self, call: Call, answer: Any) -> StreamTaskError | None:
+    def refused(self, call: Call, code: Code) -> StreamTaskError | None:
         """As ``refusal``, of one call."""
-        error = self.refusal(call.queue, call.shard, answer)
-        if answer in (Code.NO_STATE, Code.SEALED, Code.STORED_ALREADY):
+        error = self.refusal(call.queue, call.shard, code)
+        if code in (Code.NO_STATE, Code.SEALED, Code.STORED_ALREADY):
             call.renew()  # what was packed is of another epoch, or has another's id
-            if answer == Code.STORED_ALREADY and call.produce_id is not None:
+            if code == Code.STORED_ALREADY and call.produce_id is not None:
                 call.produce_id = self.ids.take()
         return error
 
@@ -255,38 +260,32 @@ class Producer:
             "produce calls were in use. It has drawn new ones and goes on; nothing was left out"
         )
 
-    def refusal(self, queue: Queue, shard: int | str, answer: Any) -> StreamTaskError | None:
+    def refusal(self, queue: Queue, shard: int | str, code: Code) -> StreamTaskError | None:
         """What a script's refusal means: an error that may pass, or None where the cause is mended already."""
-        if isinstance(answer, list) and answer[0] == Code.SEEN_LAYOUT:
-            self.target(queue, shard).layout = answer[1].decode()
-            return None
-        if answer == Code.STORED_ALREADY:
+        if code == Code.STORED_ALREADY:
             self._is_a_copy()
             return None
-        if answer == Code.MORE_DUE:
-            return None  # the delayed messages that are due go first, some of them with each call
-        if answer == Code.NO_STATE:
+        if code in (Code.MORE_DUE, Code.SEEN_LAYOUT):
+            # The delayed messages that are due go first, some of them with each call; the target knows the layout now.
+            return None
+        if code == Code.NO_STATE:
             # Never opened, or flushed: open it and go on.
             self._forget(queue, shard)
             queue.shape()
             return None
         where = "the shared stream" if shard == SHARED else f"shard {shard}"
-        if answer == Code.FULL:
+        if code == Code.FULL:
             return QueueFull(
                 f"{where} of queue {queue.name!r} holds {counted(self.settings.max_backlog, 'message')}, its max_backlog: "
                 "start more workers, raise max_backlog, or remove a consumer group that nobody serves ('streamtask doctor')"
             )
-        if answer == Code.IDS_FULL:
+        if code == Code.IDS_FULL:
             return QueueFull(
                 f"{where} of queue {queue.name!r} remembers {counted(self.settings.max_dedupe_ids, 'dedupe id')}, the most "
                 "that max_dedupe_ids allows: raise it, or shorten dedupe_ttl"
             )
-        if answer == Code.SEALED:
-            self._forget(queue, shard)
-            return BrokerUnavailable(
-                f"{where} of queue {queue.name!r} is being resharded; the call was repeated in vain"
-            )
-        raise ReplyError(f"unexpected answer of a produce script: {answer!r}")
+        self._forget(queue, shard)  # SEALED
+        return BrokerUnavailable(f"{where} of queue {queue.name!r} is being resharded; the call was repeated in vain")
 
     def _call(self, target: Target, packed: bytes, queue: Queue, until: float | None = None) -> Any:
         """``until``: not to be sent later than that."""

@@ -14,7 +14,7 @@ from ..queue.delivery import Delivery
 from ..queue.producer import Producer
 from ..redis import wire
 from ..redis.keys import SHARED
-from ..redis.scripts import Code, script
+from ..redis.scripts import script
 from . import hooks
 from .message import PRODUCE_ID, REPLACES, SENT, due_ms, encode, key_of
 from .options import Options
@@ -57,9 +57,10 @@ class Retry(KeyedCall):
         )  # fmt: skip
         return script("produce_replacement").pack(names, args)
 
-    def outcome(self, answer: Any) -> bool | None:
-        # 0 also says that another owner has the entry, and runs it again.
-        return True if answer == Code.STORED_ALREADY else Call.outcome(self, answer)
+    @property
+    def ours(self) -> bool:
+        # "Stored already" also says that another owner has the entry, and runs it again.
+        return True
 
 
 PUT_OFF_S = 1.0

@@ -495,12 +495,10 @@ def fill_ids(app, count):
         batch, left = left[:200], left[200:]
         answers = link.pipeline([target.pack_deduped(one, b"x", None, False, one) for one in batch])
         for one, answer in zip(batch, answers, strict=True):
-            if isinstance(answer, list):
-                assert answer[0] == Code.SEEN_LAYOUT
-                app.sender.producer.refusal(queue, 0, answer)
+            stored, refusal = target.read(answer, False)
+            if not stored:
+                assert refusal is Code.SEEN_LAYOUT, answer
                 left.append(one)
-            else:
-                assert type(answer) is bytes, answer
     link.close()
 
 
