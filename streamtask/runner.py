@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from .backoff import retry_delay_s
 from .clock import mono_s, wall_ms
 from .errors import ConfigError, Ignore, Reject, Retry, TimeLimitExceeded
-from .limits import SoftLimitWatch, call_with_alarm, within
 from .middleware import Middleware, overriding
 from .queue.delivery import Delivery, Kind, Outcome
 from .redis import wire
@@ -26,6 +25,7 @@ from .request import Request, here, in_coroutine
 from .results import FAILURE, IGNORED, REVOKED, SUCCESS, ResultStore
 from .task import FINAL, Task, check_retry
 from .text import MOST_LINES, counted, harmless, logger, said, short
+from .worker.limits import SoftLimitWatch, call_with_alarm, within
 from .worker.ports import Ended, Place, goes_on
 
 if TYPE_CHECKING:

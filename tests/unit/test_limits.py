@@ -9,7 +9,7 @@ import pytest
 
 from streamtask.clock import mono_s
 from streamtask.errors import SoftTimeLimitExceeded
-from streamtask.limits import within
+from streamtask.worker.limits import within
 
 
 def run(body, seconds=0.01):

@@ -14,8 +14,8 @@ import types
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, TypeVar
 
-from .clock import mono_s
-from .errors import SoftTimeLimitExceeded
+from ..clock import mono_s
+from ..errors import SoftTimeLimitExceeded
 
 R = TypeVar("R")
 
