@@ -5,7 +5,6 @@
 - **cycles**: no module imports one that imports it, on whatever ways, not even for types. Where a lower room has to know what a
   higher one gives it, a protocol of its own says what that is.
 - **names**: a file, class, method or dotted module that a page, a docstring or a comment names is there.
-- **cycles**: no modules import each other in a circle, not even for the types of annotations.
 - **heads**: the comment at a script's head explains all KEYS and ARGV that its code uses, in order, and what it returns.
 
 Each check answers its findings as lines ``place: what is wrong``. Exit status 1 if there are any.
@@ -289,34 +288,6 @@ def names_that_are_not_there() -> Iterator[str]:
                 yield f"{place}:{line}: {member[1]} has no {member[2]}"
 
 
-# Import cycles
-
-
-def module_of(path: Path) -> str:
-    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def import_cycles() -> Iterator[str]:
-    """Modules that import each other, directly or by way of others; wherever the imports stand."""
-    above = {module_of(path): {module_of(one) for one in imported(path)} for path in sorted(SOURCE.rglob("*.py"))}
-    # A package is imported before what lies in it, and tells nothing about what it imports of that itself.
-    below = {name: {one for one in names if not name.startswith(f"{one}.")} for name, names in above.items()}
-    while True:
-        ends = {name for name, names in below.items() if not names & below.keys()}
-        if not ends:
-            break
-        below = {name: names for name, names in below.items() if name not in ends}
-    while True:  # what merely imports a circle is in none
-        imported_by_some = {one for names in below.values() for one in names}
-        if below.keys() <= imported_by_some:
-            break
-        below = {name: names for name, names in below.items() if name in imported_by_some}
-    for name, names in below.items():
-        circle = sorted(names & below.keys())
-        yield f"{name.replace('.', '/')}: imports {', '.join(circle)}, and is imported by way of that"
-
-
 # Heads of scripts
 
 
@@ -366,7 +337,7 @@ def heads() -> Iterator[str]:
 
 
 def main() -> int:
-    found = [*private_names(), *cycles(), *names_that_are_not_there(), *import_cycles(), *heads()]
+    found = [*private_names(), *cycles(), *names_that_are_not_there(), *heads()]
     for line in found:
         print(line)
     return 1 if found else 0

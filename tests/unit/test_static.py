@@ -113,21 +113,3 @@ def test_a_head_that_does_not_fit_is_found(tmp_path: Path, head: str, body: str)
     assert list(static.head_faults(file)) == []
     file.write_text(f"{head}{body}\n")
     assert list(static.head_faults(file)) != []
-
-
-def test_modules_that_import_each_other_are_found(tree: Any) -> None:
-    """For types alone, too, and by way of a third one; who merely stands above or below them is not named."""
-    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .{} import x\n"
-    tree("streamtask/__init__.py", "def late():\n    from .a import x\n")
-    tree("streamtask/user.py", "from .a import x\n")
-    tree("streamtask/ground.py", "x = 1\n")
-    tree("streamtask/a.py", "from . import b\nfrom .ground import x\n")
-    tree("streamtask/b.py", "from .c import x\n")
-    tree("streamtask/c.py", "x = 1\n")
-    assert list(static.import_cycles()) == []
-    tree("streamtask/c.py", typed.format("a"))
-    assert [line.partition(":")[0] for line in static.import_cycles()] == [
-        "streamtask/a",
-        "streamtask/b",
-        "streamtask/c",
-    ]
