@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from ..queue.rules import ConsumerSettings
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..text import logger
-from .consumed import Consumed
+from .consumed import SHARD_READ, Consumed
 from .consumer import StreamConsumer
 from .options import Options
 from .queues import GROUP, shared
@@ -61,18 +62,16 @@ class Ownership:
         self,
         broker: Broker,
         options: Options,
-        settings: ConsumerSettings,
         links: LinksByKey,
-        incarnation: str,
         consumed: Mapping[str, Consumed],
         touched: Mapping[str, Touched],
         lost: Callable[[StreamConsumer, str | None], None],
     ) -> None:
         self._broker = broker
         self._options = options
-        self.settings = settings
+        self.settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ, max_crashes=options.max_crashes)
         self._links = links
-        self._incarnation = incarnation
+        self._incarnation = uuid.uuid4().hex[:16]
         self._consumed = consumed
         self._touched = touched
         self._tell_lost = lost

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,14 +22,13 @@ from ..errors import BrokerUnavailable, LeaseLost, QueueFull, ReplyError, Stream
 from ..queue.backlog import Batch
 from ..queue.bells import Rang, Streams
 from ..queue.producer import Producer
-from ..queue.rules import ConsumerSettings
 from ..redis import commands, keys
 from ..redis.connection import Broker
 from ..redis.keys import SHARED
 from ..redis.link import LARGE
 from ..redis.links import Admission, Links, Pool
 from ..text import logger
-from .consumed import SHARD_READ, Consumed, Fetched
+from .consumed import Consumed, Fetched
 from .consumer import StreamConsumer
 from .deliveries import Deliveries
 from .fanout import Listener
@@ -59,36 +57,26 @@ class Session:
         self.broker = broker
         self.address = broker.safe_url
         self.options = options
-        self.consumer_settings = ConsumerSettings(group=GROUP, fetch_count=SHARD_READ, max_crashes=options.max_crashes)
         self.admission = Admission()
         self.pool = Pool(broker, self.admission.asked)
         """For calls that need not wait for the lock."""
         self.links = Links(broker, buffer_bytes=LARGE)
         """To the servers of the streams that are consumed; under the lock."""
         self.producer = Producer(options.producer_settings(), self.pool)
-        self.vhost = VHost(options, self.pool, self.is_kept)
+        self.vhost = VHost(options, self.pool, self._is_kept)
         self.publisher = Publisher(self.producer, self.vhost, options, is_cluster=broker.is_cluster)
         self.wakers: weakref.WeakSet[Waker] = weakref.WeakSet()
         """Who may sleep while there is something for them: pollers."""
-        self.begin()
+        self._begin()
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Holds nothing yet: at first, and in a forked child, which must neither write on its parent's sockets nor settle
         what was delivered to its parent."""
         self.lock = threading.RLock()
         self.admission.granted = False
-        self.incarnation = uuid.uuid4().hex[:16]
         self.consumed: dict[str, Consumed] = {}
-        self.ownership = Ownership(
-            self.broker,
-            self.options,
-            self.consumer_settings,
-            self.links,
-            self.incarnation,
-            self.consumed,
-            self.vhost.touched,
-            self._is_lost,
-        )
+        touched = self.vhost.touched
+        self.ownership = Ownership(self.broker, self.options, self.links, self.consumed, touched, self._is_lost)
         self.deliveries = Deliveries(self.lock, self.ownership.receives, self._mark)
         self.epoch = getattr(self, "epoch", 0) + 1
         """Grows when leases were lost: what was delivered before is others' now."""
@@ -99,7 +87,7 @@ class Session:
     def after_fork(self) -> None:
         """In the child: begins anew."""
         self.ownership.close()
-        self.begin()
+        self._begin()
         self.vhost.after_fork()
 
     def look(self) -> None:
@@ -154,7 +142,7 @@ class Session:
 
     def consume(self, name: str, user: Any, *, no_ack: bool = False) -> None:
         """A channel begins to consume a queue. ``no_ack``: it will not acknowledge any."""
-        with self.lock, self.guarded(name):
+        with self.lock, self._guarded(name):
             consumed = self.consumed.get(name) or self._make(name)
             self.consumed[name] = consumed
             consumed.gone = False
@@ -236,7 +224,7 @@ class Session:
     # Errors
 
     @contextmanager
-    def guarded(self, name: str = "") -> Iterator[None]:
+    def _guarded(self, name: str = "") -> Iterator[None]:
         """What follows from an error of a call: a lost connection may have lost replies, a lost lease (of queue ``name``) all
         deliveries."""
         try:
@@ -246,13 +234,13 @@ class Session:
             self._outage()
             raise
         except LeaseLost as exc:
-            self.lost_streams(str(exc), name)
+            self._lost_streams(str(exc), name)
             raise
         except ReplyError as exc:
             if exc.code != "NOGROUP":  # a flush, or the queue was deleted
                 self._outage()
                 raise
-            self.lost_streams(f"a stream is gone: {exc}", name)
+            self._lost_streams(f"a stream is gone: {exc}", name)
             raise LeaseLost(f"a stream of {self.broker.safe_url} is gone: {exc}") from None
 
     def _outage(self) -> None:
@@ -263,7 +251,7 @@ class Session:
             for consumer in consumed.consumers():
                 consumer.claimer.connection_lost()
 
-    def lost_streams(self, why: str, name: str) -> None:
+    def _lost_streams(self, why: str, name: str) -> None:
         """The leases of a queue's shared streams ran out, or their records are gone: what was delivered is others'. Begins
         anew, also with other queues that have met the same. Those whose leases are still ours have lost nothing."""
         lost = self._lost_beside(name)
@@ -275,7 +263,7 @@ class Session:
                 self.ownership.forget(consumer.lease)
             consumed.streams = {}
             consumed.queue.forget()
-        self.say_lost(why)
+        self._say_lost(why)
 
     def _lost_beside(self, name: str) -> set[str]:
         """The other queues of whose shared streams Redis says that a lease is another's; where it can't be asked, the next use
@@ -291,20 +279,20 @@ class Session:
     def lost(self, consumer: StreamConsumer, why: str) -> None:
         """A call was refused: a stream is another's."""
         if consumer.lease.shared:
-            self.lost_streams(why, consumer.queue)
+            self._lost_streams(why, consumer.queue)
         else:
             self.ownership.lost(consumer)
 
     def _is_lost(self, consumer: StreamConsumer, why: str | None) -> None:
         """What the keeper tells of a stream; see ``Ownership``."""
         if consumer.lease.shared:
-            self.lost_streams(why or "", consumer.queue)
+            self._lost_streams(why or "", consumer.queue)
             return
         self.deliveries.forget(consumer)
         if why is not None:
-            self.say_lost(why)
+            self._say_lost(why)
 
-    def say_lost(self, why: str) -> None:
+    def _say_lost(self, why: str) -> None:
         self.epoch += 1
         self.wake()
         log.error("messages that were delivered to this process are others' now: %s", why)
@@ -326,7 +314,7 @@ class Session:
 
     def fetch(self, name: str, most: int) -> list[Fetched]:
         """Up to ``most`` messages of a queue. Raises ``BrokerUnavailable``, ``LeaseLost``."""
-        with self.lock, self.guarded(name):
+        with self.lock, self._guarded(name):
             known = self.consumed.get(name)
             if known is not None and known.rest:
                 return []
@@ -376,7 +364,7 @@ class Session:
         """Tells it from a later one of its number."""
         return self.ownership.stamp()
 
-    def is_kept(self, name: str) -> bool:
+    def _is_kept(self, name: str) -> bool:
         """Whether what is known of a queue is not to be forgotten: something of it is held here, or heard."""
         return name in self.consumed or name in self.listened
 
@@ -438,7 +426,7 @@ class Session:
 
     def start(self, tag: str, hold: bool, here: bool) -> bool:
         """See ``Deliveries.start``."""
-        self.stand_in()  # bodies may follow each other in the thread that does so else
+        self._stand_in()  # bodies may follow each other in the thread that does so else
         return self.deliveries.start(tag, hold, here)
 
     def shutting_down(self) -> None:
@@ -469,7 +457,7 @@ class Session:
         False if the message is another's."""
         try:
             self.flush()  # what ended before it must not be counted with it
-            with self.guarded():
+            with self._guarded():
                 try:
                     consumer.mark(batch)
                 except LeaseLost as exc:
@@ -508,7 +496,7 @@ class Session:
 
     def flush(self) -> None:
         """Writes what has ended. Raises ``BrokerUnavailable``: then it is written later."""
-        with self.lock, self.guarded():
+        with self.lock, self._guarded():
             self.receive_orders()
             for consumed in list(self.consumed.values()):
                 for consumer in list(consumed.consumers()):
@@ -536,7 +524,7 @@ class Session:
 
     def upkeep(self) -> None:
         """What is to be done from time to time: to be called often, costs next to nothing."""
-        self.stand_in()
+        self._stand_in()
         now = mono_s()
         if now < self._upkeep_at:
             return
@@ -554,13 +542,13 @@ class Session:
                 self.vhost.touch(name, touched.expires_ms)
             self._upkeep_at = min(self._upkeep_at, touched.again_at)
 
-    def stand_in(self) -> None:
+    def _stand_in(self) -> None:
         """Renews the leases while the keeper is not there: on a busy machine its start takes longer than a lease lasts. To be
         called often."""
         if not self.ownership.starting or mono_s() < self._renew_at:
             return
         try:
-            with self.lock, self.guarded():
+            with self.lock, self._guarded():
                 self._renew_at = mono_s() + self.options.lease_ms / 3000
                 leases = [c.lease for consumed in self.consumed.values() for c in consumed.consumers()]
                 self.links.pipeline([(lease.key, lease.pack_renew()) for lease in leases])
