@@ -23,11 +23,12 @@ PEERS = ("celery", "dramatiq", "rq", "huey", "arq", "saq", "taskiq", "streaq", "
 CELERY = (
     Contestant("redis", "celery_stock", "Celery on kombu's redis transport", peer=True, options={"broker": "redis"}),
     Contestant("streamtask", "celery_stock", "Celery on our transport", options={"broker": "streamtask"}),
+    Contestant("memory", "celery_stock", "Celery on kombu's memory transport", options={"broker": "memory"}),
 )
 
 
 def celery(python: str, say: Callable[[str], None]) -> list[Contestant]:
-    """Both run by this interpreter, or by one in an environment of their own. Raises ``NotInstalled``."""
+    """All run by this interpreter, or by one in an environment of their own. Raises ``NotInstalled``."""
     if not python:
         say("installing celery")
         python = python_of("celery")

@@ -109,6 +109,14 @@ TARGETS = (
     Target("500 coroutines, 10 ms / asyncio alone", ">=0.85x", ("asleep10", ST, "rate"), ("asleep10", "alone", "rate")),
     Target("Celery drain, -c 1 / redis", ">=1.3x", ("celery_1", ST, "rate"), ("celery_1", "redis", "rate")),
     Target("Celery drain, -c 4 / redis", ">=1.3x", ("celery_4", ST, "rate"), ("celery_4", "redis", "rate")),
+    Target("Celery drain, -c 1 / memory", ">=0.85x", ("celery_1", ST, "rate"), ("celery_1", "memory", "rate")),
+    Target("Celery drain, -c 4 / memory", ">=0.85x", ("celery_4", ST, "rate"), ("celery_4", "memory", "rate")),
+    Target(
+        "Celery, Redis CPU per task, -c 1 / redis",
+        "<=1.0x",
+        ("celery_1", ST, "redis_cpu_us_per_task"),
+        ("celery_1", "redis", "redis_cpu_us_per_task"),
+    ),
     Target(
         "Celery drain, late acks, -c 1 / redis",
         ">=1.3x",

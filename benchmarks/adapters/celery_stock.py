@@ -1,11 +1,19 @@
-"""Celery as it comes, on kombu's redis transport or on ours: all that differs is the scheme of the broker's URL."""
+"""Celery as it comes, on kombu's redis transport, on ours, or on kombu's memory transport: all that differs is the broker's
+URL. Memory is one process's own: there the worker sends itself what it is to run, before it starts."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Callable
+
 from celery import Celery
-from common import BODIES, OPTIONS, URL, Adapter, main, tool
+from common import BODIES, FOLDER, OPTIONS, URL, Adapter, Calls, main, tool
 
 OURS = OPTIONS["broker"] == "streamtask"
+MEMORY = OPTIONS["broker"] == "memory"
+QUEUED = os.path.join(FOLDER, "queued")
 KEYED = bool(OPTIONS.get("keyed"))
 
 if OURS:
@@ -14,7 +22,8 @@ if OURS:
 if KEYED:
     import streamtask.celery  # noqa: F401
 
-app = Celery("bench", broker=URL.replace("redis://", "streamtask://", 1) if OURS else URL)
+BROKER = "memory://" if MEMORY else URL.replace("redis://", "streamtask://", 1) if OURS else URL
+app = Celery("bench", broker=BROKER)
 app.conf.update(
     task_ignore_result=True,
     task_acks_late=bool(OPTIONS.get("late")),
@@ -26,12 +35,35 @@ TASKS = {
 
 
 def worker(processes: int, concurrency: int) -> list[list[str]]:
-    argv = [tool("celery"), "-A", "celery_stock", "worker", "--loglevel", "ERROR"]
-    argv += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-    return [[*argv, "--pool", "prefork", "-c", str(processes)]]
+    argv = ["worker", "--loglevel", "ERROR", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+    argv += ["--pool", "prefork", "-c", str(processes)]
+    if MEMORY:
+        return [[sys.executable, os.path.abspath(__file__), "here", *argv]]
+    return [[tool("celery"), "-A", "celery_stock", *argv]]
 
 
-if __name__ == "__main__":
+def write_down(task: str) -> Callable[[Calls], object]:
+    """For the worker that sends them itself."""
+
+    def write(calls: Calls) -> None:
+        with open(QUEUED, "a") as file:
+            file.writelines(json.dumps([task, args]) + "\n" for args in calls)
+
+    return write
+
+
+def work_here(argv: list[str]) -> None:
+    with open(QUEUED) as file:
+        calls = [json.loads(line) for line in file]
+    os.unlink(QUEUED)
+    for task, args in calls:
+        TASKS[task].delay(*args)
+    app.worker_main(argv)
+
+
+if __name__ == "__main__" and sys.argv[1] == "here":
+    work_here(sys.argv[2:])
+elif __name__ == "__main__":
     main(
         Adapter(
             packages=("celery", "kombu", "redis", "hiredis", *(("msgpack",) if OURS else ())),
@@ -43,6 +75,7 @@ if __name__ == "__main__":
             }
             | ({"keyed": "shard_key='user_id', of 1,000 users; 8 shards; always acknowledged late"} if OURS else {}),
             worker=worker,
-            sender=lambda task: TASKS[task].delay,
+            sender=None if MEMORY else lambda task: TASKS[task].delay,
+            bulk_sender=write_down if MEMORY else None,
         )
     )

@@ -1,4 +1,5 @@
-"""A Celery worker on our transport beside the same worker on kombu's redis transport; keyed tasks beside plain ones."""
+"""A Celery worker on our transport beside the same worker on kombu's redis transport, and on its memory transport, in which no
+message leaves the process; keyed tasks beside plain ones."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ KEYED = {"keyed": True}
 
 
 def with_keyed(contestants: Sequence[Contestant]) -> list[Entry]:
-    return everybody(contestants) + [Entry(one, "keyed", KEYED) for one in called(contestants, "streamtask")]
+    found = [entry for entry in everybody(contestants) if entry.contestant.name != "memory"]
+    return found + [Entry(one, "keyed", KEYED) for one in called(contestants, "streamtask")]
 
 
 def drain_entries(processes: int) -> Callable[[Sequence[Contestant]], list[Entry]]:
@@ -25,7 +27,7 @@ def drain_entries(processes: int) -> Callable[[Sequence[Contestant]], list[Entry
 
     def entries(contestants: Sequence[Contestant]) -> list[Entry]:
         found = [Entry(one, one.name, processes=processes) for one in contestants]
-        found += [Entry(one, f"{one.name}, late", LATE, processes) for one in contestants]
+        found += [Entry(one, f"{one.name}, late", LATE, processes) for one in contestants if one.name != "memory"]
         return found + [Entry(one, "keyed", KEYED, processes) for one in called(contestants, "streamtask")]
 
     return entries
