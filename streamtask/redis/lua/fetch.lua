@@ -44,11 +44,17 @@ for i = 1, streams do
 end
 local now = now_ms()
 local left = tonumber(ARGV[5])
+-- Numbers that are always the same are text: Redis prints a number of Lua's with all its digits, which takes as long as a look.
 
 local function look(stream, state, notes, delayed, wake, requeued)
-  move_due(delayed, stream, now, 500)
+  local due = note_due(state, delayed)
+  if due >= 0 and due <= now then
+    move_due(delayed, stream, now, 500)
+    due = note_due(state, delayed)
+  end
   local again, fresh = {}, {}
-  local ids = left > 0 and redis.call('ZRANGE', requeued, 0, left - 1) or {}
+  local ids = left > 0 and redis.call('ZRANGE', requeued, '0', left - 1) or {}
+  local more = (left <= 0 or #ids == left) and 1 or 0
   for i = 1, #ids do
     redis.call('ZREM', requeued, ids[i])
     local entry = is_pending(stream, ARGV[3], ids[i]) and redis.call('XRANGE', stream, ids[i], ids[i])[1]
@@ -67,8 +73,9 @@ local function look(stream, state, notes, delayed, wake, requeued)
     left = left - #fresh
   end
   local last = #fresh > 0 and fresh[#fresh][1] or last_delivered(stream, ARGV[3])
-  local rung = redis.call('XREVRANGE', wake, '+', '-', 'COUNT', 1)[1]
-  return { last, rung and rung[1] or '0-0', note_due(state, delayed), redis.call('EXISTS', requeued), again, fresh }
+  local rung = redis.call('XREVRANGE', wake, '+', '-', 'COUNT', '1')[1]
+  more = more == 1 and redis.call('EXISTS', requeued) or 0
+  return { last, rung and rung[1] or '0-0', due, more, again, fresh }
 end
 
 local reply = { now, look(KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]) }

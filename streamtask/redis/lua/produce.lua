@@ -12,24 +12,23 @@
 -- ARGV[5] field of the entry: m (msgpack envelope) or j (JSON envelope)
 -- ARGV[6] envelope
 -- Returns: the entry id, 0 if stored already, or a code.
-local call, keys, args = redis.call, KEYS, ARGV
-local open = call('HGET', keys[1], 'open')
-local plain = open == args[1]
+local open = redis.call('HGET', KEYS[1], 'open')
+local plain = open == ARGV[1]
 if open and not plain then
   local epoch, due = open:match('^(%d+) (%d+)$')
-  if epoch == args[1] then
-    local time = call('TIME')
+  if epoch == ARGV[1] then
+    local time = redis.call('TIME')
     plain = tonumber(due) > tonumber(time[1]) * 1000 + tonumber(time[2]) / 1000
   end
 end
-if plain and args[4] == '0' then
+if plain and ARGV[4] == '0' then
   -- SETBIT is refused above maxmemory, and so guards the writes after it. Its '1' is text: Redis prints a number of Lua's
   -- with all its digits.
-  if call('SETBIT', keys[2], args[2], '1') == 1 then
+  if redis.call('SETBIT', KEYS[2], ARGV[2], '1') == 1 then
     return 0 -- STORED_ALREADY
   end
-  call('PEXPIRE', keys[2], args[3])
-  return call('XADD', keys[3], '*', args[5], args[6])
+  redis.call('PEXPIRE', KEYS[2], ARGV[3])
+  return redis.call('XADD', KEYS[3], '*', ARGV[5], ARGV[6])
 end
 --- @include codes
 --- @include admit

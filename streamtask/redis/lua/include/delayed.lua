@@ -9,7 +9,7 @@ end
 
 -- Brings that up to date. Returns when the first falls due, or -1.
 local function note_due(state, delayed)
-  local first = tonumber(redis.call('ZRANGE', delayed, 0, 0, 'WITHSCORES')[2] or '-1')
+  local first = tonumber(redis.call('ZRANGE', delayed, '0', '0', 'WITHSCORES')[2] or '-1')
   local open = not state:find('.shared}', 1, true) and redis.call('HGET', state, 'open')
   local epoch = open and open:match('^%d+')
   local now_open = epoch and first >= 0 and string.format('%s %.0f', epoch, first) or epoch

@@ -3,8 +3,9 @@
 local function other_groups(state, group)
   local others = {}
   local fields = redis.call('HKEYS', state)
+  local own = 'group:' .. group
   for i = 1, #fields do
-    if fields[i]:sub(1, 6) == 'group:' and fields[i]:sub(7) ~= group then
+    if fields[i] ~= own and fields[i]:find('group:', 1, true) == 1 then
       others[#others + 1] = fields[i]:sub(7)
     end
   end
@@ -55,9 +56,9 @@ local function remove_finished(stream, state, group, ids, acked)
   local free = ids
   if #groups > 0 then
     free = needed_by_none(stream, groups, ids)
-  else
+  elseif #ids > 1 then
     local last = ids[#ids]
-    local pending = redis.call('XPENDING', stream, group, '-', '+', 1)
+    local pending = redis.call('XPENDING', stream, group, '-', '+', '1')
     if #pending == 0 or not id_le(pending[1][1], last) then
       local ms, seq = last:match('^(%d+)-(%d+)$')
       if #seq <= 15 then
