@@ -30,6 +30,7 @@ from streamtask.errors import (
 )
 from streamtask.queue.calls import ProducerSettings, Target
 from streamtask.redis import wire
+from streamtask.redis.scripts import Code
 from streamtask.sharding import canonical, shard_of
 from tests.fix_redis import RedisServer, server_binaries
 from tests.helpers import Starved, free_port, spawn, wait_until
@@ -86,6 +87,47 @@ def delayed_count(client):
 
 def evalsha_calls(client):
     return client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
+
+
+# What an answer means
+
+
+@pytest.mark.parametrize(
+    "answer, ours, stored, refusal",
+    [
+        (b"1-0", False, 1, None),
+        (1, False, 1, None),
+        (250, False, 250, None),
+        (0, False, 0, Code.STORED_ALREADY),
+        (0, True, 1, None),
+        ([0, 3], False, 0, Code.STORED_ALREADY),
+        ([0, 3], True, 3, None),
+        ([-5, b"8 1:7"], True, 0, Code.SEEN_LAYOUT),
+        *(
+            (int(code), ours, 0, code)
+            for code in sorted(Code)[:5]
+            if code != Code.SEEN_LAYOUT
+            for ours in (False, True)
+        ),
+    ],
+)
+def test_one_function_reads_what_any_produce_script_answers(redis_server, make, answer, ours, stored, refusal):
+    app = make(redis_server)
+    target = app.sender.producer.target(app.queue("default"), 0)
+
+    assert target.read(answer, ours) == (stored, refusal)
+    assert target.layout == ("8 1:7" if refusal is Code.SEEN_LAYOUT else "")
+
+
+@pytest.mark.parametrize("answer", [Code.LEASE_LOST.value, -99, None, "1-0", [], [1, 2, 3], 1.0])
+def test_what_no_produce_script_answers_is_said(redis_server, make, answer):
+    app = make(redis_server)
+    target = app.sender.producer.target(app.queue("default"), 0)
+
+    with pytest.raises(ReplyError, match="unexpected answer of a produce script"):
+        target.read(answer, False)
+    with pytest.raises(BrokerOutOfMemory, match="full"):
+        target.read(BrokerOutOfMemory("full"), True)
 
 
 def keys_of_shards(shards, count=1):
@@ -484,7 +526,6 @@ def test_room_for_ids_comes_back_when_they_expire(redis_server, make):
 def fill_ids(app, count):
     """Stores ``count`` messages with dedupe ids id0, id1, ... in one shard over one link, 200 a round trip."""
     from streamtask.queue.seen import dedupe_hash
-    from streamtask.redis.scripts import Code
 
     queue = app.queue("default")
     target = app.sender.producer.target(queue, 0)
