@@ -5,6 +5,7 @@
 - **cycles**: no module imports one that imports it, on whatever ways, not even for types. Where a lower room has to know what a
   higher one gives it, a protocol of its own says what that is.
 - **names**: a file, class, method or dotted module that a page, a docstring or a comment names is there.
+- **redis**: commands are spelled in ``redis/`` or in Lua, and whoever holds a connection got it there for a key.
 - **heads**: the comment at a script's head explains all KEYS and ARGV that its code uses, in order, and what it returns.
 
 Each check answers its findings as lines ``place: what is wrong``. Exit status 1 if there are any.
@@ -134,6 +135,40 @@ def cycles() -> Iterator[str]:
     for path, below in graph.items():
         others = ", ".join(sorted(map(module_name, below & graph.keys())))
         yield f"{path.relative_to(ROOT).as_posix()}: in a cycle with {others}"
+
+
+# Commands and connections
+
+SPELLS = {"pack", "command", "pack_command", "execute_command"}
+COMMAND = re.compile(
+    r"X[A-Z]{3,}|H(M?GET|GETALL|SET|DEL|KEYS)|Z(ADD|REM|RANGE\w*|SCORE|CARD)|S(ADD|REM|MEMBERS)|P?SUBSCRIBE|PUBLISH"
+)
+OTHERS_REDIS = {"streamtask/migration/lists.py": "what kombu's own transport has stored, by kombu's client"}
+"""Files that ask a Redis which is not ours."""
+
+
+def redis_elsewhere() -> Iterator[str]:
+    """Where a command is spelled outside of ``redis/``, or a connection is not asked for by a key."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        if path.is_relative_to(SOURCE / "redis") or place in OTHERS_REDIS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                words = node.args
+                if called in SPELLS and words and text_of(words[0]).isupper():
+                    yield f"{place}:{node.lineno}: spells {text_of(words[0])}: redis/commands.py has it, or is to"
+                elif called == "link" and not words and not node.keywords and isinstance(node.func, ast.Attribute):
+                    yield f"{place}:{node.lineno}: takes a connection for no key: redis/links.py holds them"
+                elif called in ("client", "async_client") and not words and isinstance(node.func, ast.Attribute):
+                    yield f"{place}:{node.lineno}: uses redis-py's client: what it asks belongs to redis/"
+            elif isinstance(node, ast.Tuple | ast.List) and node.elts and COMMAND.fullmatch(text_of(node.elts[0])):
+                yield f"{place}:{node.lineno}: spells {text_of(node.elts[0])}: redis/commands.py has it, or is to"
+
+
+def text_of(node: ast.expr) -> str:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 # Names in pages, docstrings and comments
@@ -337,7 +372,7 @@ def heads() -> Iterator[str]:
 
 
 def main() -> int:
-    found = [*private_names(), *cycles(), *names_that_are_not_there(), *heads()]
+    found = [*private_names(), *cycles(), *redis_elsewhere(), *names_that_are_not_there(), *heads()]
     for line in found:
         print(line)
     return 1 if found else 0

@@ -191,6 +191,7 @@ class Coordinator:
         self._selector = selector
         self._beaten = beaten
         self._log = log
+        self._listens = Links(broker, 5.0, idle_s=math.inf)  # beside those, over a connection of its own
         self._news: Link | None = None
         self._subscribed: set[bytes] = set()
         self._next_beat = 0.0
@@ -716,7 +717,7 @@ class Coordinator:
         missing = [watch.channel for watch in self._watches if watch.channel not in self._subscribed]
         if missing:
             if self._news is None:
-                self._news = self._broker.link(timeout_s=5.0)
+                self._news = self._listens.at(self._watches[0].keys.meta)  # whatever server hears of all channels
                 self._news.connect()
                 self._selector.register(self._news, selectors.EVENT_READ, "news")
             self._news.send(commands.subscribe(missing))
@@ -737,7 +738,7 @@ class Coordinator:
                 self._selector.unregister(self._news)
             except (KeyError, ValueError):
                 pass
-            self._news.close()
+            self._listens.close()
             self._news = None
 
     def take_news(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from ..queue.delivery import Delivery
 from ..redis import commands, keys, wire
 from ..redis.connection import Broker
 from ..redis.link import Link
-from ..redis.links import Admission
+from ..redis.links import Admission, Links
 from ..text import logger
 from .message import HEARD, check, decode
 from .options import Options
@@ -54,6 +55,7 @@ class Listener:
         self._options = options
         self._admission = admission
         self._new_tag = new_tag
+        self._links = Links(broker, idle_s=math.inf)
         self._opened: Link | None = None  # most connections listen to nothing
         self._confirmed = False
         self._queues: dict[bytes, set[str]] = {}  # by pattern
@@ -67,7 +69,7 @@ class Listener:
     @property
     def _link(self) -> Link:
         if self._opened is None:
-            self._opened = self._broker.link()
+            self._opened = self._links.at("")  # any server of a Cluster hears all
         return self._opened
 
     @property
@@ -158,4 +160,4 @@ class Listener:
     def close(self) -> None:
         self._queues = {}
         if self._opened is not None:
-            self._opened.close()
+            self._links.close()

@@ -605,8 +605,8 @@ class Control:
                 "found by the audit: %d pending entries that were not held, %d on offer that were not taken queue=%s shard=%s",
                 found, left, owned.queue.name, consumer.fence.shard,
             )  # fmt: skip
-        if in_passing and not owned.queue.broker.is_cluster:  # there it is another server's to say
-            owned.queue.see_groups(consumer.fence.link)
+        if in_passing:
+            owned.queue.see_groups(self._links.at(owned.queue.keys.meta))
         owned.takeover = False
         owned.woken = True
         owned.next_audit = mono_s() + self._settings.audit_s

@@ -113,3 +113,23 @@ def test_a_head_that_does_not_fit_is_found(tmp_path: Path, head: str, body: str)
     assert list(static.head_faults(file)) == []
     file.write_text(f"{head}{body}\n")
     assert list(static.head_faults(file)) != []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'link.command("GET", key)',
+        'pack("XADD", key)',
+        'client.execute_command("PING")',
+        'ends = ("XREVRANGE", key, "+")',
+        "self.broker.link()",
+        "broker.client().get(key)",
+    ],
+)
+def test_a_command_or_a_connection_outside_of_redis_is_found(tree: Any, line: str) -> None:
+    tree("streamtask/redis/commands.py", line + "\n")
+    tree("streamtask/queue/fine.py", "link.call(commands.value(key))\nbroker.link(key)\nlog('INFO')\n")
+    assert list(static.redis_elsewhere()) == []
+    tree("streamtask/queue/wrong.py", line + "\n")
+    (found,) = static.redis_elsewhere()
+    assert found.startswith("streamtask/queue/wrong.py:1: ")
