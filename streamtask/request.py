@@ -118,14 +118,15 @@ class _Here(threading.local):
 here = _Here()
 """What runs in this thread: a delivery, or the one of a batch that ``cells[0]`` names, which is set once a batch."""
 
-in_coroutine: ContextVar[tuple[Any, Any] | None] = ContextVar("streamtask_request", default=None)
+in_coroutine: ContextVar[tuple[Any, ...] | None] = ContextVar("streamtask_request", default=None)
+"""What runs in this coroutine: a delivery and its place, or a batch, its place, and a position there."""
 
 
 def current() -> Request | None:
     """The request of the body that runs here, or None outside of one."""
-    pair = in_coroutine.get()
-    if pair is not None:
-        return Request(*pair)
+    found = in_coroutine.get()
+    if found is not None:
+        return Request(found[0] if len(found) == 2 else found[0].delivery(found[2]), found[1])
     if here.place is None:
         return None
     if here.batch is not None:

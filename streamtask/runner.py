@@ -18,6 +18,7 @@ from .backoff import retry_delay_s
 from .clock import mono_s, wall_ms
 from .errors import ConfigError, Ignore, Reject, Retry, TimeLimitExceeded
 from .middleware import Middleware, overriding
+from .queue.backlog import Batch
 from .queue.delivery import Delivery, Kind, Outcome
 from .redis import wire
 from .redis.links import Prepared
@@ -111,10 +112,16 @@ class Runner:
             return broken(delivery, exc), None
 
     def begin(
-        self, body: Callable[..., Coroutine[Any, Any, Any]], delivery: Delivery, place: Place
+        self,
+        body: Callable[..., Coroutine[Any, Any, Any]],
+        args: list[Any],
+        kwargs: dict[str, Any],
+        batch: Batch,
+        place: Place,
+        position: int,
     ) -> tuple[Coroutine[Any, Any, Any], Any]:
-        in_coroutine.set((delivery, place))
-        coroutine = body(*delivery.args, **delivery.kwargs)
+        in_coroutine.set((batch, place, position))
+        coroutine = body(*args, **kwargs)
         return coroutine, coroutine.send(None)
 
     async def rest(self, delivery: Delivery, place: Place, answer: Any) -> Ended:

@@ -25,17 +25,32 @@ class Acknowledger:
         """The connection, after the first call was sent."""
         self._where = broker.safe_url
         self._asked: deque[ShardConsumer] = deque()  # whose calls are on their way, in order
+        self._unsent: list[bytes] = []
 
-    def send(self, consumer: ShardConsumer) -> None:
-        """Sends the call that settles the first of what a shard has finished; none of its calls is on its way."""
-        self.link = self._links.at(consumer.fence.keys.stream)
+    def ask(self, consumer: ShardConsumer) -> None:
+        """Makes the call that settles the first of what a shard has finished; none of its calls is on its way. It is sent with
+        those of others."""
+        link = self._links.at(consumer.fence.keys.stream)
+        if self._unsent and link is not self.link:
+            self.send()
+        self.link = link
         packed = consumer.settler.begin()
         self._asked.append(consumer)
+        self._unsent.append(packed)
+
+    def send(self) -> bool:
+        """Sends the calls. False if there are none."""
+        if not self._unsent:
+            return False
+        packed = b"".join(self._unsent)
+        self._unsent = []
         self.link.send(packed)
+        return True
 
     def receive(self) -> Iterator[tuple[ShardConsumer, LeaseLost | ReplyError]]:
         """Takes the answers that have come; waits for one. Shows what was refused: that is sent again. Raises
         ``BrokerUnavailable``."""
+        self.send()
         if not self._asked:
             raise BrokerUnavailable(f"Redis at {self._where} closed the connection")
         while self._asked:
@@ -62,6 +77,7 @@ class Acknowledger:
     def drop(self) -> None:
         """Closes the connection. What was not answered is sent again, before anything later."""
         self._links.close()
+        self._unsent = []
         for consumer in self._asked:
             consumer.settler.lost()
         self._asked.clear()

@@ -87,7 +87,8 @@ class Control:
         self.executor: SequentialExecutor | ParallelExecutor
         """Set by who puts both together."""
         # Of ``ack_batch``; with ack="each" one, or one for each executor.
-        self._half = max(settings.consumer.ack_batch // 2, settings.concurrency + settings.consumer.ack_batch // 4)
+        most_ended, concurrency = settings.consumer.ack_batch // 2, settings.concurrency
+        self._half = max(most_ended, concurrency + min(most_ended, concurrency // 2))
         broker = settings.broker
         self._links = Links(broker, broker.timeout_s)
         self._fetcher = Fetcher(broker)
@@ -540,12 +541,14 @@ class Control:
             # A few messages have come after a wait: they start before anything else is done. But not time and again: what
             # comes back at once would keep all others out.
             self._look_at = now
+            self._acknowledge()
             return
         self._offer_again()
         self._make_room()
         self._send_fetch()
         for owned in [o for o in self._owned.values() if o.consumer.has_to_write() or self._outbox]:
             self._write_guarded(owned)
+        self._acknowledge()
 
     def _write_guarded(self, owned: Owned, settle: bool = False) -> None:
         try:
@@ -661,7 +664,8 @@ class Control:
 
     def _batch_of(self, consumer: ShardConsumer, limit: int) -> Batch | None:
         if self._parallel:
-            share = max(1, limit // 2) if len(self._turn_order) > 1 else limit
+            # Of one shard after the other where bodies are short: a call that acknowledges is then of more messages.
+            share = limit if len(self._turn_order) == 1 or self._lying() >= limit else max(1, limit // 2)
             at_once = self._settings.concurrency - self._out()
             return consumer.hand_out_free(share, at_once=at_once, before_mark=self._settle_first)
         self._progress_at = mono_s() + self._settings.ack_interval_s
@@ -763,8 +767,8 @@ class Control:
             while consumer.settler.settling and consumer.backlog.finished:
                 self._receive_settled()
             if consumer.backlog.finished and owned.quiet_until <= mono_s():
-                self._acknowledger.send(consumer)
-                self._listen(self._acknowledger.link, self._receive_settled)
+                self._acknowledger.ask(consumer)
+        self._acknowledge()
 
     # Writing
 
@@ -811,8 +815,7 @@ class Control:
                 self._store_results(consumer)
             self._look_at = mono_s()  # a lane may be open now
         if stored and backlog.finished and not settler.settling and (settle or self._settle_now(backlog)):
-            self._acknowledger.send(consumer)
-            self._listen(self._acknowledger.link, self._receive_settled)
+            self._acknowledger.ask(consumer)  # sent at the end of the turn
         if backlog.closing and settler.idle() and consumer not in (self._fetcher.asked or ()):
             self._handed_over(owned)
 
@@ -822,6 +825,10 @@ class Control:
         if not self.executor.out:
             return True  # nothing runs that could be acknowledged with it
         return mono_s() >= backlog.finished_since + self._settings.ack_interval_s
+
+    def _acknowledge(self) -> None:
+        if self._acknowledger.send():
+            self._listen(self._acknowledger.link, self._receive_settled)
 
     def _receive_settled(self) -> None:
         for consumer, exc in self._acknowledger.receive():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import os
 import sys
 import threading
@@ -12,11 +13,12 @@ from contextvars import Context, copy_context
 from typing import Any
 
 from ..clock import mono_s
+from ..queue.backlog import Batch
 from ..queue.delivery import Delivery, Outcome
 from ..text import logger
 from .ending import end_process
-from .ports import Ended, Place, TaskRunner
-from .running import EXIT_FORKED, REVOKED, UNSTARTED, Running
+from .ports import Ended, Place, TaskRunner, no_limit
+from .running import EXIT_FORKED, REVOKED, UNSTARTED, Running, plain_call
 
 log = logger("streamtask.executor")
 
@@ -80,6 +82,10 @@ class Coroutines:
 
 MANY = 1 << 30
 
+is_cancelled: Callable[[asyncio.Task[None]], Any] = (
+    getattr(asyncio.Task, "cancelling", None) or operator.attrgetter("_must_cancel")  # before Python 3.11
+)
+
 
 class Drivers(Coroutines):
     """Runs what waits in ``running.coroutines``, as long as there are slots.
@@ -98,15 +104,18 @@ class Drivers(Coroutines):
         self._fresh_context = copy_context().copy
         self.forked = False
         self._thread = 0
-        self.loop.run_until_complete(self._count_references())
+        self._tasks.add(asyncio.Task(self._count_references(), loop=self.loop))
+        self.loop.run_forever()
 
     async def _count_references(self) -> None:
-        """How often a task is referred to that nobody has kept."""
+        """How often a task is referred to that nobody has kept but ``_tasks``, as it keeps drivers."""
         task = asyncio.current_task()
+        assert task is not None
         references = sys.getrefcount(task)
         await asyncio.sleep(0)
-        # Of a driver also from ``_tasks``.
-        self._references = min(references, sys.getrefcount(task)) + 1
+        self._references = min(references, sys.getrefcount(task))
+        self._tasks.discard(task)
+        self.loop.stop()
 
     def begin(self) -> None:
         """Has what waits begun, in the loop's thread."""
@@ -146,58 +155,67 @@ class Drivers(Coroutines):
         assert driver is not None
         self._to_begin.discard(driver)
         running, runner, fresh = self._running, self._runner, self._fresh_context
-        getrefcount, cancelling = sys.getrefcount, hasattr(driver, "cancelling")  # Python 3.10 counts none
+        slots, waiting, functions, trusted = running.slots, running.coroutines, running.functions, running.trusted
+        plain, begin, end = runner.plain_async, runner.begin, running.end
+        last: Batch | None = None
+        getrefcount, references = sys.getrefcount, self._references
         while True:
             try:
-                slot = running.slots.pop()
+                slot = slots.pop()
             except IndexError:
                 return  # who gives one back sees to what waits
             try:
-                batch, position = running.coroutines.popleft()
+                batch, position = waiting.popleft()
             except IndexError:
-                running.slots.append(slot)
+                slots.append(slot)
                 return
-            backlog, delivery = batch.backlog, batch.delivery(position)
+            backlog = batch.backlog
             outcome: Outcome | None = None
-            if backlog.halted or mono_s() >= running.trusted[backlog.number]:
+            if backlog.halted or mono_s() >= trusted[backlog.number]:
                 backlog.halted = True
                 outcome = UNSTARTED
-            elif backlog.revoked and delivery.id in backlog.revoked:
+            elif backlog.revoked and batch.delivery(position).id in backlog.revoked:
                 outcome = REVOKED
             else:
-                slot.begin(backlog.number, (delivery.entry_id,))
-                place = Place(backlog.queue, backlog.shard, backlog.lease.token, slot.set_deadline, False)
-                function = runner.plain_async.get(delivery.task)
-                if delivery.note is not None or delivery.headers is not None:
-                    function = None
+                slot.begin(backlog.number, (batch.ids[position],))
+                function, args, kwargs = plain_call(batch.items[position], plain)
                 context = fresh()
                 value: Any = None
                 error: BaseException | None = None
                 try:
                     if function is None:
+                        delivery = batch.delivery(position)
+                        place = Place(backlog.queue, backlog.shard, backlog.lease.token, slot.set_deadline, False)
                         body = runner.arun(delivery, place)
                         awaited = context.run(body.send, None)
                     else:
-                        body, awaited = context.run(runner.begin, function, delivery, place)
+                        if batch is not last:
+                            last = batch
+                            shared_place = Place(backlog.queue, backlog.shard, backlog.lease.token, no_limit, False)
+                        place = shared_place
+                        body, awaited = context.run(begin, function, args, kwargs, batch, place, position)
                 except StopIteration as ended:
                     value = ended.value
                 except BaseException as exc:
                     error = exc
                 else:
                     # It waits, in this task; the others' time has come.
-                    self._most = MANY
-                    self.begin()
+                    if self._most != MANY:
+                        self._most = MANY
+                        self.begin()
                     value, error = yield from _go_on(context, body, awaited)
                 if error is not None:
-                    outcome, error = fresh().run(runner.failed, delivery, place, error), None
+                    outcome, error = fresh().run(runner.failed, batch.delivery(position), place, error), None
                 elif function is None:
                     outcome, result = value
                     if result is not None:
                         batch.results.append((delivery, result))
                 if self.forked:
                     os._exit(EXIT_FORKED)
-            running.end(batch, position, slot, outcome)
-            if getrefcount(driver) > self._references or driver._must_cancel or (cancelling and driver.cancelling()):  # type: ignore[attr-defined]
+            end(batch, position, slot, outcome)
+            if functions:
+                running.freed()
+            if getrefcount(driver) > references or is_cancelled(driver):
                 return
 
 

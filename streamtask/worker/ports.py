@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import AsyncGeneratorType, GeneratorType
 from typing import Any, Protocol
 
+from ..queue.backlog import Batch
 from ..queue.consumer import ShardConsumer
 from ..queue.delivery import Delivery, Outcome
 from ..queue.queues import Queue
@@ -24,6 +25,10 @@ class Place:
     token: int
     set_deadline: Callable[[float], None]
     in_main_thread: bool
+
+
+def no_limit(deadline: float) -> None:
+    """A place's ``set_deadline`` where no limit is."""
 
 
 Ended = tuple[Outcome | None, Prepared | None]
@@ -55,10 +60,16 @@ class TaskRunner(Protocol):
     async def arun(self, delivery: Delivery, place: Place) -> Ended: ...
 
     def begin(
-        self, body: Callable[..., Coroutine[Any, Any, Any]], delivery: Delivery, place: Place
+        self,
+        body: Callable[..., Coroutine[Any, Any, Any]],
+        args: list[Any],
+        kwargs: dict[str, Any],
+        batch: Batch,
+        place: Place,
+        position: int,
     ) -> tuple[Coroutine[Any, Any, Any], Any]:
-        """Begins a plain coroutine function: answers its coroutine, and what that waits for. Raises what the body raises, and
-        ``StopIteration`` where it has ended."""
+        """Begins a plain coroutine function, for the message at a batch's ``position``: answers its coroutine, and what that
+        waits for. Raises what the body raises, and ``StopIteration`` where it has ended."""
 
     async def rest(self, delivery: Delivery, place: Place, answer: Any) -> Ended:
         """Of a plain body that has returned what ``goes_on``."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..clock import mono_s
 from ..coordination.shared import SharedMemory, Slot
 from ..queue.backlog import Backlog, Batch
-from ..queue.delivery import Kind, Outcome
+from ..queue.delivery import Delivery, Entry, Kind, Outcome
 
 SKIPPED = Outcome(Kind.SKIPPED)
 UNSTARTED = Outcome(Kind.UNSTARTED)
@@ -49,8 +50,8 @@ class Running:
         self.tell_at = 0.0
         """... or after this time (monotonic)."""
         self.wake = wake
-        self.freed: Callable[[], None] | None = None
-        """Called where a slot is free again, if bodies of two kinds wait for one."""
+        self.freed: Callable[[], None] = lambda: None
+        """Called where a slot is free again, and bodies of the other kind wait for one."""
 
     def waiting(self) -> int:
         """How many messages wait to begin."""
@@ -65,8 +66,6 @@ class Running:
             batch.odd[position] = outcome
         assert batch.ended is not None
         batch.ended.append(position)
-        if self.freed is not None:
-            self.freed()
         if self.asleep and (len(self.functions) + len(self.coroutines) <= self.low or mono_s() >= self.tell_at):
             self.asleep = False
             self.wake()
@@ -83,3 +82,15 @@ class Running:
                 batch.odd[position] = UNSTARTED
                 assert batch.ended is not None
                 batch.ended.append(position)
+
+
+def plain_call(
+    item: Delivery | Entry, plain: Mapping[str, Callable[..., Any]]
+) -> tuple[Callable[..., Any] | None, list[Any], dict[str, Any]]:
+    """The function to call for a message directly, and with what; None where it needs more than that."""
+    if type(item) is list:
+        task, _, _, args, kwargs, _ = item[1]
+        return plain.get(task), args, kwargs
+    if item.note is None and item.headers is None:  # type: ignore[union-attr]
+        return plain.get(item.task), item.args, item.kwargs  # type: ignore[union-attr]
+    return None, [], {}
