@@ -105,7 +105,7 @@ def evalsha_calls(client):
         ([-5, b"8 1:7"], True, 0, Code.SEEN_LAYOUT),
         *(
             (int(code), ours, 0, code)
-            for code in sorted(Code)[:5]
+            for code in sorted(Code)[:-2]
             if code != Code.SEEN_LAYOUT
             for ours in (False, True)
         ),
