@@ -2,7 +2,7 @@
 file of ``lua/include``.
 
 A call is EVALSHA; a server that does not know the script (a restart, SCRIPT FLUSH) answers NOSCRIPT, upon which
-``connection.Link`` loads it and repeats the call.
+``link.Link`` loads it and repeats the call.
 """
 
 from __future__ import annotations

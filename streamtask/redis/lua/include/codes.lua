@@ -1,4 +1,4 @@
--- What a script answers instead of doing its work. redis/scripts.py turns these numbers into errors.
+-- What a script answers instead of doing its work: `Code` in redis/scripts.py. Each caller says what it means to it.
 local STORED_ALREADY = 0
 local LEASE_LOST = -1
 local NO_STATE = -2 -- the shard's state is not there: never opened, or flushed
