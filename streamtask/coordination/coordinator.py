@@ -1,6 +1,7 @@
 """Keeps the leases of processes, and spreads the shards over them and those of others.
 
-The processes are *members*: a supervisor's children, or the one client of a keeper. In the order of a round:
+The processes are *members*, and what they do with what they own is theirs: who keeps leases for them (a supervisor, a keeper,
+or whatever else starts processes or is one) says by a kind of ``Member`` how each is told. In the order of a round:
 
 1. Say to Redis that the members live, and renew their leases, three times in a lease time.
 2. Compare who owns what with who should (``coordination.assignment``), hand over what is to move, take what is free.
@@ -134,7 +135,7 @@ class Member:
         raise NotImplementedError
 
     def trust(self, held: Held, until: float) -> None:
-        """It may start bodies of a shard until then (monotonic)."""
+        """It may begin with a message of a shard until then (monotonic)."""
         raise NotImplementedError
 
     def revoked(self, watch: QueueWatch) -> None:

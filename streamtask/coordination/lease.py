@@ -20,8 +20,8 @@ they are replaced, and none judges another by its own lease time.
 *A process is heard once for all its shared streams.* What its leases there say is who it is; until when they hold is one
 number for all of them (``QueueKeys.alive``), where a server holds them all: see ``Contact``.
 
-*The keeper is another process than the one that runs tasks*, so that a body that holds the GIL keeps its shard; and it
-renews only while its child is alive and not stopped.
+*Who renews is another process than the owner*, so that one that is busy, or holds the GIL, keeps its shard; and it renews only
+while the owner is alive and not stopped.
 
 Sources: C. Gray, D. Cheriton, "Leases" (SOSP 1989); M. Kleppmann on fencing tokens (2016).
 """

@@ -1,4 +1,4 @@
-"""Which worker processes of a group live, on Redis' clock."""
+"""Which processes of a group live, on Redis' clock."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..redis.scripts import script
 
 @dataclass(slots=True)
 class Membership:
-    """One supervisor's view of a queue's group; ``beat`` refreshes it.
+    """A queue's group as one who keeps leases sees it; ``beat`` refreshes it.
 
-    ``since_ms`` is since when Redis has heard this supervisor without a gap: see ``lease.py`` on outages.
+    ``since_ms`` is since when Redis has heard it without a gap: see ``lease.py`` on outages.
     ``clock_ms`` is what to add to this machine's wall clock to get Redis'.
     """
 
@@ -57,5 +57,5 @@ class Membership:
         return wall_ms() + self.clock_ms
 
     def pack_announce(self, what: str) -> bytes:
-        """Tells the group's other supervisors to look at once."""
+        """Tells all others who keep leases of the group to look at once."""
         return commands.publish(self.keys.channel(self.group), what)

@@ -1,6 +1,6 @@
-"""Memory that a supervisor shares with one child, and a keeper with its client.
+"""Memory that who keeps leases shares with their owner: a supervisor with each child, a keeper with its client.
 
-The supervisor writes until when the child may trust each of its leases; the child writes which entries it runs. So the
+One writes until when each lease may be trusted; the owner writes which entries it runs. So the
 check before a body and the record of a crash cost a store or a load each, no system call.
 
 Layout: a float ``trusted_until`` for each lease; then for each executor slot five 8-byte cells ``[index, count, deadline,
@@ -28,7 +28,7 @@ def _size(slots: int, leases: int) -> int:
 
 
 def create_file(slots: int, leases: int = MAX_LEASES) -> int:
-    """A file descriptor of zeroed memory, to be inherited by the child."""
+    """A file descriptor of zeroed memory, for both processes."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("streamtask")
     else:
@@ -130,7 +130,7 @@ class Slot:
         self.cells[1] = 0
 
     def set_deadline(self, deadline: float) -> None:
-        """When (monotonic) the supervisor ends the process for this body; 0 for never."""
+        """When (monotonic) the process is to be ended for this body; 0 for never."""
         self._floats[2] = deadline
 
     def deadline(self) -> float:

@@ -122,7 +122,7 @@ class QueueKeys:
         return f"{self.namespace}:{{{self._tag}}}:revoked"
 
     def members(self, group: str) -> str:
-        """The live worker processes by the instant (Redis' clock, ms) at which their membership expires."""
+        """The live members by the instant (Redis' clock, ms) at which their membership expires."""
         return f"{self.namespace}:{{{self._tag}}}:members:{segment(group)}"
 
     def member_info(self, group: str) -> str:

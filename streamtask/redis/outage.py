@@ -1,4 +1,4 @@
-"""An outage of Redis, as one part of a worker sees it: how long to wait before the next try, and what has been said of it."""
+"""An outage of Redis, as who waits for its end sees it: how long to wait before the next try, and what was said of it."""
 
 from __future__ import annotations
 
