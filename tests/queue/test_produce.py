@@ -28,7 +28,7 @@ from streamtask.errors import (
     ShardCountMismatch,
     UnsupportedServer,
 )
-from streamtask.queue.calls import ProducerSettings, Target
+from streamtask.queue.calls import Call, ProducerSettings, Target
 from streamtask.redis import wire
 from streamtask.redis.scripts import Code
 from streamtask.sharding import canonical, shard_of
@@ -128,6 +128,20 @@ def test_what_no_produce_script_answers_is_said(redis_server, make, answer):
         target.read(answer, False)
     with pytest.raises(BrokerOutOfMemory, match="full"):
         target.read(BrokerOutOfMemory("full"), True)
+
+
+def test_of_calls_in_one_write_each_goes_on_by_its_own_answer(redis_server, make, monkeypatch):
+    """One is stored; one was refused for want of memory; one's shard has no state, which is mended."""
+    app = make(redis_server)
+    queue, producer = app.queue("default"), app.sender.producer
+    calls = [Call(queue, 0, wire.encode("keyed", b"1", b"%016d" % n, (1,), {"n": n})) for n in range(3)]
+    answers = [b"1-0", BrokerOutOfMemory("full"), Code.NO_STATE.value]
+    monkeypatch.setattr(producer, "exchange", lambda key, packed, until: answers)
+
+    producer.send_together(calls)
+
+    assert numbers(redis_server.client()) == [1, 2]
+    assert [call.sent_at for call in calls] == [None] * 3, "none is in doubt"
 
 
 def keys_of_shards(shards, count=1):
