@@ -132,3 +132,13 @@ def test_python_blocks_compile(name: str) -> None:
     for _, language, code in FENCE.findall(text_of(name)):
         if language in ("python", "py"):
             compile(textwrap.dedent(code), name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def test_the_architecture_names_every_module() -> None:
+    """Whoever has read that page alone knows where to look. Commands are one file each, by their names."""
+    page = text_of("docs/architecture.md")
+    source = ROOT / "streamtask"
+    modules = [path for path in source.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    named = [path.relative_to(source).as_posix() for path in modules if path.relative_to(source).parts[0] != "cli"]
+    assert len(named) > 80
+    assert [name for name in named if f"`{name}`" not in page] == []
