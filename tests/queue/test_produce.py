@@ -537,6 +537,29 @@ def test_room_for_ids_comes_back_when_they_expire(redis_server, make):
     assert dedupe(app, "x", timeout=5).stored
 
 
+def test_threads_that_turn_a_page_at_once_draw_no_id_twice(redis_server, make):
+    app = make(redis_server)
+    target = app.sender.producer.target(app.queue("default"), 0)
+    ready, calls = threading.Barrier(4), []
+
+    def draw():
+        ready.wait()
+        calls.extend([target.pack_append(b"x") for _ in range(2_000)])
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+
+    assert len(calls) == len(set(calls)) == 8_000
+
+
 def fill_ids(app, count):
     """Stores ``count`` messages with dedupe ids id0, id1, ... in one shard over one link, 200 a round trip."""
     from streamtask.queue.seen import dedupe_hash
