@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.helpers import MARK, our_processes, run_folders, wait_until
 
@@ -20,6 +21,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # So does nohup with SIGHUP, which workers are to follow. With a handler here, what the tests start has the default.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("streamtask", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("streamtask")
 
 # Every process that a test starts inherits this, also one that has left our process group and session.
 os.environ[MARK] = f"{os.getpid()}-{os.urandom(8).hex()}"
