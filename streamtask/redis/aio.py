@@ -10,8 +10,9 @@ from redis.exceptions import RedisError
 
 from ..clock import mono_s
 from ..errors import BrokerUnavailable, StreamTaskError
+from . import commands
 from .connection import Broker
-from .link import not_done, pack, too_late, translate
+from .link import not_done, too_late, translate
 
 QUIET_S = 30.0
 """A connection that says nothing for so long may have died without a word."""
@@ -139,7 +140,7 @@ class News:
                     conn = self._client.connection_pool.make_connection()
                     await conn.connect()
                     self._conn, self._task = conn, asyncio.ensure_future(self._listen(conn))
-                await self._conn.send_packed_command([pack("SUBSCRIBE", channel)], check_health=False)
+                await self._conn.send_packed_command([commands.subscribe([channel])], check_health=False)
         except (RedisError, OSError) as exc:
             raise translate(exc, self._where) from None
 
@@ -148,7 +149,7 @@ class News:
         async with self._saying:
             if self._conn is not None and channel not in self.events:
                 with contextlib.suppress(RedisError, OSError):
-                    await self._conn.send_packed_command([pack("UNSUBSCRIBE", channel)], check_health=False)
+                    await self._conn.send_packed_command([commands.unsubscribe([channel])], check_health=False)
 
     async def _listen(self, conn: Any) -> None:
         try:
