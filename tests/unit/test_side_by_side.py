@@ -95,10 +95,12 @@ def test_nothing_waits_behind_a_long_body_while_a_thread_is_free(known):
         wait_until(lambda: len(ran) == rig.sent, 20)
     rig.submit(50)
     held = set(range(known, known + 10 * (CONCURRENCY - 1), 10))
-    wait_until(lambda: set(ran) >= set(range(known, known + 50)) - held, 20, lambda: str(sorted(ran)[-50:]))
-    assert not held & set(ran)
-    assert len(rig.memory.running()) == len(held), "the supervisor sees which bodies run"
-    gate.set()
+    try:
+        wait_until(lambda: set(ran) >= set(range(known, known + 50)) - held, 20, lambda: str(sorted(ran)[-50:]))
+        assert not held & set(ran)
+        assert len(rig.memory.running()) == len(held), "the supervisor sees which bodies run"
+    finally:
+        gate.set()
     wait_until(lambda: len(ran) == rig.sent, 20)
     rig.executor.close()
     assert rig.memory.running() == []
