@@ -201,7 +201,8 @@ class Runner:
     def _refuse(
         self, task: Task[..., Any] | None, delivery: Delivery, place: Place
     ) -> tuple[Outcome | None, Prepared | None] | None:
-        """What becomes of a message that is not to run now, or None."""
+        """What becomes of a message that is not to run now, or None if it is to run. An expired one that is dropped has
+        no outcome, as after success: it is finished, and counted as such."""
         if task is None:
             known = short(", ".join(sorted(self._tasks)) or "none")
             outcome = Outcome(
@@ -229,7 +230,7 @@ class Runner:
         if rate is not None:
             wait = self._rate_wait(task.name, rate)
             if wait > 0:
-                return Outcome(Kind.REQUEUE, delay_s=wait), None
+                return Outcome(Kind.LATER, delay_s=wait), None
         return None
 
     def _rate_wait(self, name: str, rate: float) -> float:

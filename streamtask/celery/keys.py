@@ -1,4 +1,4 @@
-"""The shard key of a call: what a task says of it, and what is written into the message's headers."""
+"""The shard key of a call, as its task says it. ``publish.py`` writes it into the message's headers."""
 
 from __future__ import annotations
 

@@ -646,7 +646,7 @@ class Backlog:
             note.mark = 0
             self.notes.append((delivery.entry_id, note))
             self.let_wait(delivery, max(0.0, outcome.delay_s))
-        elif kind is Kind.REQUEUE:
+        elif kind is Kind.LATER:
             self.let_wait(delivery, outcome.delay_s)
         elif kind is Kind.AGAIN:
             delivery.given_back += 1

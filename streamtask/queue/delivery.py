@@ -67,10 +67,10 @@ class Kind(Enum):
 
     RETRY = "retry"
     """Its body failed: it runs again after a delay, and this counts as an attempt."""
-    REQUEUE = "requeue"
-    """It has not run, and does after a delay; not counted."""
+    LATER = "later"
+    """It has not run (its task's rate), or a Celery worker has given it back: it runs after a delay; not counted."""
     AGAIN = "again"
-    """Its body gave it back: it runs again after a pause that grows; not counted."""
+    """Its body gave it back (``Reject(requeue=True)``): it runs again after a pause that grows; not counted."""
     DEAD = "dead"
     SKIPPED = "skipped"
     """Its lane is closed."""
@@ -80,7 +80,7 @@ class Kind(Enum):
     REVOKED = "revoked"
 
 
-CLOSES = frozenset((Kind.RETRY, Kind.REQUEUE, Kind.AGAIN, Kind.DEAD))
+CLOSES = frozenset((Kind.RETRY, Kind.LATER, Kind.AGAIN, Kind.DEAD))
 """After these the message's key waits."""
 
 

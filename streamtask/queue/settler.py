@@ -85,7 +85,7 @@ class Settler:
         return packed
 
     def end(self, answer: Any) -> None:
-        """Takes the answer. Raises ``LeaseLost``."""
+        """Takes the answer; what ``settle.lua`` counts is not looked at. Raises ``LeaseLost``."""
         self._fence.checked(answer)
         ids, self.settling = self.settling, []
         if self._settled is not None:

@@ -198,7 +198,7 @@ class StreamConsumer:
             self.backlog.lanes.finish(delivery.lane_key)
             self._returned.append(delivery.entry_id)
             return
-        batch.outcomes.append((0, Outcome(Kind.REQUEUE)))
+        batch.outcomes.append((0, Outcome(Kind.LATER)))
         self.backlog.complete_singly(batch)
 
     def put_off(self, batch: Batch, wait_s: float) -> None:

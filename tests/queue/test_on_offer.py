@@ -117,7 +117,7 @@ def test_what_has_ended_is_charged_with_no_later_start(redis_server):
     rig.close()
 
 
-@pytest.mark.parametrize("kind", ["requeue", "unstarted"])
+@pytest.mark.parametrize("kind", ["later", "unstarted"])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_what_did_not_run_is_charged_with_nothing(redis_server, kind, parallel):
     """A process stops as it should: it had put a message off, for its rate limit say, or did not start it any more."""

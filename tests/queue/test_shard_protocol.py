@@ -153,7 +153,7 @@ class ShardMachine(RuleBasedStateMachine):
                 owner.batches.append(batch)
 
     @rule(
-        fates=st.lists(st.sampled_from(["ok", "ok", "ok", "retry", "requeue"]), min_size=4, max_size=4),
+        fates=st.lists(st.sampled_from(["ok", "ok", "ok", "retry", "later"]), min_size=4, max_size=4),
         stop=st.integers(0, 8),
     )
     def run(self, fates: list[str], stop: int) -> None:
