@@ -68,7 +68,7 @@ class Kind(Enum):
     RETRY = "retry"
     """Its body failed: it runs again after a delay, and this counts as an attempt."""
     LATER = "later"
-    """It has not run (its task's rate), or a Celery worker has given it back: it runs after a delay; not counted."""
+    """It has not run (its task's rate), or a Celery worker has given it back: it runs after a delay, if any; not counted."""
     AGAIN = "again"
     """Its body gave it back (``Reject(requeue=True)``): it runs again after a pause that grows; not counted."""
     DEAD = "dead"
