@@ -141,15 +141,15 @@ class Drivers(Coroutines):
         self._to_begin.discard(driver)  # where somebody has cancelled it before it could
         self.begin()
 
-    @types.coroutine
-    def _drive(self) -> Generator[Any, Any, None]:
+    async def _drive(self) -> None:
         try:
-            yield from self._run_bodies()
+            await self._run_bodies()
         except GeneratorExit:
             raise
         except BaseException:
             end_process("a driver of coroutines")  # the event loop would go on, and never end its message
 
+    @types.coroutine
     def _run_bodies(self) -> Generator[Any, Any, None]:
         driver = asyncio.current_task()
         assert driver is not None
