@@ -8,6 +8,7 @@ from celery import chain, group
 from tests.celery.checker import check
 from tests.celery.rig import Load
 from tests.helpers import wait_until
+from tests.parts import sampled
 
 
 @pytest.mark.quick
@@ -164,7 +165,7 @@ def test_a_canvas_of_keyed_tasks(own_server, site):
     assert s.check().repeated == []
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+@pytest.mark.parametrize("pool", sampled(["prefork", "threads", "solo"], "prefork", "threads"))
 def test_shards_move_though_long_bodies_wait_in_the_worker(own_server, site, pool):
     """What a worker has fetched and not begun goes with its shard: only running bodies are waited for."""
     s = site(own_server, {"worker_prefetch_multiplier": 20}, shards=2, handover_timeout=1)

@@ -28,7 +28,7 @@ def refuser(own_server_all, site, request):
 
 
 @pytest.mark.old_redis("BUSY", "MISCONF", "OOM")
-@pytest.mark.parametrize("code", sampled(FAULTS, "OOM", "MISCONF", "LOADING", "NOPERM"))
+@pytest.mark.parametrize("code", sampled(FAULTS, "MISCONF", "NOPERM"))
 def test_a_celery_worker_outlives_it(refuser, code):
     server, site, conf = refuser
     worker = site.worker("threads", 2, **conf)
