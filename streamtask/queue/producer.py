@@ -184,9 +184,13 @@ class Producer:
                 if until is not None and mono_s() > until:
                     raise too_late()
                 sent = True
-                link.send(b"".join(packed))
-                meanwhile()
-                return link.answers(packed)
+                try:
+                    link.send(b"".join(packed))
+                    meanwhile()
+                    return link.answers(packed)
+                except BaseException:
+                    link.close()  # what it still has to say is nobody's
+                    raise
         except BrokerUnavailable as exc:
             # Where one of them was refused, the others may have been done.
             exc.in_doubt = exc.in_doubt or (sent and len(packed) > 1)
