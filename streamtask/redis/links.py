@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 from .. import fork
@@ -153,8 +153,9 @@ class Pool:
     def close(self) -> None:
         """Closes those that nobody uses."""
         for idle in list(self._idle.values()):
-            while idle:
-                idle.pop().close()
+            with suppress(IndexError):  # of what lay there a moment ago, another thread may have taken the last
+                while True:
+                    idle.pop().close()
 
 
 class Admission:
