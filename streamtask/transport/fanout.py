@@ -160,4 +160,4 @@ class Listener:
     def close(self) -> None:
         self._queues = {}
         if self._opened is not None:
-            self._links.close()
+            self._opened.close()  # by itself: on a Cluster ``_links`` knows it no longer once it was closed

@@ -62,6 +62,21 @@ def test_fanout_on_a_cluster(redis_cluster: RedisCluster, make_kit: Any) -> None
     assert inbox.take()[0].payload == "x"
 
 
+def test_a_subscription_on_a_cluster_ends_each_time(redis_cluster: RedisCluster, make_kit: Any) -> None:
+    from kombu import Consumer, Exchange, Queue
+
+    channel = make_kit(redis_cluster).connect(url_of(redis_cluster)).channel()
+    queue = Queue("one", Exchange("f", type="fanout"))(channel)
+    queue.declare()
+    heard = lambda: sum(node.client().pubsub_numpat() for node in redis_cluster.nodes)  # noqa: E731
+    for _ in range(2):
+        consumer = Consumer(channel, queue, no_ack=True, on_message=print)
+        consumer.consume()
+        assert heard() > 0
+        consumer.cancel()
+        wait_until(lambda: heard() == 0, 5, "somebody listens still")
+
+
 @pytest.fixture
 def app(redis_cluster: RedisCluster) -> Iterator[StreamTask]:
     """An app of streamtask's own with a task ``keyed``."""
