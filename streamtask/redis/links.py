@@ -105,7 +105,11 @@ class Pool:
 
     def idle(self, key: str) -> list[Link]:
         """Those that nobody uses of the server that holds a key; for who takes one itself, and puts it back."""
-        return self._idle.setdefault(self.broker.node(key), [])
+        try:
+            node = self.broker.node(key)
+        except BrokerUnavailable as exc:
+            raise not_done(exc) from None
+        return self._idle.setdefault(node, [])
 
     def new(self, key: str) -> Link:
         """One to the server that holds a key, for who found none."""

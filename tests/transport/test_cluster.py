@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from kombu import Connection
 
 from streamtask import StreamTask
-from streamtask.errors import ConfigError
+from streamtask.errors import BrokerUnavailable, BulkSendError, ConfigError
+from streamtask.redis import commands
+from streamtask.redis.cluster import SLOTS_S
 from tests.helpers import free_port, wait_until
 from tests.transport.fix_servers import RedisCluster
 from tests.transport.kit import Inbox, Kit, publish
@@ -297,3 +300,18 @@ def test_a_url_of_one_server_that_is_a_clusters_node(redis_cluster: RedisCluster
     )
     with pytest.raises(ConfigError, match="redis\\+cluster://"):
         make_kit(redis_cluster).channel().queue_declare(elsewhere)
+
+
+def test_what_was_never_sent_is_not_in_doubt(redis_cluster: RedisCluster, app: StreamTask) -> None:
+    """Where the Cluster can't even be asked which node has a shard."""
+    task, pool = app.tasks["keyed"], app.sender.producer.pool
+    task.send_many([{"user": n} for n in range(30)])
+    for node in redis_cluster.nodes:
+        node.kill()
+    with pytest.raises(BrokerUnavailable):
+        pool.call("k", commands.PING)  # from now on it is to be asked
+    pool.close()
+    time.sleep(2 * SLOTS_S)
+    with pytest.raises(BulkSendError) as caught:
+        task.send_many([{"user": n} for n in range(30)], timeout=2)
+    assert (caught.value.stored, caught.value.unknown) == ([], [])
