@@ -130,11 +130,13 @@ class Pool:
             with self._around():
                 yield link
         except BaseException as exc:
-            if not isinstance(exc, (*REPLIES, ConfigError)):
-                link.close()  # it may still owe an answer, which its next user must not read
+            if isinstance(exc, (*REPLIES, ConfigError)):
+                idle.append(link)
+            else:
+                # It may still owe an answer, which its next user must not read; on a Cluster it may be another node's.
+                link.close()
             raise
-        finally:
-            idle.append(link)
+        idle.append(link)
 
     def once_more(self, do: Callable[[Link], T], key: str) -> T:
         """A call over a connection that may be stale; for what may be repeated."""
