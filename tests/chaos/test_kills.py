@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.helpers import wait_until
+from tests.worker.rig import TASKS
 
 SEED = int(os.environ.get("STREAMTASK_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
 
@@ -87,6 +88,35 @@ def run(site, kinds, processes, concurrency, rounds):
 @pytest.mark.quick
 def test_worker_processes_die(own_server_all, site):
     run(site(own_server_all, max_crashes=50), ["process"], 2, 4, 6)
+
+
+ASYNC = """
+app = make_app()
+
+async def body(key, n, ms, fail):
+    note("S", key, n)
+    if n % 50 == 7:
+        time.sleep(0.05)  # holds up the event loop
+    if ms or n % 3:
+        await asyncio.sleep(ms / 1000)
+    if current().attempt < fail:
+        note("F", key, n)
+        raise ValueError(f"fails {fail} times")
+    note("E", key, n)
+
+@app.task(name="put", shard_key="k", retry_backoff=0.02, retry_jitter=False)
+async def put(k, n, ms=0, fail=0):
+    await body(k, n, ms, fail)
+
+@app.task(name="free", retry_backoff=0.02, retry_jitter=False)
+async def free(n, ms=0, fail=0):
+    await body(None, n, ms, fail)
+"""
+
+
+@pytest.mark.parametrize("source", [TASKS, ASYNC], ids=["functions", "coroutines"])
+def test_worker_processes_die_at_a_high_concurrency(own_server, site, source):
+    run(site(own_server, source, max_crashes=50), ["process"], 2, 32, 6)
 
 
 def test_worker_processes_die_at_concurrency_1(own_server, site):

@@ -50,7 +50,9 @@ def test_each_message_acknowledged_by_itself(redis_server, site, concurrency):
     site.check(slack=2)
 
 
-@pytest.mark.parametrize("concurrency", [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.more)])
+@pytest.mark.parametrize(
+    "concurrency", [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.more)]
+)
 def test_a_batch_and_no_more_where_redis_answers_late(redis_server, site, proxy, concurrency):
     site = site(redis_server, TASKS, shards=1, max_crashes=100, lease=10.0)
     relay = proxy(redis_server)
