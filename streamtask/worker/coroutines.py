@@ -119,6 +119,8 @@ class Drivers(Coroutines):
 
     def begin(self) -> None:
         """Has what waits begun, in the loop's thread."""
+        if self.forked:
+            return
         running = self._running
         for _ in range(min(len(running.coroutines), len(running.slots), self._most) - len(self._to_begin)):
             # Not by the loop's factory, which a body may have set.

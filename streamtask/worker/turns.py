@@ -146,6 +146,8 @@ class LoopTurns:
             self._drivers.loop.call_soon(self._turn)
 
     def _turn(self) -> None:
+        if self._drivers.forked:
+            return  # a child that a body has forked, and where it waits: the loop goes on with all that its parent had there
         try:
             self._called = False
             control, loop = self._control, self._drivers.loop

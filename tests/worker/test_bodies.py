@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.helpers import wait_until
@@ -36,6 +38,45 @@ def test_a_child_that_a_body_forks_does_not_go_on_as_a_worker(redis_server, site
     for key in keys:
         assert site.started(key) == list(range(6))
     assert site.dead() == []
+
+
+FORKS_ON_THE_LOOP = """
+app = make_app()
+
+@app.task(name="forks")
+async def forks(n):
+    note("S", None, n)
+    pid = os.fork()
+    if pid == 0:
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            await asyncio.sleep(0)
+        return
+    await asyncio.get_running_loop().run_in_executor(None, os.waitpid, pid, 0)
+    note("E", None, n)
+
+@app.task(name="put", shard_key="k")
+async def put(k, n):
+    note("S", k, n)
+    note("E", k, n)
+"""
+
+
+def test_a_child_that_a_coroutine_forks_runs_no_control_loop_where_it_waits(redis_server, site):
+    site = site(redis_server, FORKS_ON_THE_LOOP)
+    pod = site.pod(1, 8)
+    site.ready(1)
+    site.task("forks").delay(n=0)
+    site.wait_started(None, 0)
+    site.produced[None].append(0)
+    for n in range(60):
+        site.send(f"k{n % 10}", [n])
+        time.sleep(0.01)
+    site.wait_ended()
+    site.wait_empty()
+    assert len({event.pid for event in site.of("S", None) if event.key}) == 1
+    assert site.check(killed={}).repeated == 0
+    assert not any(said in pod.log for said in ("can't be reached", "claimed", "failed")), pod.log
 
 
 ANSWERS = """
