@@ -81,6 +81,9 @@ class Coroutines:
 
 
 MANY = 1 << 30
+PASS_S = 0.005
+"""How long bodies that never wait follow each other in one pass of the event loop: what waits there has its turn, too. Others
+may bring more and more of them meanwhile."""
 
 is_cancelled: Callable[[asyncio.Task[None]], Any] = (
     getattr(asyncio.Task, "cancelling", None) or operator.attrgetter("_must_cancel")  # before Python 3.11
@@ -92,7 +95,8 @@ class Drivers(Coroutines):
 
     A driver is an asyncio task that runs one body after the other. A body that never waits costs no task of its own; one that
     does has its driver's until it has ended, while other drivers run the rest. Who asks asyncio for the current task is told
-    the driver, so it must be this body's alone: where a body has kept its task, or left it cancelled, the driver ends, too.
+    the driver, so it must be this body's alone: where a body has kept its task, or left it cancelled, the driver ends, too. So
+    it does where its bodies have held up the loop for a while: the next pass has another.
     """
 
     def __init__(self, runner: TaskRunner, running: Running) -> None:
@@ -100,6 +104,7 @@ class Drivers(Coroutines):
         self._running = running
         self._to_begin: set[asyncio.Task[None]] = set()  # drivers that have not begun
         self._most = 1  # drivers to begin at once: as many as there are messages, where the last bodies have waited
+        self._until = 0.0  # when drivers are to let the loop go on; 0: none has begun since ``begin``
         self._references = MANY
         self._fresh_context = copy_context().copy
         self.forked = False
@@ -122,6 +127,7 @@ class Drivers(Coroutines):
         if self.forked:
             return
         running = self._running
+        self._until = 0.0
         for _ in range(min(len(running.coroutines), len(running.slots), self._most) - len(self._to_begin)):
             # Not by the loop's factory, which a body may have set.
             driver: asyncio.Task[None] = asyncio.Task(self._drive(), loop=self.loop)
@@ -161,7 +167,14 @@ class Drivers(Coroutines):
         plain, begin, end = runner.plain_async, runner.begin, running.end
         last: Batch | None = None
         getrefcount, references = sys.getrefcount, self._references
+        waited = False
         while True:
+            now = mono_s()
+            if not self._until:
+                self._until = now + PASS_S
+            elif now >= self._until and not waited:
+                return
+            waited = False
             try:
                 slot = slots.pop()
             except IndexError:
@@ -202,6 +215,7 @@ class Drivers(Coroutines):
                     error = exc
                 else:
                     # It waits, in this task; the others' time has come.
+                    waited = True
                     if self._most != MANY:
                         self._most = MANY
                         self.begin()

@@ -22,6 +22,22 @@ async def put(k, n, ms=0, fail=0, block=False):
     note("E", k, n)
 """
 
+NEVER_WAIT = """
+app = make_app()
+
+@app.task(name="computes")
+async def computes(n):
+    until = time.monotonic() + 0.02
+    while time.monotonic() < until:
+        pass
+
+@app.task(name="waits")
+async def waits(n):
+    for _ in range(5):
+        await asyncio.sleep(0.01)
+    note("E", None, n)
+"""
+
 
 @pytest.mark.parametrize("source", [TASKS, ASYNC], ids=["threads", "coroutines"])
 def test_the_order_of_a_key_holds_at_concurrency_16_with_retries(redis_server, site, source):
@@ -57,6 +73,17 @@ def test_a_body_that_blocks_the_event_loop_holds_up_no_other_shard(redis_server,
     site.wait_ended()
     site.wait_empty()
     assert site.check(killed={}).repeated == 0
+
+
+def test_a_body_that_waits_goes_on_between_bodies_that_never_do(redis_server, site):
+    """However many of these there are: the control loop brings more while they hold up the event loop."""
+    site = site(redis_server, NEVER_WAIT)
+    site.task("computes").send_many([{"n": n} for n in range(10)])
+    site.task("waits").delay(n=0)
+    site.task("computes").send_many([{"n": n} for n in range(400)])
+    pod = site.pod(1, 8)
+    site.wait_ended(1)
+    assert site.redis.xlen(site.stream("shared")) > 200, pod.log
 
 
 def _one_pending(site):
