@@ -183,6 +183,8 @@ class Drivers(Coroutines):
                 batch, position = waiting.popleft()
             except IndexError:
                 slots.append(slot)
+                if functions:
+                    running.freed()  # which have come meanwhile, and found no slot
                 return
             backlog = batch.backlog
             outcome: Outcome | None = None

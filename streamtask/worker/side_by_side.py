@@ -163,6 +163,8 @@ class ParallelExecutor:
                     work = functions.popleft()
                 except IndexError:
                     slots.append(slot)
+                    if coroutines:
+                        running.freed()  # which have come meanwhile, and found no slot
                     raise
             except IndexError:
                 here.batch = here.delivery = known = None

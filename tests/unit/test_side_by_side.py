@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -222,3 +223,59 @@ def test_drivers_that_others_cancel_leave_what_they_have_not_begun():
     run_loop(rig, lambda: len(batch.ended) == 40)
     assert sorted(ran) == list(range(40))
     assert isinstance(drivers, Drivers)
+
+
+class Watched(deque):
+    """A deque that says where somebody finds nothing in it, before they know."""
+
+    on_empty = None
+
+    def popleft(self):
+        if not self and self.on_empty is not None:
+            call, self.on_empty = self.on_empty, None
+            call()
+        return super().popleft()
+
+
+@pytest.mark.parametrize("late", ["function", "coroutine"])
+def test_a_slot_that_somebody_holds_while_nothing_is_found_to_run_is_seen_by_the_other_kind(late):
+    """The last free one: what is brought just then begins once it is given back."""
+    gate, ran, kinds = threading.Event(), [], []
+
+    def function(n):
+        ran.append(n)
+        assert n >= CONCURRENCY - 1 or gate.wait(60)
+
+    async def coroutine(n):
+        ran.append(n)
+
+    rig = Rig(function, coroutine)
+    running, drivers = rig.running, rig.executor.drivers
+    running.functions, running.coroutines = Watched(), Watched()
+    rig.runner.is_async = lambda task: kinds[-1] == "coroutine"
+
+    def bring(kind, count=1):
+        kinds.append(kind)
+        rig.submit(count)
+        if kind == "coroutine":
+            drivers.begin_soon()
+
+    def bring_late():
+        bring(late)
+        time.sleep(0.1)  # whoever is called finds no slot
+
+    early, seen = ("coroutine", running.coroutines) if late == "function" else ("function", running.functions)
+    loop = threading.Thread(target=drivers.run)
+    loop.start()
+    try:
+        bring("function", CONCURRENCY - 1)
+        wait_until(lambda: len(ran) == CONCURRENCY - 1 and len(running.slots) == 1, 20)
+        seen.on_empty = bring_late
+        bring(early)
+        wait_until(lambda: len(ran) == CONCURRENCY + 1, 5, lambda: f"{kinds}: {ran}")
+    finally:
+        gate.set()
+        wait_until(lambda: len(running.slots) == CONCURRENCY, 20)
+        rig.executor.close()
+        loop.join()
+        drivers.loop.close()
