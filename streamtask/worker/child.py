@@ -18,7 +18,9 @@ from ..coordination.shared import SharedMemory
 from ..text import logger
 from .control import Control
 from .executor import SequentialExecutor
+from .owned import Executor
 from .ports import TaskRunner, WorkerSettings
+from .running import Running
 from .side_by_side import ParallelExecutor
 from .signals import default_in_forks, leave_to_supervisor
 from .turns import LoopTurns, Turns
@@ -101,16 +103,18 @@ def run(settings: WorkerSettings, runner: TaskRunner, fds: Fds) -> None:
     leave_to_supervisor(fds.stacks)  # whatever the app's modules have set
     memory = SharedMemory(fds.memory, settings.concurrency)
     wire = _SupervisorWire(socket.socket(fileno=fds.socket))
-    control = Control(settings, runner, memory, wire)
     runner.process_started()
-    collect_garbage_less()
-    executor: SequentialExecutor | ParallelExecutor
-    if settings.concurrency == 1:
+
+    def executor_of(running: Running) -> Executor:
+        if settings.concurrency > 1:
+            return ParallelExecutor(settings.concurrency, runner, running)
         executor = SequentialExecutor(runner, memory)
         executor.signal_after_s = settings.ack_interval_s or 0.001
-    else:
-        executor = ParallelExecutor(settings.concurrency, runner, control.running)
-    control.executor = executor
+        return executor
+
+    control = Control(settings, runner, memory, wire, executor_of)
+    executor = control.executor
+    collect_garbage_less()
     # A process that a body forks must not work with its parent's connections when it comes back out of the body.
     fork.in_child(fork.Turn.WORKERS, control.forked)
     fork.in_child(fork.Turn.WORKERS, executor.forked)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from ..clock import mono_s
 from ..errors import ReplyError
+from ..queue.consumer import ShardConsumer
 from ..queue.delivery import Delivery
 from ..redis import wire
 from ..redis.connection import Broker
 from ..redis.links import Links, Prepared
 from ..text import logger
+from .ports import TaskRunner, results_of
 
 log = logger("streamtask.worker")
 
@@ -24,7 +26,8 @@ AGAIN_S = 1.0
 class Outbox:
     """See the module. Used by one thread; without a broker it keeps nothing."""
 
-    def __init__(self, broker: Broker | None) -> None:
+    def __init__(self, broker: Broker | None, runner: TaskRunner) -> None:
+        self._runner = runner
         self._links = Links(broker) if broker else None
         self._waiting: list[tuple[Delivery, Prepared]] = []
         self._refused_at: float | None = None
@@ -37,6 +40,11 @@ class Outbox:
     def add(self, results: list[tuple[Delivery, Prepared]]) -> None:
         if self._links is not None:
             self._waiting += results
+
+    def add_unrun(self, consumer: ShardConsumer) -> None:
+        """Those of what was revoked, before it is acknowledged, and of what lies among the dead letters now."""
+        for one in results_of(consumer, self._runner):
+            self.add([one])
 
     def send(self) -> bool:
         """Stores what there is. False if some of it is to be sent again before anything is acknowledged. Raises

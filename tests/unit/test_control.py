@@ -31,16 +31,26 @@ class Supervisor:
         self.pipe = os.pipe()
 
 
+class Runner:
+    def __init__(self):
+        self.plain = {}
+        self.here = SimpleNamespace(place=None, batch=None, cells=None, delivery=None)
+
+
 @pytest.fixture
-def control():
+def runner():
+    return Runner()
+
+
+@pytest.fixture
+def control(runner):
     broker = Broker("redis://127.0.0.1:1")
     settings = WorkerSettings(
         app="a", broker=broker, queues=[Queue(Pool(broker), "streamtask", "a", "q", 1)], consumer=ConsumerSettings()
     )
     memory_fd, supervisor = create_file(1), Supervisor()
     memory = SharedMemory(memory_fd, 1)
-    control = Control(settings, None, memory, supervisor)
-    control.executor = SequentialExecutor(SimpleNamespace(), memory)
+    control = Control(settings, runner, memory, supervisor, lambda running: SequentialExecutor(runner, memory))
     yield control
     broker.close()
     for fd in (memory_fd, *supervisor.pipe, control._wake_read, control._wake_write):
@@ -50,38 +60,37 @@ def control():
 def own(control, shard):
     shared = shard == SHARED
     control._own(Own(5, "q", shard, epoch=0, token=1, incarnation="i", shared=shared, by_expiry=False))
-    return control._owned[5]
+    return control._shards.owned[5]
 
 
 def test_of_a_shard_that_is_another_ones_now_nothing_stays(control):
     owned = own(control, 0)
     held = weakref.ref(owned.consumer)
-    control._forget(owned)
+    control._shards.forget(owned)
     del owned
     gc.collect()
     assert held() is None, "with all that it had read"
 
 
-def test_after_a_cut_no_more_is_read_ahead_than_the_long_body_lets_begin(control):
+def test_after_a_cut_no_more_is_read_ahead_than_the_long_body_lets_begin(control, runner):
     """Or each further long body would take all that it can reach, and offer it again."""
     consumer = own(control, SHARED).consumer
-    here = SimpleNamespace(place=None, batch=None, cells=None, delivery=None)
+    executor, handing = control.executor, control._handing
 
     def body():
-        control._moved_at = mono_s() - 1.0  # since then it runs
+        handing.moved_at = mono_s() - 1.0  # since then it runs
         consumer.backlog.cut_off(batch, executor.cut(batch))
 
-    executor = SequentialExecutor(SimpleNamespace(plain={"t": body}, here=here), control._memory)
-    control.executor = executor
+    runner.plain["t"] = body
     control._memory.trusted[5] = float("inf")
-    control._pace_s = 1e-4
+    handing.pace_s = 1e-4
     batch = Batch(consumer.backlog, 1, [[b"%d-0" % n, ["t", None, b"", [], {}, None]] for n in range(30)], [])
     consumer.backlog.handed[1] = batch
     executor.submit(batch)
     executor.run_batch(executor.next())
-    control._collect()
+    handing.collect()
     assert len(consumer.backlog.buffer) == 29
-    assert control._pace_s >= 1.0
+    assert handing.pace_s >= 1.0
     consumer.backlog.buffer.clear()  # offered again
-    control._make_room()
+    control._intake.make_room()
     assert consumer.arrivals.room == 1
