@@ -17,6 +17,7 @@ from streamtask.coordination.shared import SharedMemory, create_file
 from streamtask.queue.backlog import Backlog
 from streamtask.queue.rules import ConsumerSettings
 from streamtask.redis.keys import SHARED, QueueKeys
+from streamtask.worker import coroutines
 from streamtask.worker.coroutines import Drivers
 from streamtask.worker.running import Running
 from streamtask.worker.side_by_side import ParallelExecutor
@@ -144,7 +145,8 @@ def test_what_is_withdrawn_has_run_or_comes_back_once():
     rig.executor.close()
 
 
-def test_coroutines_that_do_not_wait_share_a_task_and_those_that_do_have_their_own():
+def test_coroutines_that_do_not_wait_share_a_task_and_those_that_do_have_their_own(monkeypatch):
+    monkeypatch.setattr(coroutines, "PASS_S", 60)  # else a loaded machine's driver lets the loop go on
     tasks = {}
 
     async def body(n):
@@ -238,8 +240,9 @@ class Watched(deque):
 
 
 @pytest.mark.parametrize("late", ["function", "coroutine"])
-def test_a_slot_that_somebody_holds_while_nothing_is_found_to_run_is_seen_by_the_other_kind(late):
+def test_a_slot_that_somebody_holds_while_nothing_is_found_to_run_is_seen_by_the_other_kind(late, monkeypatch):
     """The last free one: what is brought just then begins once it is given back."""
+    monkeypatch.setattr(coroutines, "PASS_S", 60)  # else a loaded machine's driver ends before it has looked
     gate, ran, kinds = threading.Event(), [], []
 
     def function(n):
